@@ -1,0 +1,3 @@
+//! The `litefs` program.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! File names and file calls of the mount to databases of the engine.

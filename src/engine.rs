@@ -1,1 +1,3 @@
 //! The databases of one node.
+
+pub mod layout;

@@ -1,1 +1,149 @@
 //! Every call that changes a file, each with a label that a test can make fail.
+//!
+//! A label names the step and the file, such as `"apply:database"`. Tests arm a fault for a label
+//! ([`fault`]); unarmed, a call costs one relaxed load more than the system call. Reads are not
+//! here: std's are used as they are.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Faults that tests inject into the calls of this module.
+pub mod fault {
+    use std::io;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    static ARMED: AtomicBool = AtomicBool::new(false);
+    /// The armed fault, or none.
+    static FAULT: Mutex<Option<Fault>> = Mutex::new(None);
+
+    /// What to do to which call.
+    #[derive(Debug, Clone)]
+    pub struct Fault {
+        /// The label; calls whose label starts with it are counted.
+        pub label: String,
+        /// How many counted calls still succeed before one fails.
+        pub after: u32,
+        /// The errno of the failing call.
+        pub errno: i32,
+    }
+
+    /// Arms a fault; it fires once. Replaces an armed one.
+    pub fn arm(fault: Fault) {
+        *FAULT.lock().unwrap() = Some(fault);
+        ARMED.store(true, Ordering::SeqCst);
+    }
+
+    /// Takes the fault back; whether it was still waiting to fire.
+    pub fn disarm() -> bool {
+        ARMED.store(false, Ordering::SeqCst);
+        FAULT.lock().unwrap().take().is_some()
+    }
+
+    pub(super) fn check(label: &str) -> io::Result<()> {
+        if !ARMED.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut armed = FAULT.lock().unwrap();
+        let Some(fault) = armed.as_mut().filter(|fault| label.starts_with(&fault.label)) else {
+            return Ok(());
+        };
+        if fault.after > 0 {
+            fault.after -= 1;
+            return Ok(());
+        }
+        let errno = fault.errno;
+        *armed = None;
+        ARMED.store(false, Ordering::SeqCst);
+        Err(io::Error::from_raw_os_error(errno))
+    }
+}
+
+/// Makes a new file, open for reading and writing; one that exists is an error.
+pub fn create_new(label: &str, path: &Path) -> io::Result<File> {
+    fault::check(label)?;
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o666).open(path)
+}
+
+/// Opens a file for reading and writing and makes it if it is missing; its content stays.
+pub fn open_or_create(label: &str, path: &Path) -> io::Result<File> {
+    fault::check(label)?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o666).open(path)
+}
+
+/// Opens an existing file for reading and writing.
+pub fn open(label: &str, path: &Path) -> io::Result<File> {
+    fault::check(label)?;
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// Writes all of `data` at `offset` (bytes).
+pub fn write_at(label: &str, file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+    fault::check(label)?;
+    file.write_all_at(data, offset)
+}
+
+/// Sets the length of a file in bytes.
+pub fn truncate(label: &str, file: &File, len: u64) -> io::Result<()> {
+    fault::check(label)?;
+    file.set_len(len)
+}
+
+/// Makes a file's content and length durable (fdatasync).
+pub fn sync(label: &str, file: &File) -> io::Result<()> {
+    fault::check(label)?;
+    file.sync_data()
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_dir(label: &str, dir: &Path) -> io::Result<()> {
+    fault::check(label)?;
+    File::open(dir)?.sync_all()
+}
+
+/// Renames a file, replacing what has the new name.
+#[expect(clippy::disallowed_methods, reason = "this is the module that may")]
+pub fn rename(label: &str, from: &Path, to: &Path) -> io::Result<()> {
+    fault::check(label)?;
+    fs::rename(from, to)
+}
+
+/// Removes a file; a missing one is an error.
+#[expect(clippy::disallowed_methods, reason = "this is the module that may")]
+pub fn remove(label: &str, path: &Path) -> io::Result<()> {
+    fault::check(label)?;
+    fs::remove_file(path)
+}
+
+/// Removes a file if it is there.
+pub fn remove_if_present(label: &str, path: &Path) -> io::Result<()> {
+    match remove(label, path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Makes a directory and its parents; one that exists is fine.
+#[expect(clippy::disallowed_methods, reason = "this is the module that may")]
+pub fn create_dirs(label: &str, path: &Path) -> io::Result<()> {
+    fault::check(label)?;
+    fs::create_dir_all(path)
+}
+
+/// Replaces the file `path` by `content` so that a crash leaves the old or the new one: a temporary
+/// file beside it, written, synced, renamed, and the directory synced.
+pub fn write_atomic(label: &str, path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".tmp");
+    let temporary = Path::new(&name);
+    remove_if_present(label, temporary)?;
+    let mut file = create_new(label, temporary)?;
+    fault::check(label)?;
+    file.write_all(content)?;
+    sync(label, &file)?;
+    rename(label, temporary, path)?;
+    sync_dir(label, path.parent().unwrap_or(Path::new(".")))
+}

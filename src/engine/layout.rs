@@ -1,0 +1,109 @@
+//! Where the files of a node and of a database stand.
+//!
+//! ```text
+//! DATA/clusterid                 the cluster id and a newline
+//! DATA/super-journals/           super-journals of transactions over several databases
+//! DATA/dbs/NAME/database         SQLite's main file
+//! DATA/dbs/NAME/journal          the rollback journal
+//! DATA/dbs/NAME/wal              the write-ahead log
+//! DATA/dbs/NAME/shm              the wal-index, made anew at each start
+//! DATA/dbs/NAME/checksums        the page checksums of a cleanly closed database
+//! DATA/dbs/NAME/ltx/MIN-MAX.ltx  the chain
+//! DATA/dbs/NAME/lost+found/      what could not stay in the chain; never deleted by us
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use ltx::Txid;
+
+/// The directory of one node.
+#[derive(Debug, Clone)]
+pub struct DataDir(PathBuf);
+
+impl DataDir {
+    /// The layout below `path`.
+    pub fn new(path: &Path) -> DataDir {
+        DataDir(path.to_owned())
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The file that holds the cluster id.
+    pub fn cluster_id(&self) -> PathBuf {
+        self.0.join("clusterid")
+    }
+
+    /// The directory that holds a directory for each database.
+    pub fn databases(&self) -> PathBuf {
+        self.0.join("dbs")
+    }
+
+    /// The directory of super-journals, by their name in the mount.
+    pub fn super_journals(&self) -> PathBuf {
+        self.0.join("super-journals")
+    }
+
+    /// The directory of the database `name`, which must be a valid database name.
+    pub fn database(&self, name: &str) -> DbDir {
+        DbDir(self.databases().join(name))
+    }
+}
+
+/// The directory of one database.
+#[derive(Debug, Clone)]
+pub struct DbDir(PathBuf);
+
+impl DbDir {
+    /// The layout below `path`, the directory of one database.
+    pub fn new(path: &Path) -> DbDir {
+        DbDir(path.to_owned())
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// SQLite's main file.
+    pub fn database(&self) -> PathBuf {
+        self.0.join("database")
+    }
+
+    /// The rollback journal.
+    pub fn journal(&self) -> PathBuf {
+        self.0.join("journal")
+    }
+
+    /// The write-ahead log.
+    pub fn wal(&self) -> PathBuf {
+        self.0.join("wal")
+    }
+
+    /// The wal-index.
+    pub fn shm(&self) -> PathBuf {
+        self.0.join("shm")
+    }
+
+    /// The saved page checksums.
+    pub fn checksums(&self) -> PathBuf {
+        self.0.join("checksums")
+    }
+
+    /// The directory of the chain.
+    pub fn ltx(&self) -> PathBuf {
+        self.0.join("ltx")
+    }
+
+    /// The LTX file of the transactions from `min` to `max`.
+    pub fn ltx_file(&self, min: Txid, max: Txid) -> PathBuf {
+        self.0.join("ltx").join(format!("{min}-{max}.ltx"))
+    }
+
+    /// The directory of what was set aside.
+    pub fn lost_found(&self) -> PathBuf {
+        self.0.join("lost+found")
+    }
+}

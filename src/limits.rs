@@ -13,3 +13,47 @@ pub const POSITION_MAP_ENTRIES_MAX: usize = 65_536;
 /// Largest position map in bytes: its count, then a name length, a name, a TXID and a checksum each.
 pub const POSITION_MAP_BYTES_MAX: usize =
     4 + POSITION_MAP_ENTRIES_MAX * (4 + PEER_NAME_BYTES_MAX + 8 + 8);
+
+// HTTP: waits. Nothing a peer does or leaves undone may hold a task or a file for ever.
+
+/// Time to open a connection to a peer: some lost packets, not a dead host.
+pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
+/// Time until a peer answers a request with its headers; all but the forwarded ones answer at once.
+pub const RESPONSE_WAIT: Duration = Duration::from_secs(15);
+/// Time between two requests, or until the first one, on a connection to us.
+pub const REQUEST_WAIT: Duration = Duration::from_secs(30);
+/// Time to send the whole of a small request body, such as a position map.
+pub const SMALL_BODY_WAIT: Duration = Duration::from_secs(30);
+/// Longest time in which a peer takes or sends nothing of a body. A LiteFS replica reads nothing
+/// while it waits for local readers, so this is long; a dead host is found by [`PING_WAIT`].
+pub const BODY_STALL_WAIT: Duration = Duration::from_secs(300);
+/// Period of HTTP/2 pings.
+pub const PING_PERIOD: Duration = Duration::from_secs(2);
+/// Time for the answer to an HTTP/2 ping: above any pause of a live host.
+pub const PING_WAIT: Duration = Duration::from_secs(5);
+/// Period of heartbeats on an idle stream, fixed by the protocol.
+pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
+/// Silence on an idle stream that means a dead primary: five heartbeats.
+pub const HEARTBEAT_WAIT: Duration = Duration::from_secs(5);
+/// Silence before the ready frame or within an LTX file, when a LiteFS primary that waits for its
+/// writers sends no heartbeats; pings still find a dead host at once.
+pub const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
+
+// HTTP: sizes.
+
+/// Largest document (`/info`, `/status`, an error text) taken from a peer, in bytes: room for the
+/// status of ten thousand databases.
+pub const DOCUMENT_BYTES_MAX: usize = 4 << 20;
+/// Largest request or response head in bytes: ours are some hundred.
+pub const HEAD_BYTES_MAX: u32 = 16 << 10;
+/// HTTP/2 window of one body in bytes: 10 Gbit/s over 6 ms, or 1 Gbit/s over 60 ms.
+pub const STREAM_WINDOW: u32 = 8 << 20;
+/// HTTP/2 window of a connection in bytes: two bodies at full speed.
+pub const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Largest HTTP/2 frame in bytes: few enough frames for a gigabyte a second, and a bound on what a
+/// queue of frames holds.
+pub const HTTP2_FRAME_BYTES_MAX: u32 = 256 << 10;
+/// One piece of a body that we send, in bytes; as large as one HTTP/2 frame.
+pub const BODY_PIECE_BYTES: usize = HTTP2_FRAME_BYTES_MAX as usize;
+/// Pieces of a body between the task that makes it and the connection: 1 MiB, so that both work.
+pub const BODY_QUEUE_PIECES: usize = 4;

@@ -1,0 +1,483 @@
+//! Calls to the API of another node, or of this one from the command line.
+//!
+//! Always HTTP/2 with prior knowledge, cleartext (also for `https://`, as LiteFS does), one
+//! connection a call. Of a URL only scheme, host and port count.
+//!
+//! Invariants: no wait without a limit (connect, headers, silence); a body is read no faster than
+//! its reader takes it, within the HTTP/2 window.
+
+use std::io::{self, Write};
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ltx::{NodeId, Pos};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::body::{self, Body};
+use super::frame::{self, Decoder, Event};
+use super::report::{Info, Status};
+use super::{CLUSTER_ID, NODE_ID};
+use crate::limits;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither `http://` nor `https://`.
+    #[error("invalid URL scheme")]
+    UrlScheme,
+    /// A URL without a host.
+    #[error("URL host required")]
+    UrlHost,
+    /// A URL with something else than a port after the host.
+    #[error("invalid URL port")]
+    UrlPort,
+    /// No connection.
+    #[error("connect to {address}")]
+    Connect {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The peer took too long.
+    #[error("no answer from {address} within {} s ({what})", .wait.as_secs())]
+    Silence {
+        /// Host and port.
+        address: String,
+        /// What was waited for.
+        what: &'static str,
+        /// For how long.
+        wait: Duration,
+    },
+    /// The connection broke, or is not HTTP/2.
+    #[error("{what} {address}")]
+    Http {
+        /// What was being done.
+        what: &'static str,
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: hyper::Error,
+    },
+    /// An answer that is not 200.
+    #[error("invalid response: code={code}{}", detail(.text))]
+    Response {
+        /// The status code.
+        code: u16,
+        /// The first line of the answer.
+        text: String,
+    },
+    /// The node does not have the database.
+    #[error("database not found")]
+    DatabaseNotFound,
+    /// An answer larger than [`limits::DOCUMENT_BYTES_MAX`].
+    #[error("answer of {address} is too large")]
+    TooLarge {
+        /// Host and port.
+        address: String,
+    },
+    /// An answer that is not the JSON it should be.
+    #[error("decode answer of {address}")]
+    Decode {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A stream that breaks the protocol.
+    #[error("read stream of {address}")]
+    Frame {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: frame::Error,
+    },
+    /// What was to be sent could not be read.
+    #[error("read upload")]
+    ReadUpload(#[source] io::Error),
+    /// What was received could not be written.
+    #[error("write download")]
+    WriteDownload(#[source] io::Error),
+}
+
+fn detail(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
+/// A node whose API can be called.
+#[derive(Debug, Clone)]
+pub struct Client {
+    host: String,
+    port: u16,
+}
+
+/// What a replica asks for.
+#[derive(Debug)]
+pub struct StreamRequest<'a> {
+    /// The replica's id.
+    pub node_id: NodeId,
+    /// Where each of its databases stands.
+    pub positions: &'a [(&'a str, Pos)],
+    /// Only these databases; empty for all.
+    pub filter: &'a [String],
+}
+
+impl Client {
+    /// The node at `url`, such as `http://10.0.0.1:20202`.
+    pub fn new(url: &str) -> Result<Client, Error> {
+        let (default_port, rest) = match url.split_once("://") {
+            Some(("http", rest)) => (80, rest),
+            Some(("https", rest)) => (443, rest),
+            _ => return Err(Error::UrlScheme),
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        let (host, port) = split_port(authority);
+        if host.is_empty() {
+            return Err(Error::UrlHost);
+        }
+        let port = match port {
+            None | Some("") => default_port,
+            Some(port) => u16::from_str(port).map_err(|_| Error::UrlPort)?,
+        };
+        Ok(Client { host: host.to_owned(), port })
+    }
+
+    /// Host and port, as in the URL.
+    pub fn address(&self) -> String {
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
+    }
+
+    /// `GET /info`.
+    pub async fn info(&self) -> Result<Info, Error> {
+        self.document("/info").await
+    }
+
+    /// `GET /status`.
+    pub async fn status(&self) -> Result<Status, Error> {
+        self.document("/status").await
+    }
+
+    /// `GET /export`: writes the database file to `out` and returns its length in bytes. Writing
+    /// blocks the task: meant for the command line.
+    pub async fn export(&self, name: &str, out: &mut dyn Write) -> Result<u64, Error> {
+        let path = format!("/export?name={}", encode_query(name));
+        let response = self.call(self.request(Method::GET, &path, body::empty())).await;
+        let mut response = response.map_err(|error| match error {
+            Error::Response { code: 404, .. } => Error::DatabaseNotFound,
+            error => error,
+        })?;
+        let mut len = 0;
+        while let Some(data) = self.next_data(&mut response.body, limits::BODY_STALL_WAIT).await? {
+            out.write_all(&data).map_err(Error::WriteDownload)?;
+            len += data.len() as u64;
+        }
+        Ok(len)
+    }
+
+    /// `POST /import`: sends `len` bytes of `file` as the database `name`.
+    pub async fn import(
+        &self,
+        name: &str,
+        file: impl AsyncRead + Send + Unpin,
+        len: u64,
+    ) -> Result<(), Error> {
+        let path = format!("/import?name={}", encode_query(name));
+        let (sender, body) = body::channel();
+        let mut request = self.request(Method::POST, &path, body);
+        request.headers_mut().insert(hyper::header::CONTENT_LENGTH, len.into());
+        let mut connection = self.connect().await?;
+        // The upload is checked by SQLite before it is answered, so only its own progress counts.
+        let answer = connection.sender.send_request(request);
+        let (answer, upload) = tokio::join!(answer, upload(file.take(len), sender));
+        upload?;
+        let response = answer.map_err(|source| self.http_error("import to", source))?;
+        self.check(Answer::new(response, connection)).await.map(|_| ())
+    }
+
+    /// `POST /stream`.
+    pub async fn stream(&self, request: StreamRequest<'_>) -> Result<Stream, Error> {
+        let path = match request.filter {
+            [] => "/stream".to_owned(),
+            names => format!("/stream?filter={}", encode_query(&names.join(","))),
+        };
+        let positions = frame::encode_positions(request.positions.iter().copied());
+        let mut call = self.request(Method::POST, &path, body::full(positions));
+        if let Ok(id) = request.node_id.to_string().parse() {
+            call.headers_mut().insert(NODE_ID, id);
+        }
+        let answer = self.call(call).await?;
+        Ok(Stream {
+            client: self.clone(),
+            node_id: answer.node_id,
+            cluster_id: answer.cluster_id.clone(),
+            decoder: Decoder::new(),
+            is_ready: false,
+            answer,
+        })
+    }
+
+    async fn document<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        let mut answer = self.call(self.request(Method::GET, path, body::empty())).await?;
+        let text = self.collect(&mut answer.body).await?;
+        serde_json::from_slice(&text)
+            .map_err(|source| Error::Decode { address: self.address(), source })
+    }
+
+    fn request(&self, method: Method, path: &str, body: Body) -> Request<Body> {
+        let mut request = Request::new(body);
+        *request.method_mut() = method;
+        let uri = format!("http://{}{path}", self.address());
+        // An address that is no URI authority fails in connect(), with the address in the error.
+        *request.uri_mut() = uri.parse().unwrap_or_default();
+        request
+    }
+
+    async fn call(&self, request: Request<Body>) -> Result<Answer, Error> {
+        let mut connection = self.connect().await?;
+        let response = timeout(limits::RESPONSE_WAIT, connection.sender.send_request(request))
+            .await
+            .map_err(|_| self.silence("response", limits::RESPONSE_WAIT))?
+            .map_err(|source| self.http_error("call", source))?;
+        self.check(Answer::new(response, connection)).await
+    }
+
+    async fn check(&self, mut answer: Answer) -> Result<Answer, Error> {
+        if answer.status == StatusCode::OK {
+            return Ok(answer);
+        }
+        let body = self.collect(&mut answer.body).await.unwrap_or_default();
+        let text = String::from_utf8_lossy(&body);
+        let text = text.lines().next().unwrap_or_default().to_owned();
+        Err(Error::Response { code: answer.status.as_u16(), text })
+    }
+
+    async fn connect(&self) -> Result<Connection, Error> {
+        let connect = TcpStream::connect((self.host.as_str(), self.port));
+        let socket = timeout(limits::CONNECT_WAIT, connect)
+            .await
+            .map_err(|_| self.silence("connect", limits::CONNECT_WAIT))?
+            .and_then(|socket| socket.set_nodelay(true).map(|()| socket))
+            .map_err(|source| Error::Connect { address: self.address(), source })?;
+        let (sender, connection) = builder()
+            .handshake(TokioIo::new(socket))
+            .await
+            .map_err(|source| self.http_error("open HTTP/2 to", source))?;
+        // Its errors come out of the calls that they end.
+        let task = tokio::spawn(async move { drop(connection.await) });
+        Ok(Connection { sender, task })
+    }
+
+    /// The next data of a body; `None` at its clean end.
+    async fn next_data(&self, body: &mut Incoming, wait: Duration) -> Result<Option<Bytes>, Error> {
+        loop {
+            let frame = timeout(wait, body.frame()).await;
+            match frame.map_err(|_| self.silence("data", wait))? {
+                None => return Ok(None),
+                Some(Err(source)) => return Err(self.http_error("read from", source)),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => {}
+                    Ok(data) => return Ok(Some(data)),
+                    Err(_trailers) => {}
+                },
+            }
+        }
+    }
+
+    async fn collect(&self, body: &mut Incoming) -> Result<BytesMut, Error> {
+        let mut text = BytesMut::new();
+        while let Some(data) = self.next_data(body, limits::RESPONSE_WAIT).await? {
+            if text.len() + data.len() > limits::DOCUMENT_BYTES_MAX {
+                return Err(Error::TooLarge { address: self.address() });
+            }
+            text.extend_from_slice(&data);
+        }
+        Ok(text)
+    }
+
+    fn silence(&self, what: &'static str, wait: Duration) -> Error {
+        Error::Silence { address: self.address(), what, wait }
+    }
+
+    fn http_error(&self, what: &'static str, source: hyper::Error) -> Error {
+        Error::Http { what, address: self.address(), source }
+    }
+}
+
+fn builder() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(limits::STREAM_WINDOW)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW)
+        .max_frame_size(limits::HTTP2_FRAME_BYTES_MAX)
+        .max_header_list_size(limits::HEAD_BYTES_MAX)
+        .keep_alive_interval(limits::PING_PERIOD)
+        .keep_alive_timeout(limits::PING_WAIT);
+    builder
+}
+
+/// Host and port of `HOST:PORT`, `[V6]:PORT`, or either without a port.
+fn split_port(authority: &str) -> (&str, Option<&str>) {
+    if let Some((host, rest)) = authority.strip_prefix('[').and_then(|v6| v6.split_once(']')) {
+        return (host, rest.strip_prefix(':'));
+    }
+    match authority.rsplit_once(':') {
+        Some((host, port)) => (host, Some(port)),
+        None => (authority, None),
+    }
+}
+
+/// `text` as the value of a query parameter.
+fn encode_query(text: &str) -> String {
+    let mut query = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                query.push(char::from(byte));
+            }
+            byte => query.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    query
+}
+
+async fn upload(mut file: impl AsyncRead + Unpin, sender: body::Sender) -> Result<(), Error> {
+    loop {
+        let mut piece = BytesMut::with_capacity(limits::BODY_PIECE_BYTES);
+        while piece.len() < piece.capacity() {
+            if file.read_buf(&mut piece).await.map_err(Error::ReadUpload)? == 0 {
+                break;
+            }
+        }
+        if piece.is_empty() {
+            sender.finish();
+            return Ok(());
+        }
+        if sender.send(piece.freeze()).await.is_err() {
+            return Ok(()); // The server answers before the end of what it refuses.
+        }
+    }
+}
+
+/// A connection that ends with its value.
+struct Connection {
+    sender: http2::SendRequest<Body>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The head of a response, and the body to come.
+struct Answer {
+    status: StatusCode,
+    node_id: Option<NodeId>,
+    cluster_id: Option<String>,
+    body: Incoming,
+    _connection: Connection,
+}
+
+impl Answer {
+    fn new(response: Response<Incoming>, connection: Connection) -> Answer {
+        let header = |name: &str| response.headers().get(name).and_then(|id| id.to_str().ok());
+        Answer {
+            status: response.status(),
+            node_id: header(NODE_ID).and_then(|id| id.parse().ok()),
+            cluster_id: header(CLUSTER_ID).map(str::to_owned),
+            body: response.into_body(),
+            _connection: connection,
+        }
+    }
+}
+
+/// An open replication stream.
+pub struct Stream {
+    client: Client,
+    /// The primary's id.
+    pub node_id: Option<NodeId>,
+    /// The primary's cluster id, unchecked.
+    pub cluster_id: Option<String>,
+    decoder: Decoder,
+    is_ready: bool,
+    answer: Answer,
+}
+
+impl Stream {
+    /// The next event; `None` if the stream ended cleanly. Silence is an error: of five heartbeats on
+    /// an idle stream, of a minute where LiteFS sends none.
+    pub async fn next(&mut self) -> Result<Option<Event>, Error> {
+        loop {
+            if let Some(event) = self.decoder.next().map_err(|source| self.frame_error(source))? {
+                self.is_ready |= event == Event::Frame(frame::Frame::Ready);
+                return Ok(Some(event));
+            }
+            let idle = self.is_ready && !self.decoder.is_inside_ltx();
+            let wait = if idle { limits::HEARTBEAT_WAIT } else { limits::SNAPSHOT_WAIT };
+            match self.client.next_data(&mut self.answer.body, wait).await? {
+                Some(data) => self.decoder.push(data),
+                None => {
+                    let end = self.decoder.finish();
+                    return end.map(|()| None).map_err(|source| self.frame_error(source));
+                }
+            }
+        }
+    }
+
+    fn frame_error(&self, source: frame::Error) -> Error {
+        Error::Frame { address: self.client.address(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(url: &str, expected: Result<&str, &str>) {
+        let address = Client::new(url).map(|client| client.address());
+        let address = address.map_err(|error| error.to_string());
+        assert_eq!(address, expected.map(str::to_owned).map_err(str::to_owned), "{url}");
+    }
+
+    #[test]
+    fn a_url_is_reduced_to_its_address() {
+        check("http://10.0.0.1:20202", Ok("10.0.0.1:20202"));
+        check("http://node:20202/path?query#part", Ok("node:20202"));
+        check("https://user:password@node", Ok("node:443"));
+        check("http://node", Ok("node:80"));
+        check("http://[::1]:20202/", Ok("[::1]:20202"));
+        check("http://[::1]", Ok("[::1]:80"));
+    }
+
+    #[test]
+    fn a_url_without_an_address_is_refused() {
+        check("", Err("invalid URL scheme"));
+        check("localhost:20202", Err("invalid URL scheme"));
+        check("ftp://node", Err("invalid URL scheme"));
+        check("http://", Err("URL host required"));
+        check("http://:20202", Err("URL host required"));
+        check("http://node:port", Err("invalid URL port"));
+        check("http://node:70000", Err("invalid URL port"));
+    }
+
+    #[test]
+    fn a_name_cannot_leave_its_query_parameter() {
+        assert_eq!(encode_query("a b&c=ü/.db"), "a%20b%26c%3D%C3%BC%2F.db");
+    }
+}

@@ -1,0 +1,121 @@
+//! The JSON documents of the API: `/info` (LiteFS's) and `/status` (ours).
+//!
+//! Unknown fields are ignored when reading, so that nodes of different versions understand each
+//! other.
+
+use serde::{Deserialize, Serialize};
+
+/// `GET /info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Info {
+    /// The cluster id; absent until there is one.
+    #[serde(rename = "clusterID", default, skip_serializing_if = "Option::is_none")]
+    pub cluster_id: Option<String>,
+    /// Whether the node is the primary.
+    pub is_primary: bool,
+    /// Whether the node may become primary.
+    pub candidate: bool,
+    /// The data directory.
+    pub path: String,
+    /// The primary as the node knows it.
+    pub primary: InfoPrimary,
+}
+
+/// The primary in [`Info`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InfoPrimary {
+    /// Its host name; empty if unknown.
+    pub hostname: String,
+}
+
+/// `GET /status`: what `litefs status` prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// The version of the program.
+    pub version: String,
+    /// The node id, drawn anew at each start.
+    pub node_id: String,
+    /// The cluster id; absent until there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_id: Option<String>,
+    /// What the node is.
+    pub role: StatusRole,
+    /// Whether the node may become primary.
+    pub candidate: bool,
+    /// The data directory.
+    pub path: String,
+    /// The primary that the node follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub primary: Option<StatusPrimary>,
+    /// How far a replica is behind, in milliseconds; absent on the primary and before first contact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_ms: Option<i64>,
+    /// The databases by name.
+    pub databases: Vec<StatusDatabase>,
+}
+
+/// The role in [`Status`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StatusRole {
+    /// Takes writes.
+    Primary,
+    /// Follows a primary.
+    Replica,
+    /// Knows no primary.
+    Unknown,
+}
+
+/// The primary in [`Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusPrimary {
+    /// Its host name.
+    pub hostname: String,
+    /// Where its API answers.
+    pub advertise_url: String,
+}
+
+/// A database in [`Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusDatabase {
+    /// Its name in the mount.
+    pub name: String,
+    /// Its position, `TXID/CHECKSUM`.
+    pub position: String,
+    /// Its journal mode: `wal` or `rollback`.
+    pub mode: String,
+    /// Bytes of a page; 0 if nothing was ever written.
+    pub page_size: u32,
+    /// Its size in pages.
+    pub page_count: u32,
+    /// Why it cannot be written or followed; absent if all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// Whether its files are read and written past the daemon; absent if unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passthrough: Option<bool>,
+    /// The transaction before which everything is in the backup; 0 without one.
+    pub hwm: u64,
+    /// How many files recovery or a rejoin set aside.
+    pub lost_found: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The answer of a LiteFS primary.
+    const RECORDED: &str = include_str!("../../tests/fixtures/stream/info.json");
+
+    #[test]
+    fn info_reads_and_writes_what_litefs_answers() {
+        let info: Info = serde_json::from_str(RECORDED).unwrap();
+        assert!(info.is_primary && info.candidate);
+        assert_eq!(info.primary.hostname, "primary");
+        assert_eq!(serde_json::to_string_pretty(&info).unwrap() + "\n", RECORDED);
+    }
+}

@@ -1,11 +1,35 @@
 //! FUSE requests as calls on one trait, [`Volume`].
+//!
+//! The crate speaks the kernel's protocol itself. A transport (`dev`) reads a request,
+//! `request` decodes it, `dispatch` makes one call on the volume, `reply` encodes the answer, and
+//! the transport carries it back. `nodes` and `passthrough` hold what the kernel has looked up and
+//! opened; `notify` tells it what is stale; `mount` begins and ends it all.
+//!
+//! `unsafe` stands in `ioctl` and where a descriptor is received, and nowhere else.
 
+mod abi;
+mod dev;
+mod dispatch;
+mod error;
+mod init;
+mod interrupt;
+mod ioctl;
+mod mount;
+mod mount_point;
+mod nodes;
+mod notify;
+mod passthrough;
+mod reply;
+mod request;
 mod volume;
 
+pub use error::Error;
+pub use mount::{Mount, MountOptions, PassthroughMode, Transport, mount};
 pub use nix::errno::Errno;
+pub use notify::Notifier;
 pub use volume::{
-    Attr, Conflict, DirEntry, Entry, FileType, LockKind, Lookup, OpenMode, Opened, Owner, ROOT,
-    Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,
+    Attr, Conflict, Created, DirEntry, Entry, FileType, LockKind, Lookup, OpenMode, Opened, Owner,
+    ROOT, Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,
 };
 
 /// The kernel's side of a mount: what it granted, and how to tell it of changes.
@@ -16,7 +40,3 @@ pub struct Kernel {
     /// Tells the kernel that cached names, attributes and pages are stale.
     pub notifier: Notifier,
 }
-
-/// Tells the kernel that what it caches is stale.
-#[derive(Debug, Clone)]
-pub struct Notifier;

@@ -134,6 +134,9 @@ pub struct Opened<H> {
     pub mode: OpenMode,
 }
 
+/// A file that was made and opened in one step.
+pub type Created<N, H> = (Entry<N>, Opened<H>);
+
 /// The attributes that a SETATTR changes; everything else about it is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SetAttr {
@@ -186,8 +189,10 @@ pub struct StatFs {
 
 /// The duty to answer one request. Dropped unanswered, it answers EIO.
 pub struct Reply<T> {
-    answer: Option<Box<dyn FnOnce(Result<T, Errno>) + Send>>,
+    answer: Option<Answer<T>>,
 }
+
+type Answer<T> = Box<dyn FnOnce(Result<T, Errno>) + Send>;
 
 impl<T> Reply<T> {
     /// A reply that hands its one answer to `answer`.
@@ -251,7 +256,7 @@ pub trait Volume: Send + Sync + 'static {
         name: &OsStr,
         flags: i32,
         mode: u32,
-    ) -> Result<(Entry<Self::Node>, Opened<Self::Handle>), Errno>;
+    ) -> Result<Created<Self::Node, Self::Handle>, Errno>;
     /// Removes a name.
     fn unlink(&self, name: &OsStr, reply: Reply<()>);
     /// Fills `buf` from `offset`; how many bytes, fewer only at the end of the file.

@@ -1,0 +1,116 @@
+//! The first exchange of a mount: which version, limits and features both sides have.
+//!
+//! Asked for on purpose: locks of the mount's own (POSIX_LOCKS), page caches that only we
+//! invalidate (EXPLICIT_INVAL_DATA), backing files (PASSTHROUGH, which needs a stack depth and no
+//! write-back cache). Left out on purpose: write-back cache (a write must be here when the call
+//! returns), AUTO_INVAL_DATA (a changed mtime would drop the cache), ATOMIC_O_TRUNC (so that
+//! O_TRUNC arrives as SETATTR), NO_OPEN_SUPPORT and READDIRPLUS. HANDLE_KILLPRIV_V2 says that no
+//! file here carries privileges that a write must strip, which spares the kernel its look for
+//! them at each write.
+
+use nix::errno::Errno;
+
+use crate::abi::{self, init};
+use crate::error::Error;
+use crate::mount::PassthroughMode;
+
+/// The most bytes that one read or write request carries.
+pub(crate) const TRANSFER_MAX: usize = 1 << 20;
+/// The same in pages, which are at least 4 KiB.
+const TRANSFER_PAGES: u16 = 256;
+/// How far the kernel reads ahead: enough for a scan of a database, little for single pages.
+const READAHEAD_MAX: u32 = 128 << 10;
+/// How many requests nobody waits for (read-ahead, release, pages of a mapping) may be under way.
+const BACKGROUND_MAX: u16 = 64;
+
+/// The answer to INIT, and what both sides have.
+#[derive(Debug)]
+pub(crate) struct Agreed {
+    pub answer: abi::InitOut,
+    pub passthrough: bool,
+}
+
+/// What to answer to the kernel's offer.
+pub(crate) fn agree(offer: &abi::InitIn, mode: PassthroughMode) -> Result<Agreed, Error> {
+    let version = (offer.major, offer.minor);
+    if version < (abi::MAJOR, abi::MINOR_MIN) {
+        return Err(Error::KernelTooOld { major: offer.major, minor: offer.minor });
+    }
+    let flags = (u64::from(offer.flags2) << 32 | u64::from(offer.flags)) & wanted(mode);
+    let required = init::POSIX_LOCKS | init::INIT_EXT;
+    if flags & required != required {
+        return Err(Error::Session { doing: "negotiate fuse features", source: Errno::ENOTSUP });
+    }
+    let passthrough = flags & init::PASSTHROUGH != 0;
+    let answer = abi::InitOut {
+        major: abi::MAJOR,
+        minor: if offer.major > abi::MAJOR {
+            abi::MINOR_MAX
+        } else {
+            offer.minor.min(abi::MINOR_MAX)
+        },
+        max_readahead: offer.max_readahead.min(READAHEAD_MAX),
+        flags: flags as u32,
+        flags2: (flags >> 32) as u32,
+        max_background: BACKGROUND_MAX,
+        congestion_threshold: BACKGROUND_MAX / 4 * 3,
+        max_write: TRANSFER_MAX as u32,
+        time_gran: 1,
+        max_pages: TRANSFER_PAGES,
+        max_stack_depth: u32::from(passthrough),
+        ..abi::InitOut::default()
+    };
+    Ok(Agreed { answer, passthrough })
+}
+
+fn wanted(mode: PassthroughMode) -> u64 {
+    let always = init::ASYNC_READ
+        | init::POSIX_LOCKS
+        | init::BIG_WRITES
+        | init::PARALLEL_DIROPS
+        | init::MAX_PAGES
+        | init::EXPLICIT_INVAL_DATA
+        | init::HANDLE_KILLPRIV_V2
+        | init::INIT_EXT
+        | init::DIRECT_IO_ALLOW_MMAP;
+    match mode {
+        PassthroughMode::Auto => always | init::PASSTHROUGH,
+        PassthroughMode::Off => always,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(minor: u32, flags: u64) -> abi::InitIn {
+        abi::InitIn {
+            major: 7,
+            minor,
+            max_readahead: 1 << 20,
+            flags: flags as u32,
+            flags2: (flags >> 32) as u32,
+            ..abi::InitIn::default()
+        }
+    }
+
+    #[test]
+    fn only_what_is_offered_and_wanted_is_agreed() {
+        let agreed = agree(&offer(45, u64::MAX), PassthroughMode::Auto).unwrap();
+        assert!(agreed.passthrough);
+        assert_eq!(agreed.answer.max_stack_depth, 1);
+        assert_eq!(agreed.answer.flags & (1 << 16), 0, "write-back cache");
+        let agreed = agree(&offer(45, u64::MAX), PassthroughMode::Off).unwrap();
+        assert!(!agreed.passthrough);
+        let old = init::INIT_EXT | init::POSIX_LOCKS;
+        let agreed = agree(&offer(36, old), PassthroughMode::Auto).unwrap();
+        assert!(!agreed.passthrough);
+        assert_eq!((agreed.answer.minor, agreed.answer.flags2), (36, 0));
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_named() {
+        let error = agree(&offer(31, u64::MAX), PassthroughMode::Auto).unwrap_err();
+        assert!(matches!(error, Error::KernelTooOld { major: 7, minor: 31 }));
+    }
+}

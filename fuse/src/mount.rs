@@ -1,0 +1,327 @@
+//! Mounting and unmounting: options in, a [`Mount`] out that serves until it ends.
+//!
+//! Steps of [`mount`]: free the mount point of a mount whose process is gone; open the device and
+//! mount it (root by mount(2), others through fusermount3); answer INIT; see whether backing
+//! files work; tell the volume; start the workers. Nothing reaches the volume before
+//! [`Volume::mounted`] has returned.
+
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::dev::{self, Buffer, Channel};
+use crate::dispatch::{Session, Trace};
+use crate::error::Error;
+use crate::init;
+use crate::interrupt::Waits;
+use crate::mount_point;
+use crate::notify::{Notifier, Shared};
+use crate::passthrough::{self, Ways};
+use crate::reply::Responder;
+use crate::request::{Operation, Parts};
+use crate::volume::Volume;
+use crate::{Kernel, abi};
+
+/// Whether files may be served by the kernel from their backing files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PassthroughMode {
+    /// Where the kernel can do it and lets this process.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// How requests travel between the kernel and this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Transport {
+    /// The best one that works here.
+    #[default]
+    Auto,
+    /// By read(2) and write(2) on `/dev/fuse`.
+    Dev,
+}
+
+/// What to mount where.
+#[derive(Debug)]
+pub struct MountOptions {
+    /// The mount point, an existing directory.
+    pub dir: PathBuf,
+    /// Whether other users than the one who mounts may use it.
+    pub allow_other: bool,
+    /// Whether backing files are used.
+    pub passthrough: PassthroughMode,
+    /// A regular file on the file system of the backing files, on which passthrough is tried.
+    pub probe: File,
+    /// Leave a mount of a process that is gone in place, and fail.
+    pub skip_unmount_stale: bool,
+    /// Log each request at level debug.
+    pub debug: bool,
+    /// How requests travel.
+    pub transport: Transport,
+    /// How many workers read `/dev/fuse`; zero for the default.
+    pub workers: usize,
+}
+
+impl MountOptions {
+    /// The defaults: one user, passthrough if it works, stale mounts freed.
+    pub fn new(dir: impl Into<PathBuf>, probe: File) -> MountOptions {
+        MountOptions {
+            dir: dir.into(),
+            allow_other: false,
+            passthrough: PassthroughMode::Auto,
+            probe,
+            skip_unmount_stale: false,
+            debug: false,
+            transport: Transport::Auto,
+            workers: 0,
+        }
+    }
+}
+
+/// A mounted volume. Dropped, it is unmounted as soon as nobody uses it any more.
+#[derive(Debug)]
+pub struct Mount {
+    dir: PathBuf,
+    notifier: Notifier,
+    end: Arc<End>,
+}
+
+/// Workers without a number in the options. A request that the kernel sends holds one only while
+/// the volume computes; waiting is done without a thread.
+const WORKERS: usize = 2;
+
+/// How long the workers may take to see that their mount is gone. They see it at once, unless
+/// another mount namespace still has it.
+const UNMOUNT_WAIT: Duration = Duration::from_secs(5);
+
+/// Mounts `volume` as `options` say.
+pub fn mount<V: Volume>(volume: Arc<V>, options: MountOptions) -> Result<Mount, Error> {
+    let dir = mount_point::prepare(&options.dir, options.skip_unmount_stale)?;
+    let device = mount_point::mount(&dir, options.allow_other)?;
+    let mut guard = UnmountOnError { dir: Some(&dir) };
+    let channel = Arc::new(Channel::new(device));
+    let mount = start(volume, &options, dir.clone(), channel)?;
+    guard.dir = None;
+    Ok(mount)
+}
+
+/// Takes a half-made mount away again.
+struct UnmountOnError<'a> {
+    dir: Option<&'a Path>,
+}
+
+impl Drop for UnmountOnError<'_> {
+    fn drop(&mut self) {
+        if let Some(dir) = self.dir {
+            let _ = mount_point::detach(dir);
+        }
+    }
+}
+
+fn start<V: Volume>(
+    volume: Arc<V>,
+    options: &MountOptions,
+    dir: PathBuf,
+    channel: Arc<Channel>,
+) -> Result<Mount, Error> {
+    let offered = handshake(&channel, options.passthrough)?;
+    let passthrough = offered && try_backing(&channel, &options.probe);
+    let (notifier, posts) = Notifier::connected(channel.clone());
+    let ways = Ways::new(channel.clone(), passthrough);
+    let trace = if options.debug { Trace::On } else { Trace::Off };
+    let session = Arc::new(Session::new(volume.clone(), ways, trace));
+    volume.mounted(Kernel { passthrough, notifier: notifier.clone() });
+
+    let channels = channels(&channel, options.workers)?;
+    let end = Arc::new(End::new(channels.len(), posts.clone(), session.waits.clone()));
+    spawn("fuse-notify", move || posts.carry_out())?;
+    let repeater = session.clone();
+    spawn("fuse-interrupt", move || repeater.waits.clone().repeat(repeater.volume.clone()))?;
+    for (index, channel) in channels.into_iter().enumerate() {
+        let (session, end) = (session.clone(), end.clone());
+        spawn(&format!("fuse-{index}"), move || {
+            if let Err(error) = dev::work(&session, &channel) {
+                tracing::error!(%error, "fuse worker ended");
+            }
+            end.one_less();
+        })?;
+    }
+    Ok(Mount { dir, notifier, end })
+}
+
+/// A channel for each worker.
+fn channels(first: &Arc<Channel>, wanted: usize) -> Result<Vec<Arc<Channel>>, Error> {
+    let wanted = if wanted == 0 { WORKERS } else { wanted };
+    let mut channels = vec![first.clone()];
+    while channels.len() < wanted {
+        let another = first.another();
+        let source = |source| Error::Session { doing: "clone fuse device", source };
+        channels.push(Arc::new(another.map_err(source)?));
+    }
+    Ok(channels)
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(run);
+    spawned.map(drop).map_err(|error| Error::Session {
+        doing: "start fuse thread",
+        source: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)),
+    })
+}
+
+/// Answers INIT; whether the kernel can do passthrough.
+fn handshake(channel: &Arc<Channel>, mode: PassthroughMode) -> Result<bool, Error> {
+    let failed = |source| Error::Session { doing: "read fuse init", source };
+    let mut buffer = Buffer::new();
+    let len = loop {
+        match channel.receive(buffer.room()) {
+            Err(Errno::EINTR) => {}
+            other => break other.map_err(failed)?,
+        }
+    };
+    let parts = Parts::of_message(&buffer.room()[..len]).map_err(|_| failed(Errno::EPROTO))?;
+    let Ok(Operation::Init(offer)) = parts.decode() else {
+        return Err(failed(Errno::EPROTO));
+    };
+    let responder = Responder::new(channel.clone(), parts.header.unique);
+    let agreed = init::agree(&offer, mode)?;
+    tracing::debug!(
+        minor = offer.minor,
+        flags = agreed.answer.flags,
+        flags2 = agreed.answer.flags2,
+        "fuse session"
+    );
+    responder.value::<abi::InitOut>(&agreed.answer);
+    Ok(agreed.passthrough)
+}
+
+fn try_backing(channel: &Channel, file: &File) -> bool {
+    match passthrough::probe(channel, file) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::info!(%error, "fuse passthrough not available");
+            false
+        }
+    }
+}
+
+impl Mount {
+    /// Where it is mounted.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How to tell the kernel of changes.
+    pub fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+
+    /// Has `call` called once when the mount has ended, whoever unmounted it; at once if it has.
+    /// A second one replaces the first. The thread that calls it is a worker about to end.
+    pub fn on_end(&self, call: impl FnOnce() + Send + 'static) {
+        self.end.on_end(Box::new(call));
+    }
+
+    /// Waits until the mount has ended.
+    pub fn wait(&self) {
+        self.end.wait();
+    }
+
+    /// Unmounts, and waits until the last request is served. While somebody has a file open this
+    /// fails with [`Error::Busy`], and the mount goes on.
+    pub fn unmount(&self) -> Result<(), Error> {
+        if self.end.is_over() {
+            return Ok(());
+        }
+        mount_point::unmount(&self.dir)?;
+        if self.end.wait_at_most(UNMOUNT_WAIT).is_err() {
+            tracing::warn!(dir = %self.dir.display(), "still mounted in another namespace");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if !self.end.is_over()
+            && let Err(error) = mount_point::detach(&self.dir)
+        {
+            tracing::error!(%error, "unmount");
+        }
+    }
+}
+
+/// How many workers still serve, and whom to tell when none does.
+struct End {
+    state: Mutex<Serving>,
+    changed: Condvar,
+    posts: Arc<Shared>,
+    waits: Arc<Waits>,
+}
+
+struct Serving {
+    workers: usize,
+    on_end: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl End {
+    fn new(workers: usize, posts: Arc<Shared>, waits: Arc<Waits>) -> End {
+        let state = Mutex::new(Serving { workers, on_end: None });
+        End { state, changed: Condvar::new(), posts, waits }
+    }
+
+    fn one_less(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.workers -= 1;
+        if state.workers > 0 {
+            return;
+        }
+        let on_end = state.on_end.take();
+        drop(state);
+        self.changed.notify_all();
+        self.posts.stop();
+        self.waits.stop();
+        if let Some(call) = on_end {
+            call();
+        }
+    }
+
+    fn on_end(&self, call: Box<dyn FnOnce() + Send>) {
+        let mut state = self.state.lock().unwrap();
+        if state.workers > 0 {
+            state.on_end = Some(call);
+            return;
+        }
+        drop(state);
+        call();
+    }
+
+    fn is_over(&self) -> bool {
+        self.state.lock().unwrap().workers == 0
+    }
+
+    /// An error if it has not ended by then.
+    fn wait_at_most(&self, limit: Duration) -> Result<(), ()> {
+        let state = self.state.lock().unwrap();
+        let serving = |state: &mut Serving| state.workers > 0;
+        let (state, _) = self.changed.wait_timeout_while(state, limit, serving).unwrap();
+        if state.workers > 0 { Err(()) } else { Ok(()) }
+    }
+
+    fn wait(&self) {
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |state| state.workers > 0).unwrap());
+    }
+}
+
+impl fmt::Debug for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("End").field("workers", &self.state.lock().unwrap().workers).finish()
+    }
+}

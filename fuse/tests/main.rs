@@ -1,0 +1,16 @@
+//! The file system mounted for real, with a small volume over a temporary directory.
+
+#![allow(clippy::unwrap_used, reason = "a step that fails fails the test")]
+
+// The volume: files of a directory, POSIX locks, everything counted.
+mod volume;
+// Another process that opens, locks and waits as it is told.
+mod child;
+// Reading, writing, listing, removing; with and without backing files.
+mod files;
+// Locks between processes, waiting, interruption.
+mod locks;
+// What the mount itself does: ending, stale mounts, notifications, panics.
+mod mounts;
+// SQLite's own program at work on the mount.
+mod sqlite;

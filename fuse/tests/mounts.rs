@@ -1,0 +1,216 @@
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fuse::Error;
+use nix::errno::Errno;
+
+use crate::volume::{TempVolume, Way, directories, mounted, options, wait_for};
+
+const VARIABLE: &str = "FUSE_TEST_MOUNT";
+
+#[test]
+fn an_open_file_keeps_the_mount_and_the_error_says_so() {
+    let mounted = mounted(Way::Cached);
+    let file = File::create(mounted.path("db")).unwrap();
+    let error = mounted.mount.unmount().unwrap_err();
+    assert!(matches!(&error, Error::Busy { dir } if *dir == mounted.dir));
+    assert!(error.to_string().contains(mounted.dir.to_str().unwrap()));
+    drop(file);
+    mounted.mount.unmount().unwrap();
+    mounted.mount.unmount().unwrap();
+    assert!(!mounted.path("db").exists());
+}
+
+#[test]
+fn a_mount_that_somebody_else_unmounts_has_ended() {
+    let mounted = mounted(Way::Cached);
+    let ended = Arc::new(AtomicBool::new(false));
+    let tell = ended.clone();
+    mounted.mount.on_end(move || tell.store(true, Ordering::SeqCst));
+    assert!(!ended.load(Ordering::SeqCst));
+    nix::mount::umount(&mounted.dir).unwrap();
+    mounted.mount.wait();
+    wait_for("the callback", || ended.load(Ordering::SeqCst));
+    let tell = ended.clone();
+    mounted.mount.on_end(move || tell.store(false, Ordering::SeqCst));
+    assert!(!ended.load(Ordering::SeqCst), "called at once");
+}
+
+#[test]
+fn a_dropped_mount_serves_until_its_files_are_closed() {
+    let mounted = mounted(Way::Cached);
+    let file = File::create(mounted.path("db")).unwrap();
+    let (dir, volume) = (mounted.dir.clone(), mounted.volume.clone());
+    let ended = Arc::new(AtomicBool::new(false));
+    let tell = ended.clone();
+    mounted.mount.on_end(move || tell.store(true, Ordering::SeqCst));
+    drop(mounted.mount);
+    assert!(!dir.join("db").exists());
+    file.write_all_at(b"late", 0).unwrap();
+    assert_eq!(volume.calls("write"), 1);
+    drop(file);
+    wait_for("the end", || ended.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_live_mount_is_not_mounted_over() {
+    let mounted = mounted(Way::Cached);
+    let temp = mounted.dir.parent().unwrap();
+    let volume = Arc::new(TempVolume::new(temp, Way::Cached));
+    let error = fuse::mount(volume, options(temp)).unwrap_err();
+    assert!(matches!(error, Error::AlreadyMounted { dir } if dir == mounted.dir));
+}
+
+#[test]
+fn a_mount_point_must_be_a_directory() {
+    let temp = tempfile::tempdir().unwrap();
+    let volume = Arc::new(TempVolume::new(temp.path(), Way::Cached));
+    let error = fuse::mount(volume.clone(), options(temp.path())).unwrap_err();
+    assert!(matches!(error, Error::Directory { source: Errno::ENOENT, .. }));
+    File::create(temp.path().join("mount")).unwrap();
+    let error = fuse::mount(volume, options(temp.path())).unwrap_err();
+    assert!(matches!(error, Error::Directory { source: Errno::ENOTDIR, .. }));
+}
+
+/// The mount of a killed process is taken away, unless that is not wanted.
+#[test]
+fn a_stale_mount_is_replaced() {
+    let temp = tempfile::tempdir().unwrap();
+    directories(temp.path());
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "mounts::mounts_for_another_test", "--nocapture"])
+        .env(VARIABLE, temp.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("is mounted")));
+    let dir = temp.path().join("mount");
+    assert!(dir.join("db").exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let stale = std::fs::metadata(&dir).unwrap_err();
+    assert_eq!(stale.raw_os_error(), Some(libc::ENOTCONN));
+
+    let volume = || Arc::new(TempVolume::new(&temp.path().join("backing"), Way::Cached));
+    let mut keep = options(temp.path());
+    keep.skip_unmount_stale = true;
+    let error = fuse::mount(volume(), keep).unwrap_err();
+    assert!(matches!(error, Error::Stale { .. }));
+    let mount = fuse::mount(volume(), options(temp.path())).unwrap();
+    assert!(dir.metadata().unwrap().is_dir());
+    mount.unmount().unwrap();
+    assert!(dir.metadata().unwrap().is_dir());
+}
+
+/// Started by [`a_stale_mount_is_replaced`]; alone, it mounts and unmounts for itself.
+#[test]
+fn mounts_for_another_test() {
+    let own = tempfile::tempdir().unwrap();
+    let variable = std::env::var_os(VARIABLE);
+    let temp = variable.as_ref().map_or(own.path(), Path::new);
+    directories(temp);
+    let volume = Arc::new(TempVolume::new(&temp.join("backing"), Way::Cached));
+    let mount = fuse::mount(volume, options(temp)).unwrap();
+    File::create(temp.join("mount/db")).unwrap();
+    if variable.is_some() {
+        println!("{} is mounted", temp.display());
+        // Until the parent kills us; if it dies instead, this ends.
+        std::io::stdin().lines().for_each(drop);
+    }
+    mount.unmount().unwrap();
+}
+
+#[test]
+fn a_panic_in_a_call_is_an_error_and_the_mount_goes_on() {
+    let mounted = mounted(Way::Cached);
+    for _ in 0..10 {
+        let error = File::create(mounted.path("panic")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    File::create(mounted.path("db")).unwrap();
+}
+
+#[test]
+fn a_notification_drops_the_cached_pages() {
+    let mounted = mounted(Way::Cached);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mounted.path("db"))
+        .unwrap();
+    file.write_all(b"old").unwrap();
+    let read = || {
+        let mut back = [0; 3];
+        file.read_exact_at(&mut back, 0).unwrap();
+        back
+    };
+    assert_eq!(&read(), b"old");
+    let backing = OpenOptions::new().write(true).open(mounted.backing("db")).unwrap();
+    backing.write_all_at(b"new", 0).unwrap();
+    assert_eq!(&read(), b"old", "cached");
+    let (ino, notifier) = (mounted.volume.ino("db"), mounted.mount.notifier());
+    notifier.inval_attr(ino).unwrap();
+    assert_eq!(&read(), b"old", "attributes only");
+    notifier.inval_inode(ino, 0, 0).unwrap();
+    assert_eq!(&read(), b"new");
+    backing.write_all_at(b"2nd", 0).unwrap();
+    notifier.post_inval_inode(ino, 0, 3);
+    wait_for("the posted one", || &read() == b"2nd");
+    notifier.inval_inode(4711, 0, 0).unwrap();
+}
+
+#[test]
+fn a_notification_drops_a_name() {
+    let mounted = mounted(Way::Cached);
+    let missing = || mounted.path("remembered-missing").exists();
+    let lookups = || mounted.volume.calls("lookup");
+    assert!(!missing());
+    let before = lookups();
+    assert!(!missing());
+    assert_eq!(lookups(), before);
+    let notifier = mounted.mount.notifier();
+    notifier.inval_entry("remembered-missing".as_ref()).unwrap();
+    assert!(!missing());
+    assert_eq!(lookups(), before + 1);
+    notifier.post_inval_entry("remembered-missing".as_ref());
+    wait_for("the posted one", || {
+        missing();
+        lookups() == before + 2
+    });
+    File::create(mounted.path("db")).unwrap();
+    notifier.delete(mounted.volume.ino("db"), "db".as_ref()).unwrap();
+    let before = lookups();
+    assert!(mounted.path("db").exists());
+    assert_eq!(lookups(), before + 1);
+}
+
+#[test]
+fn many_threads_work_at_once() {
+    let mounted = mounted(Way::Direct);
+    std::thread::scope(|scope| {
+        for thread in 0..8u8 {
+            let path = mounted.path(&format!("file-{thread}"));
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let mut options = OpenOptions::new();
+                    let file = options.read(true).write(true).create_new(true).open(&path).unwrap();
+                    file.write_all_at(&[thread; 100], 0).unwrap();
+                    let mut back = [0; 100];
+                    file.read_exact_at(&mut back, 0).unwrap();
+                    assert_eq!(back, [thread; 100]);
+                    drop(file);
+                    nix::unistd::unlink(&path).unwrap();
+                }
+            });
+        }
+    });
+    wait_for("every release", || mounted.volume.calls("release") == 400);
+}

@@ -71,3 +71,49 @@ impl PageOrder {
         next + u64::from(next == u64::from(self.lock))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::PageSize;
+
+    fn order(kind: Kind, page_size: PageSize, commit: u32) -> PageOrder {
+        PageOrder { commit, lock: page_size.lock_pgno().0, kind, last: 0 }
+    }
+
+    #[test]
+    fn a_snapshot_steps_over_the_lock_page() {
+        for page_size in (9..=16).filter_map(|bits| PageSize::new(1 << bits)) {
+            let lock = page_size.lock_pgno().0;
+            // The lock page just past the end, as the last page, and in the middle.
+            for commit in [lock - 1, lock, lock + 1, lock + 2] {
+                let mut order = order(Kind::Snapshot, page_size, commit);
+                for pgno in (1..lock).chain(lock + 1..=commit) {
+                    assert!(order.finish().is_err(), "page {pgno} of {commit} is missing");
+                    order.next(Pgno(pgno)).unwrap();
+                }
+                order.finish().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn the_lock_page_is_nowhere() {
+        let lock = PageSize::MAX.lock_pgno();
+        for kind in [Kind::Snapshot, Kind::Changes] {
+            let mut order = order(kind, PageSize::MAX, lock.0 + 1);
+            order.last = lock.0 - 1;
+            assert!(matches!(order.next(lock), Err(Error::LockPage(_))));
+            order.next(Pgno(lock.0 + 1)).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_last_page_number_of_all_is_fine() {
+        let mut order = order(Kind::Snapshot, PageSize::MAX, u32::MAX);
+        order.last = u32::MAX - 1;
+        order.next(Pgno(u32::MAX)).unwrap();
+        order.finish().unwrap();
+        assert!(matches!(order.next(Pgno(1)), Err(Error::SnapshotOrder { .. })));
+    }
+}

@@ -4,7 +4,10 @@ use std::fs;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
-use ltx::{AnyReader, Compression, Decoder, Encoder, Error, Header, Pgno, Trailer};
+use ltx::{
+    AnyReader, Checksum, Compression, Decoder, Encoder, Error, Header, NodeId, PageSize, Pgno,
+    Trailer, Txid,
+};
 
 /// What a file says: its header, its pages, its trailer.
 #[derive(Debug, PartialEq)]
@@ -56,4 +59,41 @@ pub fn encode(content: &Content, compression: Compression) -> Vec<u8> {
         encoder.page(*pgno, page).unwrap();
     }
     encoder.finish(content.trailer.post_apply).unwrap().0
+}
+/// A header of transaction `txid`, made on the checksum `pre`.
+pub fn header(page_size: u32, txid: u64, commit: u32, pre: Checksum) -> Header {
+    Header {
+        compression: Compression::None,
+        page_size: PageSize::new(page_size).unwrap(),
+        commit,
+        min_txid: Txid(txid),
+        max_txid: Txid(txid),
+        timestamp_ms: 1_700_000_000_123,
+        pre_apply: pre,
+        wal_offset: 0,
+        wal_size: 0,
+        wal_salt1: 0,
+        wal_salt2: 0,
+        node_id: NodeId(0x1122_3344_5566_7788),
+    }
+}
+
+/// A page that compresses in parts: noise from `seed`, then zeros.
+pub fn page(page_size: u32, seed: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut page = vec![0; page_size as usize];
+    for byte in &mut page[..page_size as usize / 3] {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        *byte = state as u8;
+    }
+    page
+}
+
+/// The checksum of a database of these pages, which must be without the lock page.
+pub fn rolling<'a>(pages: impl IntoIterator<Item = (Pgno, &'a [u8])>) -> Checksum {
+    pages
+        .into_iter()
+        .fold(Checksum::EMPTY, |sum, (pgno, data)| sum.toggle(ltx::page_checksum(pgno, data)))
 }

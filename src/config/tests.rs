@@ -1,0 +1,209 @@
+//! The configuration file: defaults, every key, and what is refused, with the message.
+
+use super::*;
+
+fn read(text: &str) -> Result<Config, Error> {
+    parse(Path::new("/etc/litefs.yml"), text)
+}
+
+#[track_caller]
+fn refused(text: &str, message: &str) {
+    assert_eq!(read(text).unwrap_err().to_string(), message);
+}
+
+#[track_caller]
+fn invalid(text: &str, message: &str) {
+    assert_eq!(read(text).unwrap().check().unwrap_err().to_string(), message);
+}
+
+#[test]
+fn defaults_stand_where_the_file_is_silent() {
+    let config = read("lease:\n  type: static\n").unwrap();
+    let lease = Lease { kind: Some(LeaseKind::Static), ..Lease::default() };
+    assert_eq!(config, Config { lease, ..Config::default() });
+    assert_eq!(config.data.retention, Some(Duration::from_secs(600)));
+    assert_eq!(config.lease.consul.ttl.0, Duration::from_secs(10));
+    assert_eq!(config.lease.consul.lock_delay.0, Duration::from_secs(1));
+    config.check().unwrap();
+}
+
+#[test]
+fn a_key_without_a_value_keeps_its_default() {
+    let config =
+        read("data:\nfuse:\n  dir:\nlease:\n  candidate: \n  type: static\nexec:\n").unwrap();
+    assert_eq!(config.data, Data::default());
+    assert_eq!(config.fuse, Fuse::default());
+    assert!(config.lease.candidate);
+    assert_eq!(config.exec, Vec::new());
+}
+
+#[test]
+fn the_example_file_shows_every_key_with_its_default() {
+    let text = include_str!("../../litefs.yml.example");
+    let config = read(text).unwrap();
+    config.check().unwrap();
+    let lease = Lease {
+        kind: Some(LeaseKind::Static),
+        hostname: "node-1".to_owned(),
+        advertise_url: "http://node-1:20202".to_owned(),
+        ..Lease::default()
+    };
+    assert_eq!(config, Config { lease, ..Config::default() });
+    for key in example_keys() {
+        assert!(text.contains(&format!("{key}:")), "{key} is missing in the example");
+    }
+}
+
+/// Every key of every section, taken from the reader's own refusal.
+fn example_keys() -> Vec<String> {
+    let sections = ["", "data", "fuse", "http", "proxy", "lease", "backup", "log", "tracing"];
+    let mut keys = Vec::new();
+    for section in sections {
+        let text =
+            if section.is_empty() { "x: 1\n".to_owned() } else { format!("{section}: {{x: 1}}\n") };
+        let message = read(&text).unwrap_err().to_string();
+        let (_, list) = message.split_once("expected one of: ").unwrap();
+        keys.extend(list.split(", ").map(str::to_owned));
+    }
+    keys
+}
+
+#[test]
+fn values_of_every_kind_are_read() {
+    let text = "
+exit-on-error: no
+data: {dir: /d, compress: false, retention: 0s, retention-monitor-interval: -1s}
+fuse: {passthrough: off, transport: dev, enable-uring: true}
+http: {addr: 'localhost:1', snapshot-timeout: 1m30s}
+proxy: {passthrough: ['*.js', /x/*], max-lag: 0}
+lease: {type: consul, consul: {key: k, ttl: 0s, lock-delay: 5s}}
+log: {format: json, debug: true}
+tracing: {max-size: 5}
+";
+    let config = read(text).unwrap();
+    assert!(!config.exit_on_error);
+    assert_eq!((config.data.retention, config.data.retention_monitor_interval), (None, None));
+    assert_eq!(
+        (config.fuse.passthrough, config.fuse.transport),
+        (Passthrough::Off, Transport::Dev)
+    );
+    assert_eq!(config.http.snapshot_timeout, Duration::from_secs(90));
+    assert_eq!(config.proxy.passthrough, ["*.js", "/x/*"]);
+    assert_eq!(config.proxy.max_lag, Duration::ZERO);
+    assert_eq!(config.lease.kind, Some(LeaseKind::Consul));
+    assert_eq!(config.lease.consul.ttl, ConsulTtl::default());
+    assert_eq!(config.lease.consul.lock_delay.0, Duration::from_secs(5));
+    assert_eq!(config.log.format, LogFormat::Json);
+    assert_eq!(config.tracing.max_size_mb, 5);
+    config.check().unwrap();
+}
+
+#[test]
+fn exec_is_a_string_or_a_list() {
+    let command = |words: &[&str], if_candidate| Command {
+        words: words.iter().map(|word| (*word).to_owned()).collect(),
+        if_candidate,
+    };
+    assert_eq!(read("exec: app -x 'a b'\n").unwrap().exec, [command(&["app", "-x", "a b"], false)]);
+    assert_eq!(read("exec: ''\n").unwrap().exec, []);
+    let list = "exec:\n  - cmd: migrate\n    if-candidate: true\n  - cmd: app\n";
+    let expected = [command(&["migrate"], true), command(&["app"], false)];
+    assert_eq!(read(list).unwrap().exec, expected);
+}
+
+#[test]
+fn a_second_document_is_not_read() {
+    assert!(read("skip-sync: true\n---\n[}\n").unwrap().skip_sync);
+}
+
+#[test]
+fn refusals_name_file_line_and_key() {
+    refused(
+        "lease:\n  type: static\n\ndata:\n  retentoin: 1m\n",
+        "/etc/litefs.yml:5: unknown key \"retentoin\", expected one of: dir, compress, retention, \
+         retention-monitor-interval",
+    );
+    refused(
+        "exec:\n  - cmd: a\n    if-primary: true\n",
+        "/etc/litefs.yml:3: unknown key \"if-primary\", expected one of: cmd, if-candidate",
+    );
+    refused("log: {}\nlog: {}\n", "/etc/litefs.yml:2: duplicate key \"log\"");
+    refused("skip-sync: 5\n", "/etc/litefs.yml:1: skip-sync: invalid boolean");
+    refused(
+        "data:\n  retention: 5\n",
+        "/etc/litefs.yml:2: retention: invalid duration \"5\": a unit is missing: ns, us, ms, s, m or h",
+    );
+    refused(
+        "lease:\n  type: raft\n",
+        "/etc/litefs.yml:2: type: invalid lease type, must be either 'consul' or 'static', got: 'raft'",
+    );
+    refused("log:\n  format: xml\n", "/etc/litefs.yml:2: format: invalid log format: \"xml\"");
+    refused(
+        "fuse:\n  transport: x\n",
+        "/etc/litefs.yml:2: transport: expected auto, uring or dev, got \"x\"",
+    );
+    refused("fuse: /litefs\n", "/etc/litefs.yml:1: fuse: expected mapping start");
+    refused("- a\n", "/etc/litefs.yml:1: a: expected mapping start");
+    refused("http:\n  addr: 'b\n", "/etc/litefs.yml:2: addr: unclosed quote");
+}
+
+#[test]
+fn bad_exec_is_refused() {
+    refused(
+        "exec: a && b\n",
+        "/etc/litefs.yml:1: exec: cannot parse exec command: '&' is a shell operator and there \
+         is no shell: quote it, or run sh -c '...'",
+    );
+    refused(
+        "exec:\n  - cmd: a\n  - cmd: \"'b\"\n",
+        "/etc/litefs.yml:3: cmd: cannot parse exec command: a quote is not closed",
+    );
+    for text in
+        ["exec: 5\n", "exec: true\n", "exec: [a]\n", "exec: {cmd: a}\n", "exec: [{cmd: ''}]\n"]
+    {
+        assert!(matches!(read(text), Err(Error::Parse { line: 1, .. })), "{text:?}");
+    }
+}
+
+#[test]
+fn an_empty_file_is_refused() {
+    for text in ["", "\n", "# a comment\n", "---\n"] {
+        refused(text, "config file is empty: /etc/litefs.yml");
+    }
+}
+
+#[test]
+fn values_that_cannot_work_are_refused_in_order() {
+    invalid("fuse: {dir: ''}\ndata: {dir: ''}\n", "fuse directory required");
+    invalid("data: {dir: ''}\n", "data directory required");
+    let same = "fuse directory and data directory cannot be the same path";
+    invalid("fuse: {dir: /a/b}\ndata: {dir: /a//b/.}\n", same);
+    invalid("{}\n", "invalid lease type, must be either 'consul' or 'static', got: ''");
+    let filter = "cannot specify a database replication filter on candidate nodes";
+    invalid("lease: {type: static, databases: [a]}\n", filter);
+    invalid("lease: {type: consul}\n", "consul lease key required");
+    let lease = "lease: {type: static}\n";
+    invalid(&format!("{lease}backup: {{type: file}}\n"), "backup path required");
+    invalid(&format!("{lease}proxy: {{target: ':1'}}\n"), "proxy database name required");
+    invalid(&format!("{lease}proxy: {{target: ':1', db: d}}\n"), "proxy bind address required");
+}
+
+#[test]
+fn the_first_file_of_the_search_is_taken() {
+    let home = tempfile::tempdir().unwrap();
+    let environment =
+        Environment::from([("HOME", home.path().to_str().unwrap()), ("DIR", "/data")]);
+    let file = home.path().join("litefs.yml");
+    crate::os::write_atomic("test", &file, b"lease: {type: static}\ndata: {dir: $DIR}\n").unwrap();
+    let loaded = load(None, Expansion::On, &environment).unwrap();
+    assert_eq!((loaded.path, loaded.config.data.dir), (file.clone(), "/data".into()));
+    let literal = load(Some(&file), Expansion::Off, &environment).unwrap();
+    assert_eq!(literal.config.data.dir, Path::new("$DIR"));
+}
+
+#[test]
+fn a_named_file_must_exist() {
+    let error =
+        load(Some(Path::new("/nonexistent/litefs.yml")), Expansion::On, &Environment::default());
+    assert!(matches!(error, Err(Error::Read { .. })));
+}

@@ -1,0 +1,58 @@
+# The commands of this project. On a fresh Debian with a Rust toolchain each works as it is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# A crate of ours, and the network, as `cargo tree` prints them.
+OURS := ^(litefs|fuse|ltx)
+NETWORK := ^(tokio|hyper|fuser)
+
+.PHONY: help run test check quick bench fuzz deny direction
+
+help:
+	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
+	@echo "make test   every test"
+	@echo "make check  format, lints, documentation, crate direction"
+	@echo "make quick  unit and engine tests only"
+	@echo "make bench  the numbers of docs/benchmarks.md"
+	@echo "make fuzz   each fuzz target for 60 s"
+	@echo "make deny   licences and sources of the dependencies"
+
+run:
+	@.ci/packages build
+	cargo build --release
+	@cargo run --quiet --release -- mount -standalone
+
+test:
+	@.ci/packages test
+	cargo test --workspace
+
+check: direction
+	@.ci/packages build
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# fuse and ltx depend on no crate of ours, and ltx knows no network.
+direction:
+	@tree=$$(cargo tree -p fuse -e normal --prefix none); ! tail -n +2 <<<"$$tree" | grep -E "$(OURS) "
+	@tree=$$(cargo tree -p ltx -e normal --prefix none); ! tail -n +2 <<<"$$tree" | grep -E "$(OURS) |$(NETWORK) "
+
+quick:
+	cargo test --workspace --lib
+	cargo test --test main -- engine:: tidy::
+
+bench:
+	@.ci/packages test
+	cargo bench -p litefs --benches
+
+fuzz:
+	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
+	cd ltx/fuzz && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
+	  RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=60; \
+	done
+
+deny:
+	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny --all-features check

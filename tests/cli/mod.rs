@@ -1,0 +1,1 @@
+//! The command line: the real program, its output and its exit codes.

@@ -1,0 +1,167 @@
+//! The rules of the source tree that neither the compiler nor clippy checks.
+//!
+//! Comments do not count, except for the one rule about them. A rule that is broken names each
+//! place as `FILE:LINE`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Where our Rust files are.
+const ROOTS: &[&str] =
+    &["src", "fuse/src", "ltx/src", "tests", "fuse/tests", "ltx/tests", "benches"];
+
+struct Source {
+    /// From the root of the workspace.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// Lines of code with their number, counted from 1.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let lines = self.text.lines().enumerate().map(|(index, line)| (index + 1, line));
+        lines.filter(|(_, line)| !line.trim_start().starts_with("//"))
+    }
+
+    /// Lines of code that belong to tests.
+    fn test_code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let all = self.is_test();
+        let begin = self.text.lines().position(|line| line == "#[cfg(test)]");
+        let begin = begin.unwrap_or(usize::MAX);
+        self.code().filter(move |(line, _)| all || *line > begin)
+    }
+
+    fn is_test(&self) -> bool {
+        self.path.contains("tests/") || self.path.ends_with("/tests.rs")
+    }
+
+    fn is_in(&self, places: &[&str]) -> bool {
+        places.iter().any(|place| self.path.starts_with(place))
+    }
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut paths = Vec::new();
+    for dir in ROOTS {
+        collect(&root.join(dir), &mut paths);
+    }
+    let read = |path: PathBuf| {
+        let text = fs::read_to_string(&path).unwrap();
+        let path = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+        Source { path, text }
+    };
+    let sources: Vec<_> = paths.into_iter().map(read).collect();
+    assert!(sources.len() > 20, "only {} files found", sources.len());
+    sources
+}
+
+fn collect(dir: &Path, out: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, out);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            out.push(path);
+        }
+    }
+}
+
+/// Whether `word` stands in `line` as a word of its own.
+fn has_word(line: &str, word: &str) -> bool {
+    let boundary = |c: Option<char>| c.is_none_or(|c| c != '_' && !c.is_alphanumeric());
+    line.match_indices(word).any(|(at, _)| {
+        boundary(line[..at].chars().next_back()) && boundary(line[at + word.len()..].chars().next())
+    })
+}
+
+/// Fails with every place where `broken` holds.
+#[track_caller]
+fn refuse<'a>(rule: &str, places: impl Iterator<Item = (&'a Source, (usize, &'a str))>) {
+    let found: Vec<_> = places
+        .map(|(source, (number, line))| format!("{}:{number}: {}", source.path, line.trim()))
+        .collect();
+    assert!(found.is_empty(), "{rule}:\n{}", found.join("\n"));
+}
+
+fn code<'a>(
+    sources: &'a [Source],
+    wanted: impl Fn(&Source) -> bool,
+) -> impl Iterator<Item = (&'a Source, (usize, &'a str))> {
+    let wanted = sources.iter().filter(move |source| wanted(source));
+    wanted.flat_map(|source| source.code().map(move |line| (source, line)))
+}
+
+#[test]
+fn every_file_says_first_what_it_owns() {
+    let sources = sources();
+    let broken = sources.iter().filter(|source| !source.text.starts_with("//! "));
+    refuse("a file starts with //!", broken.map(|source| (source, (1, ""))));
+}
+
+#[test]
+fn only_the_volume_and_mount_know_fuse() {
+    let sources = sources();
+    let outside = |source: &Source| {
+        source.is_in(&["src/"]) && !source.is_in(&["src/volume.rs", "src/volume/", "src/cli/mount"])
+    };
+    let names = |line: &str| line.contains("fuse::") || has_word(line, "use fuse;");
+    refuse("only volume and cli/mount name fuse", code(&sources, outside).filter(|l| names(l.1.1)));
+}
+
+#[test]
+fn only_the_network_side_knows_tokio() {
+    let sources = sources();
+    let places = ["src/http", "src/cluster", "src/cli", "src/main.rs", "src/supervisor"];
+    let outside = |source: &Source| {
+        let ours = source.is_in(&["src/", "ltx/src/", "fuse/src/"]);
+        ours && !source.is_in(&places) && !source.is_test()
+    };
+    let broken = code(&sources, outside).filter(|l| has_word(l.1.1, "tokio"));
+    refuse("only http, cluster, cli and supervisor name tokio", broken);
+}
+
+#[test]
+fn the_engine_is_synchronous() {
+    let sources = sources();
+    let inside = |source: &Source| source.is_in(&["src/engine", "src/sqlite", "ltx/src/"]);
+    let broken = code(&sources, inside).filter(|l| has_word(l.1.1, "async"));
+    refuse("no async in engine, sqlite and ltx", broken);
+}
+
+#[test]
+fn the_engine_is_told_time_and_chance() {
+    let sources = sources();
+    let inside = |source: &Source| source.is_in(&["src/sqlite", "ltx/src/"]) && !source.is_test();
+    let clocks = ["SystemTime::now", "Instant::now", "getrandom"];
+    let broken =
+        code(&sources, inside).filter(|l| clocks.iter().any(|clock| l.1.1.contains(clock)));
+    refuse("formats are told time and chance", broken);
+}
+
+#[test]
+fn tests_wait_for_conditions() {
+    let sources = sources();
+    // In two parts, so that this file does not break its own rule.
+    let words = [concat!("sle", "ep("), concat!("#[ign", "ore")];
+    let tests = sources.iter().flat_map(|source| source.test_code().map(move |l| (source, l)));
+    let broken = tests.filter(|l| words.iter().any(|word| l.1.1.contains(word)));
+    refuse("a test waits for a condition, and runs", broken);
+}
+
+#[test]
+fn nothing_is_left_to_do() {
+    let sources = sources();
+    let words = [concat!("to", "do!("), concat!("unimple", "mented!("), concat!("db", "g!(")];
+    let broken = code(&sources, |_| true).filter(|l| words.iter().any(|word| l.1.1.contains(word)));
+    refuse("no placeholders", broken);
+}
+
+#[test]
+fn anyhow_stays_at_the_command_line() {
+    let sources = sources();
+    let outside =
+        |source: &Source| !source.is_in(&["src/main.rs", "src/cli", "tests/", "benches/"]);
+    let broken = code(&sources, outside).filter(|l| has_word(l.1.1, "anyhow"));
+    refuse("only main and cli name anyhow", broken);
+}

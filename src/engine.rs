@@ -1,3 +1,4 @@
 //! The databases of one node.
 
 pub mod layout;
+pub mod locks;

@@ -124,6 +124,8 @@ pub struct LockSet(u16);
 impl LockSet {
     /// No lock.
     pub const EMPTY: LockSet = LockSet(0);
+    /// Every lock.
+    pub const ALL: LockSet = LockSet(0b1111_1111_1111);
     /// The locks of the database file.
     pub const DATABASE: LockSet = LockSet(0b111);
     /// The locks of the wal-index.
@@ -257,5 +259,6 @@ mod tests {
         assert_eq!(Lock::Shared.range(), (0x4000_0002, 0x4000_01ff));
         assert_eq!(Lock::READ.map(Lock::byte), [123, 124, 125, 126, 127]);
         assert_eq!(LockSet::of(&Lock::READ), LockSet::READERS);
+        assert_eq!(LockSet::of(&Lock::ALL), LockSet::ALL);
     }
 }

@@ -1,6 +1,10 @@
 //! All tests that are not beside the code, in one binary.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 // The command line: the real program with real files, no mount.
 mod cli;
+// The API and the replication stream over real sockets on loopback.
+mod http;
 // The rules of the source tree that no compiler checks.
 mod tidy;

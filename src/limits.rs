@@ -57,3 +57,9 @@ pub const HTTP2_FRAME_BYTES_MAX: u32 = 256 << 10;
 pub const BODY_PIECE_BYTES: usize = HTTP2_FRAME_BYTES_MAX as usize;
 /// Pieces of a body between the task that makes it and the connection: 1 MiB, so that both work.
 pub const BODY_QUEUE_PIECES: usize = 4;
+
+// The supervised process.
+
+/// Time from the second request to end until a supervised process is killed: for one that is
+/// writing its last lines, not for one that hangs.
+pub const CHILD_GRACE: Duration = Duration::from_secs(5);

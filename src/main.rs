@@ -1,3 +1,7 @@
 //! The `litefs` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    litefs::cli::run(std::env::args_os().skip(1))
+}

@@ -1,6 +1,15 @@
-//! What a node says about itself: log lines ([`log`]) and metrics ([`metrics`]).
+//! What a node says about itself: log lines ([`log`]) and metrics ([`metrics`]) for machines, and
+//! a few status lines on stdout that scripts wait for ([`say`]).
+
+use std::fmt::Display;
+use std::io::{self, Write as _};
 
 pub mod log;
 pub mod metrics;
 
 pub use metrics::{DbMetrics, Metrics};
+
+/// Prints a status line to stdout. A closed stdout is no reason to stop.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stdout(), "{line}");
+}

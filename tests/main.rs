@@ -1,5 +1,6 @@
 //! All tests that are not beside the code, in one binary.
 
+#![allow(clippy::disallowed_methods, reason = "tests make files in directories of their own")]
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 // The command line: the real program with real files, no mount.

@@ -1,3 +1,5 @@
+//! Reading, writing, sizes, names and mmap on a mounted directory, with passthrough and without.
+
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};

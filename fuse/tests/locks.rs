@@ -1,3 +1,5 @@
+//! POSIX locks of several processes: conflicts, waits, interrupts, closes.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::Signal;

@@ -1,3 +1,5 @@
+//! Beginning and ending a mount: stale ones, busy ones, a volume that dies.
+
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;

@@ -1,3 +1,5 @@
+//! SQLite's own program on a mounted directory.
+
 use std::path::Path;
 use std::process::Command;
 

@@ -1,1 +1,29 @@
 //! The command line: the real program, its output and its exit codes.
+
+use std::process::{Command, Output};
+
+mod client;
+mod usage;
+
+/// Runs the program and waits for it. Its working directory and home are `/`, where no
+/// configuration file is found.
+fn litefs(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    command.args(arguments).current_dir("/").env("HOME", "/").output().unwrap()
+}
+
+/// What a run must give.
+struct Expected<'a> {
+    code: i32,
+    stdout: &'a str,
+    stderr: &'a str,
+}
+
+#[track_caller]
+fn check(arguments: &[&str], expected: Expected<'_>) {
+    let output = litefs(arguments);
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    assert_eq!(text(&output.stderr), expected.stderr, "{arguments:?}");
+    assert_eq!(text(&output.stdout), expected.stdout, "{arguments:?}");
+    assert_eq!(output.status.code(), Some(expected.code), "{arguments:?}");
+}

@@ -1,4 +1,458 @@
 //! The databases of one node.
+//!
+//! A kernel request reaches one [`db::Db`]: its lock table ([`locks`]), the capture of what it
+//! committed ([`capture`]), the checksum of each page ([`checksum`]), the LTX files ([`chain`]), and
+//! who wants to know ([`feed`]). What comes from a primary goes the other way ([`apply`]). Everything
+//! here is synchronous; a database that fails does so alone.
 
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ltx::{Compression, NodeId, Pos, Txid};
+
+use self::layout::DataDir;
+use self::shared::Shared;
+use crate::os;
+
+pub mod error;
 pub mod layout;
+pub mod name;
+
+pub mod apply;
+pub mod capture;
+pub mod chain;
+pub mod checksum;
+pub mod db;
+pub mod feed;
+pub mod files;
 pub mod locks;
+pub mod recover;
+pub mod shared;
+pub mod snapshot;
+pub mod transaction;
+
+pub use apply::Receiver;
+pub use db::{Db, DbState};
+pub use error::{Error, Result};
+pub use feed::{Event, EventWatch, Subscription};
+pub use name::DbName;
+pub use shared::PageCache;
+
+/// How many of its own ids a node remembers: as many starts as a year of weekly deployments.
+const OWN_IDS_MAX: usize = 64;
+
+/// What an engine is opened with.
+pub struct Options {
+    /// The data directory; made if it is missing.
+    pub dir: PathBuf,
+    /// Whether LTX files are compressed.
+    pub compression: Compression,
+    /// How long LTX files are kept; zero for ever.
+    pub retention: Duration,
+    /// How often old ones are looked for; zero never.
+    pub retention_interval: Duration,
+    /// Whether each commit is followed by a check of the whole database.
+    pub strict_verify: bool,
+    /// The id of this process.
+    pub node_id: NodeId,
+    /// The wall clock, in milliseconds since the Unix epoch.
+    pub clock: Box<dyn Fn() -> i64 + Send + Sync>,
+}
+
+/// Where the primary is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrimaryInfo {
+    /// Its host name.
+    pub hostname: String,
+    /// The URL of its HTTP API.
+    pub advertise_url: String,
+}
+
+/// What this node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// It may write.
+    Primary,
+    /// Another node is the primary.
+    Replica(PrimaryInfo),
+    /// Nobody is known to be the primary.
+    Unknown,
+}
+
+/// The databases of one node.
+pub struct Engine {
+    dir: DataDir,
+    shared: Arc<Shared>,
+    /// The databases by name.
+    databases: RwLock<BTreeMap<DbName, Arc<Db>>>,
+    /// What this node is.
+    role: Mutex<Role>,
+    /// The id of the cluster, once known.
+    cluster_id: Mutex<Option<String>>,
+    /// 0: primary. -1: never synced. Else when the last news came, in milliseconds since the epoch.
+    lag_timestamp_ms: AtomicI64,
+    /// Ends the retention thread.
+    stop: Arc<(Mutex<bool>, Condvar)>,
+    retention: Mutex<Option<JoinHandle<()>>>,
+    /// Last, so that the thread outlives everything that queues work for it.
+    writer: Mutex<Option<chain::Writer>>,
+}
+
+impl Engine {
+    /// Opens a data directory: every database in it is brought to one state. One that cannot be is
+    /// left as it is and logged; the others work.
+    pub fn open(options: Options) -> Result<Arc<Engine>> {
+        let dir = DataDir::new(&options.dir);
+        for path in [dir.databases(), dir.super_journals()] {
+            os::create_dirs("engine:dir", &path)
+                .map_err(Error::io("create data directory", &path))?;
+        }
+        let writer = chain::Writer::start();
+        let shared = Arc::new(Shared::new(shared::Settings {
+            compression: options.compression,
+            node_id: options.node_id,
+            own_nodes: remember_own_id(&dir, options.node_id)?,
+            clock: options.clock,
+            strict_verify: options.strict_verify,
+            data_dir: dir.path().to_owned(),
+            writer: writer.waker(),
+        }));
+        let cluster_id = read_cluster_id(&dir)?;
+        let databases = open_databases(&dir, &shared)?;
+        let engine = Arc::new(Engine {
+            dir,
+            shared,
+            databases: RwLock::new(databases),
+            role: Mutex::new(Role::Unknown),
+            cluster_id: Mutex::new(cluster_id),
+            lag_timestamp_ms: AtomicI64::new(-1),
+            stop: Arc::default(),
+            retention: Mutex::default(),
+            writer: Mutex::new(Some(writer)),
+        });
+        engine.start_retention(options.retention, options.retention_interval);
+        Ok(engine)
+    }
+
+    /// The id of this process.
+    pub fn node_id(&self) -> NodeId {
+        self.shared.node_id
+    }
+
+    /// The data directory.
+    pub fn data_dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// What all databases have in common.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The layout of the data directory.
+    pub fn layout(&self) -> &DataDir {
+        &self.dir
+    }
+
+    /// The id of the cluster, once known.
+    pub fn cluster_id(&self) -> Option<String> {
+        self.cluster_id.lock().unwrap().clone()
+    }
+
+    /// Makes `id` the id of the cluster, for good. Another one than before is an error.
+    pub fn set_cluster_id(&self, id: &str) -> Result<()> {
+        let mut known = self.cluster_id.lock().unwrap();
+        match &*known {
+            Some(have) if have == id => return Ok(()),
+            Some(have) => {
+                return Err(Error::ClusterId { have: have.clone(), want: id.to_owned() });
+            }
+            None => {}
+        }
+        let path = self.dir.cluster_id();
+        os::write_atomic("engine:clusterid", &path, format!("{id}\n").as_bytes())
+            .map_err(Error::io("write cluster id", &path))?;
+        *known = Some(id.to_owned());
+        Ok(())
+    }
+
+    /// What this node is.
+    pub fn role(&self) -> Role {
+        self.role.lock().unwrap().clone()
+    }
+
+    /// Changes what this node is. From here on, or until here, it grants write locks.
+    pub fn set_role(&self, role: Role) {
+        let mut current = self.role.lock().unwrap();
+        if *current == role {
+            return;
+        }
+        let primary = role == Role::Primary;
+        self.shared.set_writable(false);
+        self.shared.set_primary_hint(match &role {
+            Role::Replica(info) => format!("{} {}", info.hostname, info.advertise_url),
+            _ => String::new(),
+        });
+        for db in self.databases() {
+            db.role_changes();
+        }
+        self.lag_timestamp_ms.store(if primary { 0 } else { -1 }, Ordering::SeqCst);
+        self.shared.set_writable(primary);
+        *current = role.clone();
+        drop(current);
+        self.shared.feed.emit(&Event::PrimaryChange {
+            is_primary: primary,
+            hostname: match role {
+                Role::Replica(info) => Some(info.hostname),
+                _ => None,
+            },
+        });
+        if let Some(cache) = self.shared.page_cache() {
+            cache.name_changed(".primary");
+        }
+    }
+
+    /// The database of that name.
+    pub fn database(&self, name: &str) -> Option<Arc<Db>> {
+        self.databases.read().unwrap().get(name).cloned()
+    }
+
+    /// All databases, in the order of their names.
+    pub fn databases(&self) -> Vec<Arc<Db>> {
+        self.databases.read().unwrap().values().cloned().collect()
+    }
+
+    /// The database of that name, made (empty, and not in the mount yet) if there is none.
+    pub fn database_or_new(&self, name: &DbName) -> Result<Arc<Db>> {
+        if let Some(db) = self.database(name.as_str()) {
+            return Ok(db);
+        }
+        let mut databases = self.databases.write().unwrap();
+        if let Some(db) = databases.get(name) {
+            return Ok(db.clone());
+        }
+        let db = open_database(&self.dir, &self.shared, name)?;
+        databases.insert(name.clone(), db.clone());
+        Ok(db)
+    }
+
+    /// Where each database stands, as a replica tells its primary.
+    pub fn positions(&self) -> Vec<(DbName, Pos)> {
+        self.databases().iter().map(|db| (db.name().clone(), db.received_pos())).collect()
+    }
+
+    /// A subscription to moving positions; `wake` is called when its dirty set becomes non-empty.
+    pub fn subscribe(&self, wake: Box<dyn Fn() + Send + Sync>) -> Subscription {
+        self.shared.feed.subscribe(wake)
+    }
+
+    /// How many subscriptions there are.
+    pub fn subscriber_count(&self) -> usize {
+        self.shared.feed.subscriber_count()
+    }
+
+    /// Calls `sink` for each event from now on.
+    pub fn watch_events(&self, sink: Box<dyn Fn(&Event) + Send + Sync>) -> EventWatch {
+        self.shared.feed.watch(sink)
+    }
+
+    /// A sink for one LTX file off the wire, for the database `name`, made if there is none.
+    pub fn receive(&self, name: &DbName) -> Result<Receiver> {
+        Ok(Receiver::new(self.database_or_new(name)?))
+    }
+
+    /// Called when a database needs the stream to be opened again, to get a snapshot.
+    pub fn on_reconnect(&self, request: Box<dyn Fn() + Send + Sync>) {
+        self.shared.on_reconnect(request);
+    }
+
+    /// Replaces the content of `name`, made if there is none, by that of a healthy SQLite file.
+    pub fn import(&self, name: &DbName, file: &Path) -> Result<Pos> {
+        if !self.shared.is_writable() {
+            return Err(Error::NotPrimary);
+        }
+        self.database_or_new(name)?.import(file)
+    }
+
+    /// News of the primary's clock: a heartbeat or a transaction's time.
+    pub fn heartbeat(&self, timestamp_ms: i64) {
+        self.lag_timestamp_ms.store(timestamp_ms.max(1), Ordering::SeqCst);
+    }
+
+    /// When the last news came: 0 on a primary, none before the first news.
+    pub fn lag_timestamp_ms(&self) -> Option<i64> {
+        Some(self.lag_timestamp_ms.load(Ordering::SeqCst)).filter(|timestamp| *timestamp >= 0)
+    }
+
+    /// Milliseconds since the last news; none before the first.
+    pub fn lag_ms(&self) -> Option<i64> {
+        match self.lag_timestamp_ms()? {
+            0 => Some(0),
+            timestamp => Some((self.shared.clock)() - timestamp),
+        }
+    }
+
+    /// Sets the backup's high-water mark of a database.
+    pub fn set_hwm(&self, name: &DbName, txid: Txid) {
+        if let Some(db) = self.database(name.as_str()) {
+            db.set_hwm(txid);
+        }
+    }
+
+    /// The backup's high-water mark of a database; zero without a backup.
+    pub fn hwm(&self, name: &str) -> Txid {
+        self.database(name).map_or(Txid(0), |db| db.hwm())
+    }
+
+    /// Stops: no write is granted any more, everything captured is written and durable, and the page
+    /// checksums are saved for the next start. The mount must be gone.
+    pub fn close(&self) -> Result<()> {
+        self.shared.set_writable(false);
+        *self.stop.0.lock().unwrap() = true;
+        self.stop.1.notify_all();
+        if let Some(thread) = self.retention.lock().unwrap().take() {
+            let _ = thread.join();
+        }
+        let mut result = Ok(());
+        for db in self.databases() {
+            if let Err(error) = db.close() {
+                tracing::error!(db = %db.name(), error = error::chain_text(&error), "close database");
+                result = Err(error);
+            }
+        }
+        drop(self.writer.lock().unwrap().take());
+        result
+    }
+
+    fn start_retention(self: &Arc<Engine>, retention: Duration, interval: Duration) {
+        if retention.is_zero() || interval.is_zero() {
+            return;
+        }
+        let engine = Arc::downgrade(self);
+        let stop = self.stop.clone();
+        let thread = std::thread::Builder::new()
+            .name("litefs-retain".into())
+            .spawn(move || {
+                while !wait_for_stop(&stop, interval) {
+                    let Some(engine) = engine.upgrade() else { return };
+                    for db in engine.databases() {
+                        if let Err(error) = db.chain().retain(retention, None) {
+                            tracing::warn!(db = %db.name(), error = error::chain_text(&error), "remove old ltx files");
+                        }
+                    }
+                }
+            })
+            .expect("a thread can be started at start-up");
+        *self.retention.lock().unwrap() = Some(thread);
+    }
+}
+
+/// Waits for the interval; whether the end came.
+fn wait_for_stop(stop: &(Mutex<bool>, Condvar), interval: Duration) -> bool {
+    let end = Instant::now() + interval;
+    let mut stopped = stop.0.lock().unwrap();
+    while !*stopped {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        stopped = stop.1.wait_timeout(stopped, left).unwrap().0;
+    }
+    true
+}
+
+fn open_databases(dir: &DataDir, shared: &Arc<Shared>) -> Result<BTreeMap<DbName, Arc<Db>>> {
+    let path = dir.databases();
+    let mut databases = BTreeMap::new();
+    for entry in fs::read_dir(&path).map_err(Error::io("list databases", &path))? {
+        let entry = entry.map_err(Error::io("list databases", &path))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str().and_then(|name| DbName::new(name).ok()) else {
+            tracing::warn!(path = %entry.path().display(), "not a database: left alone");
+            continue;
+        };
+        if !entry.path().is_dir() {
+            tracing::warn!(path = %entry.path().display(), "not a directory: left alone");
+            continue;
+        }
+        let db = open_database(dir, shared, &name)?;
+        databases.insert(name, db);
+    }
+    Ok(databases)
+}
+
+/// Opens one database. One that cannot be recovered is in the failed state from the start, its files
+/// untouched.
+fn open_database(dir: &DataDir, shared: &Arc<Shared>, name: &DbName) -> Result<Arc<Db>> {
+    let db_dir = dir.database(name.as_str());
+    let path = db_dir.ltx();
+    os::create_dirs("engine:dir", &path).map_err(Error::io("create database directory", &path))?;
+    let options = recover::Options {
+        compression: shared.compression,
+        node_id: shared.node_id,
+        now_ms: (shared.clock)(),
+    };
+    let (recovered, failure) = match recover::recover(&db_dir, &dir.super_journals(), &options) {
+        Ok(recovered) => (recovered, None),
+        Err(source) => (nothing_recovered(), Some(Error::Recover { db: name.clone(), source })),
+    };
+    for path in &recovered.set_aside {
+        tracing::warn!(db = %name, path = %path.display(), "set aside at start");
+    }
+    if !recovered.rebuilt.is_empty() {
+        tracing::info!(db = %name, count = recovered.rebuilt.len(), pos = %recovered.pos, "rebuilt ltx files from the wal");
+    }
+    let db = Db::new(name.clone(), db_dir, shared.clone(), recovered)?;
+    if let Some(error) = failure {
+        db.fail_for_good(&error);
+    }
+    Ok(db)
+}
+
+/// The state of a database that could not be recovered: nothing is known of it.
+fn nothing_recovered() -> recover::Recovered {
+    recover::Recovered {
+        page_size: None,
+        pos: Pos::ZERO,
+        pages: 0,
+        mode: crate::sqlite::header::JournalMode::Rollback,
+        sums: checksum::PageSums::default(),
+        timestamp_ms: 0,
+        rebuilt: Vec::new(),
+        applied: Vec::new(),
+        set_aside: Vec::new(),
+    }
+}
+
+fn read_cluster_id(dir: &DataDir) -> Result<Option<String>> {
+    let path = dir.cluster_id();
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("read cluster id", &path)(error)),
+    }
+}
+
+/// The ids that this data directory's node has had, this process's included: LTX files by one of
+/// them may hold what no other node has.
+fn remember_own_id(dir: &DataDir, id: NodeId) -> Result<HashSet<NodeId>> {
+    let path = dir.node_ids();
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(Error::io("read node ids", &path)(error)),
+    };
+    let mut ids: Vec<NodeId> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    ids.push(id);
+    let skip = ids.len().saturating_sub(OWN_IDS_MAX);
+    let text: String = ids[skip..].iter().map(|id| format!("{id}\n")).collect();
+    os::write_atomic("engine:node-ids", &path, text.as_bytes())
+        .map_err(Error::io("write node ids", &path))?;
+    Ok(ids.into_iter().collect())
+}

@@ -63,3 +63,46 @@ pub const BODY_QUEUE_PIECES: usize = 4;
 /// Time from the second request to end until a supervised process is killed: for one that is
 /// writing its last lines, not for one that hangs.
 pub const CHILD_GRACE: Duration = Duration::from_secs(5);
+
+// The engine.
+
+/// Transactions that may wait for the LTX writer. A commit needs some 200 bytes here; the writer
+/// merges them, so this is reached only when the disk stands still.
+pub const CHAIN_QUEUE_LEN: usize = 100_000;
+
+/// Bytes of LTX files that may wait for the LTX writer: some seconds of a slow disk.
+pub const CHAIN_QUEUE_BYTES: usize = 1 << 30;
+
+/// Transactions in one LTX file: a replica that missed one of them fetches them all again.
+pub const LTX_BATCH_LEN: usize = 1024;
+
+/// Bytes of transactions in one merged LTX file, so that one file never holds up the stream.
+pub const LTX_BATCH_BYTES: usize = 8 << 20;
+
+/// How long the LTX writer rests after a round: the commits of that time go into one file.
+pub const WRITER_REST: Duration = Duration::from_millis(10);
+
+/// Transactions kept for the streams: one second of a busy database.
+pub const RECENT_LEN: usize = 8192;
+
+/// Bytes of the transactions kept for the streams.
+pub const RECENT_BYTES: usize = 32 << 20;
+
+/// The buffer of a sequential read or write of a file.
+pub const IO_BUFFER: usize = 1 << 20;
+
+/// How long an internal operation (snapshot, export, import) waits for locks of the application.
+pub const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// A transaction up to this size is encoded in memory, so that streams need not read its file.
+pub const ENCODE_IN_MEMORY: usize = 4 << 20;
+
+/// A received LTX file up to this size is held in memory; a larger one goes to a file.
+pub const RECEIVE_IN_MEMORY: usize = 1 << 20;
+
+/// Bytes of received LTX files that may wait to be applied to one database.
+pub const INBOX_BYTES: usize = 64 << 20;
+
+/// With less room than this on the disk no transaction is begun: its WAL frames might still fit, but
+/// not its LTX file.
+pub const FREE_SPACE_MIN: u64 = 4 << 20;

@@ -86,6 +86,20 @@ pub fn write_at(label: &str, file: &File, data: &[u8], offset: u64) -> io::Resul
     file.write_all_at(data, offset)
 }
 
+/// Reads at `offset` until `buf` is full or the file ends; how many bytes.
+pub fn read_up_to(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buf.len() {
+        match file.read_at(&mut buf[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
 /// Sets the length of a file in bytes.
 pub fn truncate(label: &str, file: &File, len: u64) -> io::Result<()> {
     fault::check(label)?;
@@ -96,6 +110,14 @@ pub fn truncate(label: &str, file: &File, len: u64) -> io::Result<()> {
 pub fn sync(label: &str, file: &File) -> io::Result<()> {
     fault::check(label)?;
     file.sync_data()
+}
+
+/// Starts writing a file's dirty pages to the disk without waiting. Only a hint: what fails here
+/// fails again in [`sync`].
+pub fn start_writeback(file: &File) {
+    // The whole file: advising that it will not be needed soon starts the write-back of its pages.
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    let _ = nix::fcntl::posix_fadvise(file, 0, 0, advice);
 }
 
 /// Makes the names in a directory durable.
@@ -146,4 +168,57 @@ pub fn write_atomic(label: &str, path: &Path, content: &[u8]) -> io::Result<()> 
     sync(label, &file)?;
     rename(label, temporary, path)?;
     sync_dir(label, path.parent().unwrap_or(Path::new(".")))
+}
+
+/// A new file without a name in `dir`, open for reading and writing; it goes when it is closed.
+pub fn unnamed_file(label: &str, dir: &Path) -> io::Result<File> {
+    fault::check(label)?;
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)
+}
+
+/// Reads a file from its start, whoever else uses the same open file.
+#[derive(Debug)]
+pub struct FileCursor<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl<'a> FileCursor<'a> {
+    /// At the start of `file`.
+    pub fn new(file: &'a File) -> FileCursor<'a> {
+        FileCursor { file, offset: 0 }
+    }
+}
+
+impl io::Read for FileCursor<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buf, self.offset)?;
+        self.offset += n as u64;
+        Ok(n)
+    }
+}
+
+/// A file whose writes carry a label.
+#[derive(Debug)]
+pub struct Labelled<'a> {
+    label: &'static str,
+    file: &'a File,
+}
+
+impl<'a> Labelled<'a> {
+    /// Writes to `file` count as calls of `label`.
+    pub fn new(label: &'static str, file: &'a File) -> Labelled<'a> {
+        Labelled { label, file }
+    }
+}
+
+impl io::Write for Labelled<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        fault::check(self.label)?;
+        self.file.write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -1,1 +1,597 @@
 //! File names and file calls of the mount to databases of the engine.
+//!
+//! The mount is one flat directory. `NAME` is a database; `NAME-journal`, `NAME-wal`, `NAME-shm` are
+//! SQLite's files beside it; `NAME-pos` says where it stands and `NAME-lock` is for the HALT lock;
+//! `.primary` and `.lag` speak of the node. A name that SQLite gives to a super-journal is a plain
+//! file. Errors become an errno here and nowhere else.
+
+use std::ffi::OsStr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use fuse::{
+    Attr, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockKind, Lookup, Notifier,
+    OpenMode, Opened, Owner, Range, Reply, SetAttr, StatFs, Wait, WaitId, Write,
+};
+
+use crate::engine::db::{Db, Refusal};
+use crate::engine::files::{Backing, FileKind, next_ino};
+use crate::engine::locks::{self, Request};
+use crate::engine::name::is_super_journal;
+use crate::engine::{DbName, Engine, PageCache, Role};
+use crate::sqlite::lock_byte::{LockFile, LockSet};
+
+mod plain;
+mod text;
+
+use plain::PlainFiles;
+
+/// What the kernel may remember until it is told otherwise.
+const KEEP: Duration = Duration::from_secs(60);
+/// What it has to ask for each time.
+const ASK: Duration = Duration::ZERO;
+
+/// The mount of an engine.
+pub struct EngineVolume {
+    engine: Arc<Engine>,
+    notifier: OnceLock<Notifier>,
+    /// The super-journals.
+    plain: PlainFiles,
+    started: SystemTime,
+    uid: u32,
+    gid: u32,
+    inos: [u64; 2],
+    /// Lock calls that wait, by their id: which database to ask.
+    waiting: Mutex<Vec<(u64, Arc<Db>)>>,
+}
+
+/// What a name stands for.
+#[derive(Clone)]
+pub enum Node {
+    /// One of SQLite's files of a database.
+    File(Arc<Db>, Arc<Backing>),
+    /// `NAME-pos`
+    Pos(Arc<Db>),
+    /// `NAME-lock`
+    Lock(Arc<Db>),
+    /// `.primary`
+    Primary,
+    /// `.lag`
+    Lag,
+    /// A super-journal.
+    Plain(Arc<plain::PlainFile>),
+}
+
+/// An open file.
+pub struct OpenFile {
+    id: locks::Handle,
+    node: Node,
+    /// The content of `.primary` and `.lag`, made at the first read.
+    text: OnceLock<String>,
+}
+
+/// A name, taken apart.
+enum Name {
+    Db(DbName, FileKind),
+    Pos(DbName),
+    Lock(DbName),
+    Primary,
+    Lag,
+    SuperJournal(String),
+}
+
+impl Name {
+    fn parse(name: &OsStr) -> Option<Name> {
+        let name = name.to_str()?;
+        match name {
+            ".primary" => return Some(Name::Primary),
+            ".lag" => return Some(Name::Lag),
+            _ if is_super_journal(name) => return Some(Name::SuperJournal(name.to_owned())),
+            _ => {}
+        }
+        let db = |base: &str| DbName::new(base).ok();
+        for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm] {
+            if let Some(base) = name.strip_suffix(kind.suffix()) {
+                return db(base).map(|name| Name::Db(name, kind));
+            }
+        }
+        if let Some(base) = name.strip_suffix("-pos") {
+            return db(base).map(Name::Pos);
+        }
+        if let Some(base) = name.strip_suffix("-lock") {
+            return db(base).map(Name::Lock);
+        }
+        db(name).map(|name| Name::Db(name, FileKind::Database))
+    }
+}
+
+impl EngineVolume {
+    /// The mount of `engine`.
+    pub fn new(engine: Arc<Engine>) -> EngineVolume {
+        EngineVolume {
+            plain: PlainFiles::new(engine.layout().super_journals()),
+            engine,
+            notifier: OnceLock::new(),
+            started: SystemTime::now(),
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+            inos: [next_ino(), next_ino()],
+            waiting: Mutex::default(),
+        }
+    }
+
+    fn node(&self, name: &OsStr) -> Option<Node> {
+        match Name::parse(name)? {
+            Name::Db(name, kind) => {
+                let db = self.engine.database(name.as_str())?;
+                let backing = db.files().get(kind)?;
+                Some(Node::File(db, backing))
+            }
+            Name::Pos(name) => self.engine.database(name.as_str()).map(Node::Pos),
+            Name::Lock(name) => self.engine.database(name.as_str()).map(Node::Lock),
+            Name::Primary => {
+                matches!(self.engine.role(), Role::Replica(_)).then_some(Node::Primary)
+            }
+            Name::Lag => Some(Node::Lag),
+            Name::SuperJournal(name) => self.plain.get(&name).map(Node::Plain),
+        }
+    }
+
+    fn attr(&self, node: &Node) -> Result<Attr, Errno> {
+        let primary = self.engine.role() == Role::Primary;
+        let base = Attr {
+            ino: 0,
+            size: 0,
+            blocks: 0,
+            mtime: self.started,
+            file_type: FileType::Regular,
+            perm: 0o666,
+            uid: self.uid,
+            gid: self.gid,
+            ttl: ASK,
+        };
+        Ok(match node {
+            Node::File(db, backing) => {
+                let meta = backing.file.metadata().map_err(|error| os_errno(&error))?;
+                let database = backing.kind == FileKind::Database;
+                let writable = !database || primary || db.may_write();
+                // The size of these is changed past us, or by us past the kernel.
+                let shared = matches!(backing.kind, FileKind::Wal | FileKind::Shm);
+                Attr {
+                    ino: backing.ino,
+                    size: meta.len(),
+                    blocks: meta.len().div_ceil(512),
+                    mtime: meta.modified().unwrap_or(self.started),
+                    perm: if writable { 0o666 } else { 0o444 },
+                    ttl: if shared { ASK } else { KEEP },
+                    ..base
+                }
+            }
+            Node::Pos(db) => Attr {
+                ino: db.virtual_inos()[0],
+                size: text::POS_LEN,
+                mtime: text::time(db.view().timestamp_ms),
+                ..base
+            },
+            Node::Lock(db) => Attr { ino: db.virtual_inos()[1], perm: 0o444, ..base },
+            Node::Primary => Attr {
+                ino: self.inos[0],
+                size: text::primary(&self.engine).len() as u64,
+                perm: 0o444,
+                ..base
+            },
+            Node::Lag => Attr {
+                ino: self.inos[1],
+                size: text::LAG_LEN,
+                mtime: text::lag_mtime(&self.engine),
+                perm: 0o444,
+                ..base
+            },
+            Node::Plain(file) => {
+                let meta = file.file.metadata().map_err(|error| os_errno(&error))?;
+                Attr { ino: file.ino, size: meta.len(), blocks: meta.len().div_ceil(512), ..base }
+            }
+        })
+    }
+
+    fn entry(&self, node: Node) -> Result<Entry<Node>, Errno> {
+        let attr = self.attr(&node)?;
+        let ttl = if matches!(node, Node::Primary) { ASK } else { KEEP };
+        Ok(Entry { node, attr, ttl })
+    }
+
+    fn opened(&self, node: &Node) -> Result<Opened<Arc<OpenFile>>, Errno> {
+        let mode = match node {
+            Node::File(_, backing) => self.mode(backing)?,
+            Node::Plain(_) => OpenMode::Cached,
+            Node::Pos(_) | Node::Lock(_) | Node::Primary | Node::Lag => OpenMode::Direct,
+        };
+        let handle = Arc::new(OpenFile {
+            id: locks::Handle(next_ino()),
+            node: node.clone(),
+            text: OnceLock::new(),
+        });
+        Ok(Opened { handle, mode })
+    }
+
+    fn mode(&self, backing: &Backing) -> Result<OpenMode, Errno> {
+        let shared = matches!(backing.kind, FileKind::Wal | FileKind::Shm);
+        if !shared || !self.engine.shared().is_passthrough() {
+            return Ok(OpenMode::Cached);
+        }
+        let file = backing.file.try_clone().map_err(|error| os_errno(&error))?;
+        Ok(OpenMode::Passthrough(file.into()))
+    }
+
+    fn text<'a>(&self, file: &'a OpenFile) -> std::borrow::Cow<'a, str> {
+        match &file.node {
+            Node::Pos(db) => text::pos(db).into(),
+            Node::Primary => file.text.get_or_init(|| text::primary(&self.engine)).as_str().into(),
+            Node::Lag => file.text.get_or_init(|| text::lag(&self.engine)).as_str().into(),
+            _ => "".into(),
+        }
+    }
+
+    fn create_node(&self, name: &OsStr) -> Result<Node, Errno> {
+        match Name::parse(name).ok_or(Errno::EINVAL)? {
+            Name::Db(name, FileKind::Database) => {
+                if !self.engine.shared().is_writable() {
+                    return Err(Errno::EACCES);
+                }
+                let db =
+                    self.engine.database_or_new(&name).map_err(|error| refused(error.into()))?;
+                let backing = db.create_file(FileKind::Database).map_err(refused)?;
+                Ok(Node::File(db, backing))
+            }
+            Name::Db(name, kind) => {
+                let db = self.engine.database(name.as_str()).ok_or(Errno::ENOENT)?;
+                let backing = db.create_file(kind).map_err(refused)?;
+                Ok(Node::File(db, backing))
+            }
+            Name::SuperJournal(name) => {
+                if !self.engine.shared().is_writable() {
+                    return Err(Errno::EACCES);
+                }
+                self.plain.create(&name).map(Node::Plain).map_err(|error| os_errno(&error))
+            }
+            Name::Pos(_) | Name::Lock(_) | Name::Primary | Name::Lag => Err(Errno::EACCES),
+        }
+    }
+
+    fn truncate(&self, node: &Node, size: u64) -> Result<(), Errno> {
+        match node {
+            Node::File(db, backing) => match backing.kind {
+                FileKind::Database => db.truncate_database(backing, size),
+                FileKind::Journal => db.truncate_journal(backing, size),
+                FileKind::Wal => db.truncate_wal(backing, size),
+                FileKind::Shm => db.truncate_shm(backing, size),
+            }
+            .map_err(refused),
+            Node::Plain(file) => file.truncate(size).map_err(|error| os_errno(&error)),
+            _ => Err(Errno::EACCES),
+        }
+    }
+
+    fn remove(&self, name: &OsStr) -> Result<(), Errno> {
+        match Name::parse(name).ok_or(Errno::ENOENT)? {
+            Name::Db(name, kind) => {
+                let db = self.engine.database(name.as_str()).ok_or(Errno::ENOENT)?;
+                if db.files().get(kind).is_none() {
+                    return Err(Errno::ENOENT);
+                }
+                match kind {
+                    FileKind::Database => db.drop_database(),
+                    FileKind::Journal => db.remove_journal(),
+                    FileKind::Wal => db.remove_wal(),
+                    FileKind::Shm => db.remove_shm(),
+                }
+                .map_err(refused)
+            }
+            Name::SuperJournal(name) => self.plain.remove(&name).map_err(|error| os_errno(&error)),
+            Name::Pos(_) | Name::Lock(_) | Name::Primary | Name::Lag => Err(Errno::EACCES),
+        }
+    }
+
+    fn call(
+        &self,
+        file: &OpenFile,
+        owner: Owner,
+        range: Range,
+        kind: LockKind,
+    ) -> Result<(Arc<Db>, Request), Errno> {
+        let Node::File(db, backing) = &file.node else { return Err(Errno::ENOTSUP) };
+        let lock_file = lock_file(backing.kind).ok_or(Errno::ENOTSUP)?;
+        let set = LockSet::in_range(lock_file, range.start, range.end);
+        let kind = match kind {
+            LockKind::Exclusive => locks::LockKind::Exclusive,
+            LockKind::Shared | LockKind::Unlock => locks::LockKind::Shared,
+        };
+        let owner = locks::Owner::client(owner.0);
+        Ok((db.clone(), Request { owner, via: file.id, set, kind }))
+    }
+}
+
+impl fuse::Volume for EngineVolume {
+    type Node = Node;
+    type Handle = Arc<OpenFile>;
+
+    fn mounted(&self, kernel: Kernel) {
+        let cache = Arc::new(KernelCache(kernel.notifier.clone()));
+        self.engine.shared().mounted(cache, kernel.passthrough);
+        // Mounted once.
+        let _ = self.notifier.set(kernel.notifier);
+    }
+
+    fn root(&self) -> Attr {
+        let primary = self.engine.role() == Role::Primary;
+        Attr {
+            ino: fuse::ROOT,
+            size: 0,
+            blocks: 0,
+            mtime: self.started,
+            file_type: FileType::Directory,
+            perm: if primary { 0o777 } else { 0o555 },
+            uid: self.uid,
+            gid: self.gid,
+            ttl: ASK,
+        }
+    }
+
+    fn lookup(&self, name: &OsStr) -> Result<Lookup<Node>, Errno> {
+        if let Some(node) = self.node(name) {
+            return self.entry(node).map(Lookup::Found);
+        }
+        // SQLite asks for these before each transaction; who makes one does it through the kernel,
+        // or tells it.
+        let often =
+            matches!(Name::parse(name), Some(Name::Db(_, FileKind::Journal | FileKind::Wal)));
+        Ok(Lookup::Missing(if often { KEEP } else { ASK }))
+    }
+
+    fn getattr(&self, node: &Node) -> Result<Attr, Errno> {
+        self.attr(node)
+    }
+
+    fn setattr(
+        &self,
+        node: &Node,
+        _handle: Option<&Arc<OpenFile>>,
+        change: SetAttr,
+        reply: Reply<Attr>,
+    ) {
+        let result = change.size.map_or(Ok(()), |size| self.truncate(node, size));
+        reply.send(result.and_then(|()| self.attr(node)));
+    }
+
+    fn open(&self, node: &Node, _flags: i32) -> Result<Opened<Arc<OpenFile>>, Errno> {
+        if let Node::File(db, backing) = node
+            && backing.kind == FileKind::Wal
+        {
+            db.refuse_heap_index().map_err(refused)?;
+        }
+        self.opened(node)
+    }
+
+    fn create(
+        &self,
+        name: &OsStr,
+        flags: i32,
+        _mode: u32,
+    ) -> Result<Created<Node, Arc<OpenFile>>, Errno> {
+        let node = match self.node(name) {
+            Some(_) if flags & libc::O_EXCL != 0 => return Err(Errno::EEXIST),
+            Some(node) => node,
+            None => self.create_node(name)?,
+        };
+        let opened = self.opened(&node)?;
+        Ok((self.entry(node)?, opened))
+    }
+
+    fn unlink(&self, name: &OsStr, reply: Reply<()>) {
+        reply.send(self.remove(name));
+    }
+
+    fn read(&self, handle: &Arc<OpenFile>, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let file = match &handle.node {
+            Node::File(_, backing) => &backing.file,
+            Node::Plain(plain) => &plain.file,
+            _ => {
+                let text = self.text(handle);
+                let rest = text.as_bytes().get(offset as usize..).unwrap_or_default();
+                let len = rest.len().min(buf.len());
+                buf[..len].copy_from_slice(&rest[..len]);
+                return Ok(len);
+            }
+        };
+        crate::os::read_up_to(file, buf, offset).map_err(|error| os_errno(&error))
+    }
+
+    fn write(&self, handle: &Arc<OpenFile>, write: Write<'_>, reply: Reply<u32>) {
+        let Write { offset, data, .. } = write;
+        let result = match &handle.node {
+            Node::File(db, backing) => match backing.kind {
+                FileKind::Database => db.write_database(backing, offset, data),
+                FileKind::Journal => db.write_journal(backing, offset, data),
+                FileKind::Wal => db.write_wal(backing, offset, data),
+                FileKind::Shm => db.write_shm(backing, offset, data),
+            }
+            .map_err(refused),
+            Node::Plain(plain) => plain.write(offset, data).map_err(|error| os_errno(&error)),
+            _ => Err(Errno::EACCES),
+        };
+        reply.send(result.map(|()| data.len() as u32));
+    }
+
+    fn flush(&self, handle: &Arc<OpenFile>, owner: Owner, reply: Reply<()>) {
+        if let Node::File(db, backing) = &handle.node
+            && let Some(file) = lock_file(backing.kind)
+        {
+            db.flush(locks::Owner::client(owner.0), LockSet::file(file));
+        }
+        reply.send(Ok(()));
+    }
+
+    fn release(&self, handle: Arc<OpenFile>) {
+        if let Node::File(db, _) = &handle.node {
+            db.release_handle(handle.id);
+        }
+    }
+
+    fn fsync(&self, handle: &Arc<OpenFile>, _data_only: bool, reply: Reply<()>) {
+        reply.send(match &handle.node {
+            Node::File(db, backing) => db.sync_file(backing).map_err(refused),
+            Node::Plain(plain) => plain.sync().map_err(|error| os_errno(&error)),
+            _ => Ok(()),
+        });
+    }
+
+    fn fsync_dir(&self, reply: Reply<()>) {
+        reply.send(Ok(()));
+    }
+
+    fn getlk(
+        &self,
+        handle: &Arc<OpenFile>,
+        owner: Owner,
+        range: Range,
+        kind: LockKind,
+    ) -> Result<Option<Conflict>, Errno> {
+        let (db, call) = self.call(handle, owner, range, kind)?;
+        Ok(db.query(&call).map(|conflict| {
+            let (start, end) = conflict.lock.range();
+            let kind = match conflict.kind {
+                locks::LockKind::Exclusive => LockKind::Exclusive,
+                locks::LockKind::Shared => LockKind::Shared,
+            };
+            Conflict { range: Range { start, end }, kind }
+        }))
+    }
+
+    fn setlk(
+        &self,
+        handle: &Arc<OpenFile>,
+        owner: Owner,
+        range: Range,
+        kind: LockKind,
+        wait: Wait,
+        reply: Reply<()>,
+    ) {
+        let (db, call) = match self.call(handle, owner, range, kind) {
+            Ok(found) => found,
+            Err(errno) => return reply.send(Err(errno)),
+        };
+        if kind == LockKind::Unlock {
+            db.unlock(call.owner, call.set);
+            return reply.send(Ok(()));
+        }
+        let wait = match wait {
+            Wait::No => None,
+            Wait::Yes(WaitId(id)) => {
+                self.waiting.lock().unwrap().push((id, db.clone()));
+                Some(id)
+            }
+        };
+        db.lock(call, wait, Box::new(move |result| reply.send(result.map_err(refused))));
+    }
+
+    fn interrupt(&self, wait: WaitId) -> bool {
+        let db = {
+            let mut waiting = self.waiting.lock().unwrap();
+            let index = waiting.iter().position(|(id, _)| *id == wait.0);
+            index.map(|index| waiting.swap_remove(index).1)
+        };
+        db.is_some_and(|db| db.interrupt(wait.0))
+    }
+
+    fn readdir(&self) -> Result<Vec<DirEntry>, Errno> {
+        let mut entries = vec![line(".lag", self.inos[1])];
+        if matches!(self.engine.role(), Role::Replica(_)) {
+            entries.push(line(".primary", self.inos[0]));
+        }
+        for db in self.engine.databases() {
+            if db.view().pages == 0 {
+                continue;
+            }
+            for kind in FileKind::ALL {
+                if let Some(backing) = db.files().get(kind) {
+                    entries.push(line(&format!("{}{}", db.name(), kind.suffix()), backing.ino));
+                }
+            }
+            entries.push(line(&format!("{}-pos", db.name()), db.virtual_inos()[0]));
+        }
+        Ok(entries)
+    }
+
+    fn statfs(&self) -> Result<StatFs, Errno> {
+        let stat = nix::sys::statvfs::statvfs(self.engine.data_dir())?;
+        Ok(StatFs {
+            blocks: stat.blocks(),
+            bfree: stat.blocks_free(),
+            bavail: stat.blocks_available(),
+            files: stat.files(),
+            ffree: stat.files_free(),
+            bsize: stat.block_size() as u32,
+            namelen: 255,
+            frsize: stat.fragment_size() as u32,
+        })
+    }
+}
+
+fn line(name: &str, ino: u64) -> DirEntry {
+    DirEntry { ino, name: OsStr::new(name).into(), file_type: FileType::Regular }
+}
+
+fn lock_file(kind: FileKind) -> Option<LockFile> {
+    match kind {
+        FileKind::Database => Some(LockFile::Database),
+        FileKind::Shm => Some(LockFile::Shm),
+        FileKind::Journal | FileKind::Wal => None,
+    }
+}
+
+/// The errno of a refused call.
+fn refused(refusal: Refusal) -> Errno {
+    match refusal {
+        Refusal::ReadOnly => Errno::EACCES,
+        Refusal::WouldBlock => Errno::EAGAIN,
+        Refusal::Interrupted => Errno::EINTR,
+        Refusal::Busy => Errno::EBUSY,
+        Refusal::Exists => Errno::EEXIST,
+        Refusal::NotFound => Errno::ENOENT,
+        Refusal::Invalid => Errno::EINVAL,
+        Refusal::NoTransaction => Errno::EIO,
+        Refusal::Os(code) => Errno::from_raw(code),
+    }
+}
+
+fn os_errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// The engine's way to the kernel's caches.
+struct KernelCache(Notifier);
+
+impl PageCache for KernelCache {
+    fn pages_changed(&self, ino: u64, offset: u64, len: u64) {
+        log_failure(self.0.inval_inode(ino, offset as i64, len as i64));
+    }
+
+    fn file_changed(&self, ino: u64) {
+        log_failure(self.0.inval_inode(ino, 0, 0));
+    }
+
+    fn attr_changed(&self, ino: u64) {
+        self.0.post_inval_attr(ino);
+    }
+
+    fn name_changed(&self, name: &str) {
+        self.0.post_inval_entry(OsStr::new(name));
+    }
+}
+
+fn log_failure(result: Result<(), Errno>) {
+    if let Err(errno) = result {
+        // The mount is gone, or about to be.
+        tracing::debug!(%errno, "tell the kernel of a change");
+    }
+}

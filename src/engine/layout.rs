@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DATA/clusterid                 the cluster id and a newline
+//! DATA/node-ids                  the ids that this node has had
 //! DATA/super-journals/           super-journals of transactions over several databases
 //! DATA/dbs/NAME/database         SQLite's main file
 //! DATA/dbs/NAME/journal          the rollback journal
@@ -34,6 +35,11 @@ impl DataDir {
     /// The file that holds the cluster id.
     pub fn cluster_id(&self) -> PathBuf {
         self.0.join("clusterid")
+    }
+
+    /// The file with the ids that this node has had, a line each.
+    pub fn node_ids(&self) -> PathBuf {
+        self.0.join("node-ids")
     }
 
     /// The directory that holds a directory for each database.

@@ -1,0 +1,444 @@
+//! What comes from the primary: received and verified in full, queued for its database, applied.
+//!
+//! Receiving never waits for readers: each database has a queue and, while there is something in it,
+//! a thread of its own. [`wal`] appends to the WAL without disturbing readers; [`exclusive`] is for
+//! everything else. Before anything is written, the checksum that the database would have is compared
+//! with the one that the LTX file promises; a mismatch applies nothing and asks for a snapshot.
+//!
+//! Invariant: `received` is the position that the queue leads to, or zero when only a snapshot helps.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
+
+use super::capture::Change;
+use super::db::Db;
+use super::error::{Error, Result, chain_text};
+use crate::{limits, os};
+
+mod exclusive;
+mod follow;
+mod index;
+
+use follow::Follower;
+
+/// How long the thread of a database waits for more before it ends.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// How long after a failed apply it is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The queue of received LTX files of one database.
+pub struct Inbox {
+    state: Mutex<State>,
+    /// Something was queued, taken, or the end is near.
+    changed: Condvar,
+    /// The wal-index is being replaced behind the kernel's page cache.
+    rewriting_index: AtomicBool,
+    /// The replica's hold on a WAL database.
+    follower: Mutex<Option<Follower>>,
+    /// How many readers of frozen states there are.
+    pins: AtomicUsize,
+}
+
+struct State {
+    received: Pos,
+    queue: VecDeque<Arc<Received>>,
+    queue_bytes: usize,
+    /// A thread works on the queue.
+    running: bool,
+    stop: bool,
+}
+
+/// A verified LTX file off the wire.
+pub struct Received {
+    /// Its header.
+    pub header: Header,
+    /// Its trailer.
+    pub trailer: Trailer,
+    /// The checksum of each of its pages, ascending.
+    pub sums: PageList,
+    body: Body,
+}
+
+/// The checksums of the pages of an LTX file, ascending.
+type PageList = Vec<(Pgno, Checksum)>;
+
+/// The bytes of an LTX file.
+enum Body {
+    Memory(Arc<[u8]>),
+    /// A temporary file in the directory of the chain; adopted by the chain, it has another name.
+    Spool(PathBuf, File, u64),
+}
+
+impl Body {
+    /// Reads the file from the start.
+    fn open(&self) -> Result<Decoder<Box<dyn Read + '_>>, ltx::Error> {
+        let source: Box<dyn Read + '_> = match self {
+            Body::Memory(bytes) => Box::new(&bytes[..]),
+            Body::Spool(_, file, len) => {
+                let cursor = os::FileCursor::new(file).take(*len);
+                Box::new(BufReader::with_capacity(limits::IO_BUFFER, cursor))
+            }
+        };
+        Decoder::new(source)
+    }
+}
+
+impl Received {
+    /// A verified LTX file of `len` bytes in a temporary file.
+    pub(super) fn spooled(
+        header: Header,
+        trailer: Trailer,
+        sums: PageList,
+        path: PathBuf,
+        file: File,
+        len: u64,
+    ) -> Received {
+        Received { header, trailer, sums, body: Body::Spool(path, file, len) }
+    }
+
+    /// Reads it from the start.
+    fn open(&self) -> Result<Decoder<Box<dyn Read + '_>>, ltx::Error> {
+        self.body.open()
+    }
+
+    fn size(&self) -> usize {
+        let body = match &self.body {
+            Body::Memory(bytes) => bytes.len(),
+            Body::Spool(..) => 0,
+        };
+        body + self.sums.len() * size_of::<(Pgno, Checksum)>()
+    }
+
+    /// The position it leads to.
+    pub fn pos(&self) -> Pos {
+        Pos { txid: self.header.max_txid, checksum: self.trailer.post_apply }
+    }
+
+    /// The checksum that the database has after it, computed from `change`; what it promises must be
+    /// the same.
+    fn foretell(&self, change: &Change) -> Checksum {
+        let snapshot = self.header.is_snapshot();
+        let mut post = if snapshot { Checksum::EMPTY } else { change.sums.rolling() };
+        let old = |pgno| if snapshot { Checksum::NONE } else { change.sums.get(pgno) };
+        for (pgno, sum) in &self.sums {
+            post = post.toggle(old(*pgno)).toggle(*sum);
+        }
+        let pages = if snapshot { 0 } else { change.pages() };
+        for pgno in self.header.commit + 1..=pages {
+            post = post.toggle(old(Pgno(pgno)));
+        }
+        post
+    }
+}
+
+/// Takes one LTX file off the wire; bytes are written to it.
+pub struct Receiver {
+    db: Arc<Db>,
+    body: Body,
+    buffer: Vec<u8>,
+    /// Taken over by the queue; otherwise the temporary file is removed.
+    kept: bool,
+}
+
+impl Receiver {
+    pub(super) fn new(db: Arc<Db>) -> Receiver {
+        Receiver { db, body: Body::Memory(Arc::default()), buffer: Vec::new(), kept: false }
+    }
+
+    /// The file is complete: verifies it, checks that it follows on what was received before, and
+    /// queues it. Waits while the queue is full.
+    ///
+    /// Errors: the file does not verify, or does not follow ([`Error::PositionMismatch`]).
+    pub fn finish(mut self) -> Result<Pos> {
+        self.spill_if_spooled()
+            .map_err(Error::io("write received ltx file", &self.db.dir.ltx()))?;
+        if let Body::Memory(bytes) = &mut self.body {
+            *bytes = std::mem::take(&mut self.buffer).into();
+        }
+        let (header, trailer, sums) = self.verify()?;
+        let body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
+        self.kept = true;
+        let received = Received { header, trailer, sums, body };
+        self.db.queue_received(received)
+    }
+
+    fn verify(&self) -> Result<(Header, Trailer, PageList)> {
+        let ltx = |source| self.db.ltx_error("verify received ltx file", source);
+        let mut decoder = self.body.open().map_err(ltx)?;
+        let header = *decoder.header();
+        let mut page = vec![0; header.page_size.bytes()];
+        let mut sums = Vec::new();
+        while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
+            sums.push((pgno, decoder.page_checksum()));
+        }
+        let trailer = decoder.finish().map_err(ltx)?;
+        Ok((header, trailer, sums))
+    }
+
+    /// Moves what is buffered to the temporary file, once the file is too large for memory.
+    fn spill(&mut self) -> io::Result<()> {
+        if let Body::Memory(_) = self.body {
+            let path = self.db.dir.ltx().join(format!("{:016x}.ltx.tmp", super::files::next_ino()));
+            os::remove_if_present("receive:spool", &path)?;
+            let file = os::create_new("receive:spool", &path)?;
+            self.body = Body::Spool(path, file, 0);
+        }
+        self.spill_if_spooled()
+    }
+
+    fn spill_if_spooled(&mut self) -> io::Result<()> {
+        if let Body::Spool(_, file, len) = &mut self.body {
+            os::write_at("receive:spool", file, &self.buffer, *len)?;
+            *len += self.buffer.len() as u64;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+}
+
+impl Write for Receiver {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.buffer.extend_from_slice(data);
+        if self.buffer.len() > limits::RECEIVE_IN_MEMORY {
+            self.spill()?;
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let (false, Body::Spool(path, ..)) = (self.kept, &self.body) {
+            let _ = os::remove_if_present("receive:spool", path);
+        }
+    }
+}
+
+impl Inbox {
+    /// An empty queue of a database at `pos`.
+    pub(super) fn new(pos: Pos) -> Inbox {
+        let state = State {
+            received: pos,
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            running: false,
+            stop: false,
+        };
+        Inbox {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            rewriting_index: AtomicBool::new(false),
+            follower: Mutex::default(),
+            pins: AtomicUsize::new(0),
+        }
+    }
+
+    /// Frames stay where they are until [`Inbox::unpin`].
+    pub(super) fn pin(&self) {
+        self.pins.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Takes one [`Inbox::pin`] back.
+    pub(super) fn unpin(&self) {
+        self.pins.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether frames must stay where they are.
+    fn is_pinned(&self) -> bool {
+        self.pins.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether the wal-index is being replaced behind the kernel's page cache.
+    pub(super) fn is_rewriting_index(&self) -> bool {
+        self.rewriting_index.load(Ordering::SeqCst)
+    }
+}
+
+impl Db {
+    /// The position that a replica asks its primary to go on from.
+    pub fn received_pos(&self) -> Pos {
+        let state = self.inbox.state.lock().unwrap();
+        if state.running || !state.queue.is_empty() || state.received.is_zero() {
+            return state.received;
+        }
+        drop(state);
+        self.pos()
+    }
+
+    /// A position was set by something else than the inbox (a commit, an import).
+    pub(super) fn reset_received(&self, pos: Pos) {
+        self.inbox.state.lock().unwrap().received = pos;
+    }
+
+    fn queue_received(self: &Arc<Db>, received: Received) -> Result<Pos> {
+        let pos = received.pos();
+        let mut state = self.inbox.state.lock().unwrap();
+        while state.queue_bytes > limits::INBOX_BYTES && !state.stop {
+            state = self.inbox.changed.wait(state).unwrap();
+        }
+        if !state.running && state.queue.is_empty() && !state.received.is_zero() {
+            state.received = self.pos();
+        }
+        if let Err(error) = self.check_follows(state.received, &received) {
+            received.discard();
+            return Err(error);
+        }
+        state.received = pos;
+        state.queue_bytes += received.size();
+        state.queue.push_back(Arc::new(received));
+        self.inbox.changed.notify_all();
+        if !state.running {
+            state.running = true;
+            drop(state);
+            self.spawn_applier();
+        }
+        Ok(pos)
+    }
+
+    /// A snapshot always follows; a range that starts inside what is there already does too, for its
+    /// images are those after its last transaction; anything else must continue exactly.
+    fn check_follows(&self, have: Pos, received: &Received) -> Result<()> {
+        let need = received.header.pre_pos();
+        let inside = need.txid < have.txid && have.txid < received.header.max_txid;
+        if received.header.is_snapshot() || need == have || (inside && !have.is_zero()) {
+            return Ok(());
+        }
+        Err(Error::PositionMismatch { db: self.name.clone(), have, need })
+    }
+
+    fn spawn_applier(self: &Arc<Db>) {
+        let db = self.clone();
+        let spawned =
+            std::thread::Builder::new().name("litefs-apply".into()).spawn(move || db.run_applier());
+        if let Err(error) = spawned {
+            tracing::error!(db = %self.name, %error, "start apply thread");
+            self.inbox.state.lock().unwrap().running = false;
+        }
+    }
+
+    /// Applies what is queued until nothing came for a while.
+    fn run_applier(self: Arc<Db>) {
+        while let Some(batch) = self.next_received() {
+            if let Err(error) = self.apply_batch(&batch) {
+                self.apply_failed(&error);
+            } else {
+                self.mend();
+            }
+        }
+    }
+
+    /// All that is queued, once there is something; none when nothing came for a while.
+    fn next_received(&self) -> Option<Vec<Arc<Received>>> {
+        let end = Instant::now() + LINGER;
+        let mut state = self.inbox.state.lock().unwrap();
+        loop {
+            if state.stop {
+                state.running = false;
+                return None;
+            }
+            if !state.queue.is_empty() {
+                return Some(state.queue.iter().cloned().collect());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                state.running = false;
+                return None;
+            }
+            state = self.inbox.changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    /// Applies in order; what was applied leaves the queue, also when a later one fails.
+    fn apply_batch(&self, batch: &[Arc<Received>]) -> Result<()> {
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let done = self.apply_some(rest)?;
+            let mut state = self.inbox.state.lock().unwrap();
+            for _ in 0..done {
+                if let Some(gone) = state.queue.pop_front() {
+                    state.queue_bytes -= gone.size();
+                }
+            }
+            self.inbox.changed.notify_all();
+            rest = &rest[done..];
+        }
+        Ok(())
+    }
+
+    /// Applies at least one of `batch`; how many.
+    fn apply_some(&self, batch: &[Arc<Received>]) -> Result<usize> {
+        let mut change = self.change.lock().unwrap();
+        let first = &batch[0];
+        if first.header.max_txid <= change.pos.txid && first.pos() == change.pos {
+            // Our own transaction, or one that a restart had applied already.
+            return Ok(1);
+        }
+        let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();
+        if run > 0 {
+            return self.apply_to_wal(&mut change, &batch[..run]).map(|()| run);
+        }
+        drop(change);
+        self.apply_exclusively(first).map(|()| 1)
+    }
+
+    /// A failed apply: a checksum that does not come out needs a snapshot, anything else is tried
+    /// again.
+    fn apply_failed(&self, error: &Error) {
+        if matches!(error, Error::Diverged { .. } | Error::Ltx { .. }) {
+            tracing::error!(db = %self.name, error = chain_text(error), "apply transaction: asking the primary for a snapshot");
+            let mut state = self.inbox.state.lock().unwrap();
+            for gone in state.queue.drain(..) {
+                gone.discard();
+            }
+            state.queue_bytes = 0;
+            state.received = Pos::ZERO;
+            self.inbox.changed.notify_all();
+            drop(state);
+            // Reconnects with the position zero.
+            self.shared.request_reconnect();
+            return;
+        }
+        self.fail(error);
+        let state = self.inbox.state.lock().unwrap();
+        if !state.stop {
+            // Space may come back: the same again in a while.
+            let _unused = self.inbox.changed.wait_timeout(state, RETRY).unwrap();
+        }
+    }
+
+    /// Ends the thread of the inbox; what is queued stays with the primary.
+    pub(super) fn stop_applier(&self) {
+        let mut state = self.inbox.state.lock().unwrap();
+        state.stop = true;
+        self.inbox.changed.notify_all();
+        while state.running {
+            state = self.inbox.changed.wait_timeout(state, RETRY).unwrap().0;
+        }
+    }
+}
+
+impl Received {
+    /// Removes its temporary file.
+    fn discard(&self) {
+        if let Body::Spool(path, ..) = &self.body {
+            let _ = os::remove_if_present("receive:spool", path);
+        }
+    }
+
+    /// The last transaction it replaces all others up to, if it is a snapshot.
+    fn snapshot_of(&self) -> Option<Txid> {
+        self.header.is_snapshot().then_some(self.header.max_txid)
+    }
+}

@@ -1,0 +1,231 @@
+//! Applying under the locks that SQLite would take: rollback-journal databases, snapshots,
+//! deletions, a change of the journal mode, and WAL databases whose wal-index we cannot see.
+//!
+//! PENDING is taken first, so that a stream of readers cannot starve us. The LTX file is durable
+//! before the first page is written; a crash in between is mended by recovery, which applies the
+//! chain. The kernel's cached pages are current before the locks go.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ltx::Pgno;
+
+use super::{Body, Received};
+use crate::engine::capture::Change;
+use crate::engine::chain::Replaced;
+use crate::engine::checksum::PageSums;
+use crate::engine::db::{Db, Guard};
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::engine::locks::{LockKind, Owner};
+use crate::sqlite::header::JournalMode;
+use crate::sqlite::lock_byte::{Lock, LockSet};
+use crate::{limits, os};
+
+/// More ranges than this, and all cached pages of the file are dropped at once.
+const RANGES_MAX: usize = 256;
+
+/// What the kernel must no longer take for current.
+#[derive(Debug, Default)]
+pub(in crate::engine) struct Stale {
+    /// The database file, whose pages in `ranges` changed, or all if there are none.
+    database: Option<u64>,
+    /// Offsets and lengths in bytes.
+    ranges: Vec<(u64, u64)>,
+    /// Files of which everything changed.
+    pub(super) files: Vec<u64>,
+}
+
+impl Db {
+    /// Applies one LTX file with everybody else locked out.
+    pub(super) fn apply_exclusively(&self, received: &Arc<Received>) -> Result<()> {
+        let _locks = self.lock_everything()?;
+        let mut change = self.change.lock().unwrap();
+        self.settle_wal(&mut change)?;
+        let stale = self.apply_locked(&mut change, received)?;
+        // The kernel may have to finish a request of a worker that waits for the right to change.
+        drop(change);
+        self.drop_cached(stale);
+        Ok(())
+    }
+
+    /// Applies one LTX file; the caller holds all locks of the database, gives up the right to
+    /// change, and then drops what is stale in the kernel's caches.
+    pub(in crate::engine) fn apply_locked(
+        &self,
+        change: &mut Change,
+        received: &Arc<Received>,
+    ) -> Result<Stale> {
+        self.check_outcome(change, received)?;
+        self.store(change, received)?;
+        let stale = self.write_pages(change, received)?;
+        self.finish_apply(change, received);
+        self.verify_if_strict(change)?;
+        Ok(stale)
+    }
+
+    /// The database would have the checksum that the file promises, and the file follows.
+    pub(super) fn check_outcome(&self, change: &Change, received: &Received) -> Result<()> {
+        let (header, post) = (&received.header, received.trailer.post_apply);
+        let continues = header.pre_pos() == change.pos;
+        let inside = header.pre_pos().txid < change.pos.txid && change.pos.txid < header.max_txid;
+        let diverged = |what| Error::Diverged { db: self.name.clone(), pos: change.pos, what };
+        if !header.is_snapshot() {
+            if !continues && !inside {
+                return Err(diverged("the transaction does not follow on the position"));
+            }
+            if change.page_size.is_some_and(|size| size != header.page_size) {
+                return Err(diverged("the transaction has another page size"));
+            }
+        }
+        if received.foretell(change) != post {
+            return Err(diverged("the transaction does not lead to its checksum"));
+        }
+        Ok(())
+    }
+
+    /// All locks of the database for the applier, waiting for readers to go.
+    pub(in crate::engine) fn lock_everything(&self) -> Result<Guard<'_>> {
+        let mut guard = self.guard(Owner::APPLY, LockSet::EMPTY);
+        for step in [LockSet::one(Lock::Pending), LockSet::DATABASE, LockSet::SHM] {
+            // A failed upgrade leaves what a replica holds all the time.
+            self.take(Owner::APPLY, step, LockKind::Exclusive, limits::LOCK_WAIT)?;
+            guard.add(step);
+        }
+        Ok(guard)
+    }
+
+    /// Puts the LTX file into the chain, durable.
+    fn store(&self, change: &Change, received: &Arc<Received>) -> Result<()> {
+        let header = &received.header;
+        if self.chain.contains(header.max_txid) && !header.is_snapshot() {
+            // An earlier attempt got this far.
+            return Ok(());
+        }
+        let path = match &received.body {
+            Body::Spool(path, file, _) => {
+                os::sync("receive:spool", file).map_err(Error::io("sync ltx file", path))?;
+                path.clone()
+            }
+            Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
+        };
+        if !path.exists() && self.chain.contains(header.max_txid) {
+            return Ok(());
+        }
+        let replaced = match received.snapshot_of() {
+            Some(txid)
+                if change.pos.txid >= txid || self.chain.has_own(&self.shared.own_nodes)? =>
+            {
+                tracing::warn!(
+                    db = %self.name, pos = %change.pos, snapshot = %received.pos(),
+                    "snapshot replaces transactions that the primary may not have: kept in lost+found"
+                );
+                Replaced::Keep
+            }
+            _ => Replaced::Remove,
+        };
+        self.chain.adopt(path, header.min_txid, header.max_txid, replaced)
+    }
+
+    fn write_pages(&self, change: &mut Change, received: &Received) -> Result<Stale> {
+        let header = &received.header;
+        let mut stale = Stale::default();
+        let mode = if header.commit == 0 {
+            self.remove_files()?;
+            change.wal.clear();
+            self.shared.names_changed(self.name.as_str());
+            JournalMode::Rollback
+        } else {
+            let mode = self.write_database_pages(change, received, &mut stale)?;
+            match mode {
+                JournalMode::Wal => self.empty_wal(change, header, &mut stale)?,
+                JournalMode::Rollback => self.remove_wal_files(change)?,
+            }
+            mode
+        };
+        if header.is_snapshot() || header.commit == 0 {
+            change.sums = PageSums::default();
+        }
+        change.mode = mode;
+        Ok(stale)
+    }
+
+    /// Writes the pages to the database file and drops what the kernel cached of them; the journal
+    /// mode that the file says now.
+    fn write_database_pages(
+        &self,
+        change: &mut Change,
+        received: &Received,
+        stale: &mut Stale,
+    ) -> Result<JournalMode> {
+        let header = &received.header;
+        if self.files.get(FileKind::Database).is_none() {
+            self.shared.names_changed(self.name.as_str());
+        }
+        let database = self.files.get_or_create(FileKind::Database)?;
+        let path = self.files.path(FileKind::Database);
+        if change.mode == JournalMode::Wal && !header.is_snapshot() {
+            self.checkpoint_fully(change)?;
+        }
+        let mut decoder =
+            received.open().map_err(|e| self.ltx_error("read received ltx file", e))?;
+        let mut page = vec![0; header.page_size.bytes()];
+        loop {
+            let next = decoder.next_page(&mut page);
+            let Some(pgno) = next.map_err(|e| self.ltx_error("read received ltx file", e))? else {
+                break;
+            };
+            os::write_at("apply:database", &database.file, &page, header.page_size.offset(pgno))
+                .map_err(Error::io("write database", &path))?;
+        }
+        let len = header.page_size.offset(Pgno(header.commit + 1));
+        os::truncate("apply:database", &database.file, len)
+            .map_err(Error::io("truncate database", &path))?;
+        if header.is_snapshot() {
+            // The chain before it is gone: only the file and the snapshot are left.
+            os::sync("apply:database", &database.file)
+                .map_err(Error::io("sync database", &path))?;
+        }
+        stale.database = Some(database.ino);
+        if !header.is_snapshot() && received.sums.len() <= RANGES_MAX {
+            let size = u64::from(header.page_size.get());
+            let offset = |pgno| header.page_size.offset(pgno);
+            stale.ranges = received.sums.iter().map(|(pgno, _)| (offset(*pgno), size)).collect();
+        }
+        let found = self.read_header(&database.file)?;
+        Ok(found.map_or(JournalMode::Rollback, |(header, _)| header.journal_mode))
+    }
+
+    /// Makes the kernel's caches current. Not with the right to change in hand.
+    pub(in crate::engine) fn drop_cached(&self, stale: Stale) {
+        if let Some(cache) = self.shared.page_cache() {
+            match stale.database {
+                Some(ino) if stale.ranges.is_empty() => cache.file_changed(ino),
+                Some(ino) => {
+                    for (offset, len) in stale.ranges {
+                        cache.pages_changed(ino, offset, len);
+                    }
+                }
+                None => {}
+            }
+            for ino in stale.files {
+                cache.file_changed(ino);
+            }
+        }
+        self.inbox.rewriting_index.store(false, Ordering::SeqCst);
+    }
+
+    fn finish_apply(&self, change: &mut Change, received: &Received) {
+        let header = &received.header;
+        for (pgno, sum) in &received.sums {
+            change.sums.set(*pgno, *sum);
+        }
+        change.sums.truncate(header.commit);
+        change.page_size = (header.commit > 0).then_some(header.page_size);
+        change.pos = received.pos();
+        change.timestamp_ms = header.timestamp_ms;
+        self.announce_applied(change, header);
+        let lag = (self.shared.clock)().saturating_sub(header.timestamp_ms).max(0);
+        self.counters.lag_ms.store(lag as u64, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,118 @@
+//! Replacing the WAL and the wal-index while everybody is locked out.
+//!
+//! Clients that have the wal-index mapped go on with it, so it is not removed but overwritten: an
+//! empty log, under new salts, so that the next writer begins a new WAL. Without passthrough the
+//! pages that clients map belong to the mount: dropping them makes the kernel write its old ones
+//! back, and those writes are swallowed meanwhile ([`super::Inbox::is_rewriting_index`]).
+
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use ltx::{Header, PageSize, Pgno};
+
+use super::exclusive::Stale;
+
+use crate::engine::capture::Change;
+use crate::engine::db::Db;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::os;
+use crate::sqlite::wal::{ByteOrder, Salts, WalChecksum};
+use crate::sqlite::wal_index::{
+    CKPT_AT, CheckpointInfo, HEADER_COPY_SIZE, HEADER_SIZE, IndexHeader,
+};
+
+/// The second salt of a new WAL.
+fn random_u32() -> std::io::Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
+    Ok(u32::from_ne_bytes(bytes))
+}
+
+impl Db {
+    /// Empties the WAL, whose content is in the database file, and gives readers an empty index over
+    /// the database that `header` leads to.
+    pub(super) fn empty_wal(
+        &self,
+        change: &mut Change,
+        header: &Header,
+        stale: &mut Stale,
+    ) -> Result<()> {
+        change.wal.clear();
+        if let Some(wal) = self.files.get(FileKind::Wal) {
+            let path = self.files.path(FileKind::Wal);
+            os::truncate("apply:wal", &wal.file, 0).map_err(Error::io("truncate wal", &path))?;
+            stale.files.push(wal.ino);
+        }
+        let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(()) };
+        if !self.shared.is_passthrough() {
+            // Until the kernel has dropped its pages.
+            self.inbox.rewriting_index.store(true, Ordering::SeqCst);
+            stale.files.push(shm.ino);
+        }
+        self.write_empty_index(&shm.file, header.page_size, header.commit)
+            .map_err(Error::io("write wal-index", &self.files.path(FileKind::Shm)))
+    }
+
+    /// Removes the WAL and the wal-index of a database that is in rollback mode now.
+    pub(super) fn remove_wal_files(&self, change: &mut Change) -> Result<()> {
+        change.wal.clear();
+        let had = [self.files.remove(FileKind::Wal)?, self.files.remove(FileKind::Shm)?];
+        if had != [false, false] {
+            self.shared.names_changed(self.name.as_str());
+        }
+        Ok(())
+    }
+
+    /// Copies what the WAL holds into the database file, durably. Everybody is locked out, and the
+    /// chain holds all of it. The WAL stays as it is.
+    pub(in crate::engine) fn checkpoint_fully(&self, change: &mut Change) -> Result<()> {
+        let (Some(wal), Some(database)) =
+            (self.files.get(FileKind::Wal), self.files.get(FileKind::Database))
+        else {
+            return Ok(());
+        };
+        let frame = change.wal.frame();
+        let Some(map) = self.wal_map(&wal.file, Some(frame))?.filter(|_| frame > 0) else {
+            return Ok(());
+        };
+        let path = self.files.path(FileKind::Database);
+        let page_size = map.cursor.page_size();
+        let mut page = vec![0; page_size.bytes()];
+        for (pgno, offset) in map.pages.range(..=Pgno(map.commit)) {
+            wal.file.read_exact_at(&mut page, *offset).map_err(Error::io("read wal", &path))?;
+            os::write_at("checkpoint:database", &database.file, &page, page_size.offset(*pgno))
+                .map_err(Error::io("write database", &path))?;
+        }
+        os::truncate("checkpoint:database", &database.file, page_size.offset(Pgno(map.commit + 1)))
+            .and_then(|()| os::sync("checkpoint:database", &database.file))
+            .map_err(Error::io("sync database", &path))
+    }
+
+    fn write_empty_index(
+        &self,
+        shm: &std::fs::File,
+        page_size: PageSize,
+        pages: u32,
+    ) -> std::io::Result<()> {
+        let mut old = [0; HEADER_COPY_SIZE];
+        os::read_up_to(shm, &mut old, 0)?;
+        let before = IndexHeader::parse(&old);
+        let random = random_u32()?;
+        let header = IndexHeader {
+            change: before.map_or(1, |header| header.change.wrapping_add(1)),
+            order: before.map_or(ByteOrder::NATIVE, |header| header.order),
+            page_size,
+            mx_frame: 0,
+            pages,
+            frame_checksum: WalChecksum(0, 0),
+            salts: before.map_or(Salts(random, random), |header| header.salts.next(random)),
+        };
+        let copy = header.encode();
+        let mut bytes = [0; HEADER_SIZE];
+        bytes[..HEADER_COPY_SIZE].copy_from_slice(&copy);
+        bytes[HEADER_COPY_SIZE..CKPT_AT].copy_from_slice(&copy);
+        bytes[CKPT_AT..].copy_from_slice(&CheckpointInfo::EMPTY.encode());
+        os::write_at("apply:index", shm, &bytes, 0)
+    }
+}

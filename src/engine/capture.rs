@@ -1,0 +1,167 @@
+//! From what an application did to its files to [`Transaction`] values: [`wal`] at the release of the
+//! WRITE lock, [`journal`] at the end of a rollback journal, [`resync`] when neither can tell.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::sync::Arc;
+
+use ltx::{Checksum, PageSize, Pgno, Pos};
+
+use super::checksum::PageSums;
+use super::db::{Db, View};
+use super::recover::Recovered;
+use super::transaction::{PageRef, Parts, Transaction, WalSpan};
+use crate::sqlite::header::JournalMode;
+
+pub mod journal;
+pub mod resync;
+pub mod wal;
+
+/// Everything about a database that a commit changes.
+pub struct Change {
+    /// The position.
+    pub pos: Pos,
+    /// Bytes of a page, if the database was ever written.
+    pub page_size: Option<PageSize>,
+    /// How it is journalled.
+    pub mode: JournalMode,
+    /// The checksum of each page, and of all.
+    pub sums: PageSums,
+    /// When the last transaction was made.
+    pub timestamp_ms: i64,
+    /// How far the WAL is captured.
+    pub wal: wal::WalState,
+    /// What the current rollback journal covers.
+    pub journal: journal::JournalState,
+    /// The next capture compares every page.
+    pub needs_resync: bool,
+}
+
+impl Change {
+    /// The state after recovery: nothing in a WAL or a journal.
+    pub fn new(recovered: Recovered) -> Change {
+        Change {
+            pos: recovered.pos,
+            page_size: recovered.page_size,
+            mode: recovered.mode,
+            sums: recovered.sums,
+            timestamp_ms: recovered.timestamp_ms,
+            wal: wal::WalState::default(),
+            journal: journal::JournalState::default(),
+            needs_resync: false,
+        }
+    }
+
+    /// Size of the database in pages.
+    pub fn pages(&self) -> u32 {
+        self.sums.len()
+    }
+
+    /// What readers of the position see of it.
+    pub fn view(&self) -> View {
+        View {
+            pos: self.pos,
+            page_size: self.page_size,
+            pages: self.pages(),
+            mode: self.mode,
+            timestamp_ms: self.timestamp_ms,
+        }
+    }
+
+    /// The transaction that makes `pages` current in a database of `commit` pages, with its new
+    /// checksum; the state itself does not change yet. `pages` ascend.
+    pub fn transaction(&self, draft: Draft) -> Transaction {
+        let mut post = self.sums.rolling();
+        for page in &draft.pages {
+            post = post.toggle(self.sums.get(page.pgno)).toggle(page.sum);
+        }
+        for pgno in draft.commit + 1..=self.pages() {
+            post = post.toggle(self.sums.get(Pgno(pgno)));
+        }
+        Transaction::new(Parts {
+            txid: self.pos.txid.next(),
+            pre: self.pos.checksum,
+            post,
+            page_size: draft.page_size,
+            commit: draft.commit,
+            pages: draft.pages,
+            source: draft.source,
+            timestamp_ms: draft.timestamp_ms,
+            node_id: draft.node_id,
+            wal: draft.wal,
+        })
+    }
+
+    /// Forgets all pages and files; the position stays.
+    pub fn reset(&mut self) {
+        self.sums = PageSums::default();
+        self.mode = JournalMode::Rollback;
+        self.wal.clear();
+        self.journal = journal::JournalState::default();
+        self.needs_resync = false;
+    }
+
+    /// The state after `transaction`, which [`Change::transaction`] made from this state.
+    pub fn advance(&mut self, transaction: &Transaction) {
+        for page in &transaction.pages {
+            self.sums.set(page.pgno, page.sum);
+        }
+        self.sums.truncate(transaction.commit);
+        debug_assert_eq!(
+            self.sums.len(),
+            transaction.commit,
+            "every new page is in the transaction"
+        );
+        debug_assert_eq!(self.sums.rolling(), transaction.post, "the checksum was foretold");
+        self.page_size = (transaction.commit > 0).then_some(transaction.page_size);
+        self.pos = transaction.pos();
+        self.timestamp_ms = transaction.timestamp_ms;
+    }
+}
+
+/// A transaction without its numbers.
+#[derive(Debug)]
+pub struct Draft {
+    /// Bytes of a page.
+    pub page_size: PageSize,
+    /// Size of the database afterwards, in pages.
+    pub commit: u32,
+    /// The changed pages, ascending.
+    pub pages: Vec<PageRef>,
+    /// Where their images are.
+    pub source: Arc<File>,
+    /// When it was committed.
+    pub timestamp_ms: i64,
+    /// Who committed it.
+    pub node_id: ltx::NodeId,
+    /// Where it stood in the WAL.
+    pub wal: WalSpan,
+}
+
+impl Db {
+    /// A captured transaction counts: queued for its LTX file, visible as the position, announced.
+    pub(super) fn publish(&self, change: &mut Change, transaction: Transaction) {
+        change.advance(&transaction);
+        let transaction = Arc::new(transaction);
+        self.chain.push(transaction.clone());
+        self.shared.writer.queued(&self.chain);
+        self.announce(change, &transaction);
+    }
+}
+
+/// The pages of `dirty` and those by which the database grew, without the lock page, ascending.
+pub(super) fn candidates(
+    dirty: &BTreeSet<Pgno>,
+    old_pages: u32,
+    commit: u32,
+    page_size: PageSize,
+) -> impl Iterator<Item = Pgno> {
+    let grown = (old_pages + 1..=commit).map(Pgno);
+    let changed = dirty.iter().copied().filter(move |pgno| pgno.0 <= commit.min(old_pages));
+    changed.chain(grown).filter(move |pgno| *pgno != page_size.lock_pgno())
+}
+
+/// The checksum of a page of zeros.
+pub(super) fn zero_page_sum(pgno: Pgno, page_size: PageSize) -> Checksum {
+    ltx::page_checksum(pgno, &[0; 65536][..page_size.bytes()])
+}

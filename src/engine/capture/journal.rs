@@ -1,0 +1,335 @@
+//! Commits of rollback-journal mode.
+//!
+//! The database file is written through us, so the changed pages are known. The commit is the end of
+//! the journal: unlinked (DELETE), cut to nothing (TRUNCATE), or 28 zeros over its header (PERSIST;
+//! SQLite's pager.c, `zeroJournalHdr`). The LTX file is written before that, and synced if the
+//! application synced its journal, so a commit that SQLite believes in is in the chain.
+//!
+//! A rolled-back transaction ends its journal in the same way; it is told apart by its pages, which
+//! are all as they were.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use ltx::{PageSize, Pgno};
+
+use super::{Change, Draft, candidates};
+use crate::engine::chain::Durability;
+use crate::engine::checksum::PageSums;
+use crate::engine::db::{Db, Refusal};
+use crate::engine::error::{Error, Result};
+use crate::engine::files::{Backing, FileKind};
+use crate::engine::transaction::{PageRef, Transaction, WalSpan, ZERO_PAGE};
+use crate::sqlite::header::{DatabaseHeader, JournalMode};
+use crate::{limits, os};
+
+/// The bytes of a journal header that SQLite zeroes to end a journal (file format, section 3).
+const HEADER_SIZE: usize = 28;
+
+/// What the current rollback journal covers.
+#[derive(Debug, Default)]
+pub struct JournalState {
+    /// A journal was begun and not ended yet.
+    pub active: bool,
+    /// The application synced it.
+    pub synced: bool,
+    /// The pages written since the last commit.
+    pub dirty: BTreeSet<Pgno>,
+}
+
+/// A commit whose LTX file is written and whose journal is not ended yet.
+struct Pending {
+    transaction: Transaction,
+    durability: Durability,
+    mode: JournalMode,
+}
+
+/// What the database file holds that the chain does not.
+struct Found {
+    draft: Draft,
+    mode: JournalMode,
+}
+
+impl Db {
+    /// Removes the journal, which commits what was written under it. An error leaves the journal as
+    /// it is: SQLite rolls the transaction back.
+    pub fn remove_journal(&self) -> Result<(), Refusal> {
+        let mut change = self.change.lock().unwrap();
+        self.refuse_strangers(&change)?;
+        let pending = self.prepare_commit(&mut change)?;
+        self.files.remove(FileKind::Journal)?;
+        self.finish_commit(&mut change, pending);
+        Ok(())
+    }
+
+    /// Cuts the journal to `len` bytes; to nothing, that commits.
+    pub fn truncate_journal(&self, journal: &Backing, len: u64) -> Result<(), Refusal> {
+        let path = self.files.path(FileKind::Journal);
+        let truncate = || {
+            os::truncate("journal:truncate", &journal.file, len)
+                .map_err(Error::io("truncate journal", &path))
+        };
+        let mut change = self.change.lock().unwrap();
+        // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
+        if len > 0 || !change.journal.active {
+            return Ok(truncate()?);
+        }
+        self.refuse_strangers(&change)?;
+        let pending = self.prepare_commit(&mut change)?;
+        truncate()?;
+        self.finish_commit(&mut change, pending);
+        Ok(())
+    }
+
+    /// Writes to the journal; zeros over its header commit.
+    pub fn write_journal(
+        &self,
+        journal: &Backing,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
+        if !self.may_write() {
+            return Err(Refusal::ReadOnly);
+        }
+        let path = self.files.path(FileKind::Journal);
+        let write = || {
+            os::write_at("journal:write", &journal.file, data, offset)
+                .map_err(Error::io("write journal", &path))
+        };
+        let mut change = self.change.lock().unwrap();
+        if offset > 0 || data.len() != HEADER_SIZE || data.iter().any(|byte| *byte != 0) {
+            write()?;
+            change.journal.active = true;
+            return Ok(());
+        }
+        let pending = self.prepare_commit(&mut change)?;
+        write()?;
+        self.finish_commit(&mut change, pending);
+        Ok(())
+    }
+
+    /// A journal that covers written pages is ended only by who holds a write lock: anything else
+    /// (`rm`) would turn a half-written transaction into a commit.
+    fn refuse_strangers(&self, change: &Change) -> Result<(), Refusal> {
+        if change.journal.dirty.is_empty() || self.has_writer() {
+            return Ok(());
+        }
+        tracing::warn!(db = %self.name, "refused to remove a journal that is still needed");
+        Err(Refusal::Busy)
+    }
+
+    /// The transaction that the database file now holds, written to its LTX file; none if all pages
+    /// are as they were.
+    fn prepare_commit(&self, change: &mut Change) -> Result<Option<Pending>, Refusal> {
+        if change.journal.dirty.is_empty() && !change.needs_resync {
+            return Ok(None);
+        }
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
+        let Some(found) = self.changed_pages(change, &database.file)? else { return Ok(None) };
+        if !self.may_write() {
+            return Err(Refusal::ReadOnly);
+        }
+        let resized = change.page_size.is_some_and(|size| size != found.draft.page_size);
+        let mut transaction = match resized {
+            true => Change::empty_at(change).transaction(found.draft),
+            false => change.transaction(found.draft),
+        };
+        if resized {
+            transaction.make_snapshot();
+        }
+        if transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
+            let encoded = transaction.encoded(self.shared.compression);
+            encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
+        }
+        let durability =
+            if change.journal.synced { Durability::Synced } else { Durability::Unsynced };
+        self.chain.flush()?;
+        self.chain.write_now(&transaction, durability)?;
+        Ok(Some(Pending { transaction, durability, mode: found.mode }))
+    }
+
+    /// The journal is gone: what was prepared counts.
+    fn finish_commit(&self, change: &mut Change, pending: Option<Pending>) {
+        change.journal = JournalState::default();
+        let Some(Pending { transaction, durability, mode }) = pending else { return };
+        if change.page_size != Some(transaction.page_size) {
+            change.sums = PageSums::default();
+        }
+        change.mode = mode;
+        change.needs_resync = false;
+        change.advance(&transaction);
+        let transaction = Arc::new(transaction);
+        self.chain.confirm(transaction.clone(), durability);
+        self.announce(change, &transaction);
+    }
+
+    fn changed_pages(&self, change: &Change, database: &Arc<File>) -> Result<Option<Found>> {
+        let path = self.files.path(FileKind::Database);
+        let Some((header, len)) = self.read_header(database)? else { return Ok(None) };
+        let page_size = header.page_size;
+        let commit = header.page_count_or_len(len).unwrap_or(0);
+        let known = if change.page_size == Some(page_size) { change.pages() } else { 0 };
+        let everything;
+        let dirty = if change.needs_resync {
+            everything = (1..=known).map(Pgno).collect();
+            &everything
+        } else {
+            &change.journal.dirty
+        };
+        let pages = candidates(dirty, known, commit, page_size);
+        let sums = if known == 0 { &PageSums::default() } else { &change.sums };
+        let pages = read_changed(sums, database, page_size, pages)
+            .map_err(Error::io("read database", &path))?;
+        if pages.is_empty() && commit == known {
+            return Ok(None);
+        }
+        let draft = Draft {
+            page_size,
+            commit,
+            pages,
+            source: database.clone(),
+            timestamp_ms: (self.shared.clock)(),
+            node_id: self.shared.node_id,
+            wal: WalSpan::default(),
+        };
+        Ok(Some(Found { draft, mode: header.journal_mode }))
+    }
+
+    /// The header of the database file and the file's length in bytes; none if it is empty.
+    pub(in crate::engine) fn read_header(
+        &self,
+        database: &File,
+    ) -> Result<Option<(DatabaseHeader, u64)>> {
+        let path = self.files.path(FileKind::Database);
+        let read = || -> io::Result<_> {
+            let len = database.metadata()?.len();
+            let mut first = [0; 100];
+            if len > 0 {
+                database.read_exact_at(&mut first, 0)?;
+            }
+            Ok((len, first))
+        };
+        let (len, first) = read().map_err(Error::io("read database header", &path))?;
+        if len == 0 {
+            return Ok(None);
+        }
+        let header = DatabaseHeader::parse(&first).map_err(|error| Error::Corrupt {
+            what: "read database header",
+            db: self.name.clone(),
+            detail: error.to_string(),
+        })?;
+        Ok(Some((header, len)))
+    }
+
+    /// A write to the database file: of a transaction under a journal, or of a checkpoint.
+    pub fn write_database(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
+        let path = self.files.path(FileKind::Database);
+        let write = || -> Result<(), Refusal> {
+            Ok(os::write_at("database:write", &backing.file, data, offset)
+                .map_err(Error::io("write database", &path))?)
+        };
+        if !self.files.is_current(backing) {
+            return write();
+        }
+        if !self.may_write() {
+            self.note_refused_write();
+            return Err(Refusal::ReadOnly);
+        }
+        let mut change = self.change.lock().unwrap();
+        if change.journal.active {
+            change.mark_dirty(offset, data.len());
+            return write();
+        }
+        if change.mode == JournalMode::Wal && self.is_checkpointing() {
+            self.before_checkpoint_write(&mut change)?;
+            return write();
+        }
+        self.note_no_transaction("journal_mode is MEMORY or OFF");
+        Err(Refusal::NoTransaction)
+    }
+
+    /// A change of the database file's size: what a transaction or a checkpoint leaves behind.
+    pub fn truncate_database(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
+        let path = self.files.path(FileKind::Database);
+        let change = self.change.lock().unwrap();
+        let current = self.files.is_current(backing);
+        if current && !self.may_write() {
+            return Err(Refusal::ReadOnly);
+        }
+        let committed = change.page_size.map_or(0, |size| size.offset(Pgno(change.pages() + 1)));
+        if current && !change.journal.active && len < committed {
+            self.note_no_transaction("the file would be shorter than the database");
+            return Err(Refusal::NoTransaction);
+        }
+        Ok(os::truncate("database:truncate", &backing.file, len)
+            .map_err(Error::io("truncate database", &path))?)
+    }
+
+    /// The application synced its journal.
+    pub(crate) fn journal_synced(&self) {
+        let mut change = self.change.lock().unwrap();
+        change.journal.synced = change.journal.active;
+    }
+}
+
+impl Change {
+    /// The same position with no page known: the state that a snapshot is built from.
+    fn empty_at(change: &Change) -> Change {
+        Change {
+            pos: change.pos,
+            page_size: None,
+            mode: change.mode,
+            sums: PageSums::default(),
+            timestamp_ms: change.timestamp_ms,
+            wal: super::wal::WalState::default(),
+            journal: JournalState::default(),
+            needs_resync: false,
+        }
+    }
+
+    fn mark_dirty(&mut self, offset: u64, len: usize) {
+        // Until the page size is known every page counts as new, and one mark says that there are any.
+        let page_size = self.page_size.unwrap_or(PageSize::MAX);
+        let last = offset + (len as u64).saturating_sub(1);
+        let (Some(first), Some(last)) = (page_size.pgno_at(offset), page_size.pgno_at(last)) else {
+            return;
+        };
+        self.journal.dirty.extend((first.0..=last.0).map(Pgno));
+    }
+}
+
+/// Those of `pages` whose image is not the one in `sums`. A page past the end of the file is one of
+/// zeros: SQLite does not write pages that it allocated and freed in one transaction.
+fn read_changed(
+    sums: &PageSums,
+    database: &File,
+    page_size: PageSize,
+    pages: impl Iterator<Item = Pgno>,
+) -> io::Result<Vec<PageRef>> {
+    let mut image = vec![0; page_size.bytes()];
+    let mut changed = Vec::new();
+    for pgno in pages {
+        let offset = page_size.offset(pgno);
+        let filled = os::read_up_to(database, &mut image, offset)?;
+        image[filled..].fill(0);
+        let sum = ltx::page_checksum(pgno, &image);
+        if sums.get(pgno) == sum {
+            continue;
+        }
+        let offset = match filled {
+            0 => ZERO_PAGE,
+            n if n == image.len() => offset,
+            _ => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "half a page")),
+        };
+        changed.push(PageRef { pgno, sum, offset });
+    }
+    Ok(changed)
+}

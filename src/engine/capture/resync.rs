@@ -1,0 +1,142 @@
+//! When neither the frames nor a journal can tell what changed: every page is compared with its
+//! checksum, and the difference becomes one transaction.
+//!
+//! That happens after locking_mode=EXCLUSIVE, after a client died in a way that made SQLite overwrite
+//! frames that were captured already, and after a failed capture.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::Arc;
+
+use ltx::{PageSize, Pgno};
+
+use super::{Change, Draft};
+use crate::engine::db::Db;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::engine::transaction::{PageRef, WalSpan};
+use crate::os;
+use crate::sqlite::wal::{self, WalCursor};
+
+/// The newest image of each page in a WAL, and where the WAL ends.
+pub(in crate::engine) struct WalMap {
+    /// Page to the offset of its image in the WAL, in bytes.
+    pub pages: BTreeMap<Pgno, u64>,
+    /// Size of the database in pages after the last commit.
+    pub commit: u32,
+    /// After the last committed frame.
+    pub cursor: WalCursor,
+}
+
+impl Db {
+    /// Compares all pages with their checksums and publishes the difference, if there is one.
+    pub(super) fn resync_wal(&self, change: &mut Change, wal: &Arc<File>) -> Result<()> {
+        tracing::warn!(db = %self.name, "compare every page: the wal changed in a way that cannot be followed");
+        let Some(mut map) = self.wal_map(wal, None)? else {
+            return Err(self.corrupt("compare pages", "the wal has no valid header"));
+        };
+        let page_size = map.cursor.page_size();
+        let Some(database) = self.files.get(FileKind::Database) else {
+            return Err(self.corrupt("compare pages", "the database file is missing"));
+        };
+        if map.cursor.frame() == 0 {
+            let header = self.read_header(&database.file)?;
+            map.commit =
+                header.and_then(|(header, len)| header.page_count_or_len(len)).unwrap_or(0);
+        }
+        let spool = Arc::new(self.spool_file()?);
+        let pages = self.spool_changed(change, &map, wal, &database.file, &spool)?;
+        change.wal.resume(map.cursor);
+        change.needs_resync = false;
+        if pages.is_empty() && map.commit == change.pages() {
+            return Ok(());
+        }
+        let transaction = change.transaction(Draft {
+            page_size,
+            commit: map.commit,
+            pages,
+            source: spool,
+            timestamp_ms: (self.shared.clock)(),
+            node_id: self.shared.node_id,
+            wal: WalSpan::default(),
+        });
+        self.publish(change, transaction);
+        Ok(())
+    }
+
+    /// Copies the images that differ into `spool`, since they come from two files.
+    fn spool_changed(
+        &self,
+        change: &Change,
+        map: &WalMap,
+        wal: &File,
+        database: &File,
+        spool: &File,
+    ) -> Result<Vec<PageRef>> {
+        let page_size = map.cursor.page_size();
+        let mut image = vec![0; page_size.bytes()];
+        let mut pages = Vec::new();
+        for pgno in (1..=map.commit).map(Pgno).filter(|pgno| *pgno != page_size.lock_pgno()) {
+            read_page(map, wal, database, page_size, pgno, &mut image)
+                .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+            let sum = ltx::page_checksum(pgno, &image);
+            if change.sums.get(pgno) != sum {
+                let offset = (pages.len() * page_size.bytes()) as u64;
+                os::write_at("resync:spool", spool, &image, offset)
+                    .map_err(Error::io("write spool file", self.dir.path()))?;
+                pages.push(PageRef { pgno, sum, offset });
+            }
+        }
+        Ok(pages)
+    }
+
+    /// The newest image of each page in the committed part of the WAL, up to frame `last` if given;
+    /// none if the WAL has no valid header.
+    pub(in crate::engine) fn wal_map(
+        &self,
+        wal: &File,
+        last: Option<u32>,
+    ) -> Result<Option<WalMap>> {
+        let path = self.files.path(FileKind::Wal);
+        let mut bytes = [0; wal::HEADER_SIZE];
+        let read = os::read_up_to(wal, &mut bytes, 0).map_err(Error::io("read wal", &path))?;
+        let Some(header) =
+            (read == bytes.len()).then(|| wal::WalHeader::parse(&bytes).ok()).flatten()
+        else {
+            return Ok(None);
+        };
+        let mut cursor = WalCursor::start(&header);
+        let mut map = WalMap { pages: BTreeMap::new(), commit: 0, cursor };
+        let mut bytes = vec![0; cursor.frame_size()];
+        let mut pending = Vec::new();
+        while last.is_none_or(|last| cursor.frame() < last) {
+            let offset = cursor.offset();
+            os::read_up_to(wal, &mut bytes, offset).map_err(Error::io("read wal", &path))?;
+            // A short read leaves a mix of two frames, which does not verify.
+            let Ok(frame) = cursor.verify(&bytes) else { break };
+            pending.push((frame.pgno, offset + wal::FRAME_HEADER_SIZE as u64));
+            if let Some(commit) = frame.commit {
+                map.pages.extend(pending.drain(..));
+                (map.commit, map.cursor) = (commit, cursor);
+            }
+        }
+        Ok(Some(map))
+    }
+}
+
+/// The newest image of a page: of the WAL, or of the database file, where it ends zeros.
+pub(in crate::engine) fn read_page(
+    map: &WalMap,
+    wal: &File,
+    database: &File,
+    page_size: PageSize,
+    pgno: Pgno,
+    image: &mut [u8],
+) -> std::io::Result<()> {
+    let filled = match map.pages.get(&pgno) {
+        Some(offset) => os::read_up_to(wal, image, *offset)?,
+        None => os::read_up_to(database, image, page_size.offset(pgno))?,
+    };
+    image[filled..].fill(0);
+    Ok(())
+}

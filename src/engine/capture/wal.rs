@@ -1,0 +1,274 @@
+//! Commits of WAL mode: the frames between the last captured one and the end of what is committed.
+//!
+//! With passthrough the end is `mxFrame` of the wal-index, whose pages we share with the clients: what
+//! a client wrote without getting as far as the header does not count, for SQLite will overwrite it.
+//! Without passthrough the wal-index is out of sight, and the last valid commit frame counts; if it
+//! is overwritten later, the next capture compares every page ([`super::resync`]).
+//!
+//! Work is proportional to the new frames: one or a few large reads, each frame's salts and running
+//! checksum verified (WAL format, section 4.1), the last image of each page taken.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use ltx::{PageSize, Pgno};
+
+use super::{Change, Draft, zero_page_sum};
+use crate::engine::db::Db;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::engine::transaction::{PageRef, WalSpan, ZERO_PAGE};
+use crate::sqlite::wal::{self, Frame, Salts, WalCursor, WalHeader};
+use crate::sqlite::wal_index::{CKPT_AT, IndexHeader};
+use crate::{limits, os};
+
+/// How far the WAL is captured.
+#[derive(Debug, Default)]
+pub struct WalState {
+    /// After the last captured frame; none if nothing of the present WAL is captured.
+    cursor: Option<WalCursor>,
+    /// A client wrote over captured frames.
+    overwritten: bool,
+    /// Reused for reading frames.
+    buffer: Vec<u8>,
+}
+
+/// Up to where frames are committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// To this frame, says the wal-index.
+    Frame(u32),
+    /// As far as valid commit frames go.
+    LastCommit,
+}
+
+impl WalState {
+    /// The last captured frame; 0 for none.
+    pub fn frame(&self) -> u32 {
+        self.cursor.map_or(0, |cursor| cursor.frame())
+    }
+
+    /// Everything up to `cursor` is captured.
+    pub fn resume(&mut self, cursor: WalCursor) {
+        self.cursor = Some(cursor);
+        self.overwritten = false;
+    }
+
+    /// There is no WAL any more.
+    pub fn clear(&mut self) {
+        self.cursor = None;
+        self.overwritten = false;
+    }
+
+    /// A write through us at `offset`, bytes into the file.
+    pub fn note_write(&mut self, offset: u64) {
+        self.overwritten |=
+            offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
+    }
+}
+
+impl Db {
+    /// Captures what was committed to the WAL. A failure puts the database into the failed state;
+    /// SQLite ignores the result of the unlock that this is called for.
+    pub(crate) fn capture_wal(&self) {
+        let mut change = self.change.lock().unwrap();
+        match self.capture_frames(&mut change) {
+            Ok(()) => self.mend(),
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Captures the new transactions of the WAL.
+    pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
+        let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
+        let Some((end, salts)) = self.committed_end(&backing.file)? else { return Ok(()) };
+        let same_wal = change.wal.cursor.is_some_and(|cursor| cursor.salts() == salts);
+        if same_wal && end == End::Frame(change.wal.frame()) || !same_wal && end == End::Frame(0) {
+            return Ok(());
+        }
+        if !same_wal {
+            let header = self.wal_header(&backing.file)?.filter(|header| header.salts == salts);
+            let Some(header) = header else {
+                return Err(self.corrupt("read wal header", "its salts are not the wal-index's"));
+            };
+            change.wal.resume(WalCursor::start(&header));
+        }
+        let shrunk = matches!(end, End::Frame(frame) if frame < change.wal.frame());
+        if shrunk || change.wal.overwritten || change.needs_resync {
+            return self.resync_wal(change, &backing.file);
+        }
+        let result = self.read_frames(change, &backing.file, end);
+        change.needs_resync |= result.is_err();
+        result
+    }
+
+    /// Where committed frames end, and the salts of their WAL; none if there is no valid WAL.
+    fn committed_end(&self, wal: &File) -> Result<Option<(End, Salts)>> {
+        if !self.shared.is_passthrough() {
+            return Ok(self.wal_header(wal)?.map(|header| (End::LastCommit, header.salts)));
+        }
+        let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(None) };
+        let mut bytes = [0; CKPT_AT];
+        let read = os::read_up_to(&shm.file, &mut bytes, 0)
+            .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
+        // Two copies that differ are a client that died while writing them: SQLite's next client
+        // recovers the index, and what that finds is captured when it gives the WRITE lock back.
+        let header = (read == bytes.len()).then(|| IndexHeader::parse(&bytes)).flatten();
+        Ok(header.map(|header| (End::Frame(header.mx_frame), header.salts)))
+    }
+
+    fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {
+        let mut bytes = [0; wal::HEADER_SIZE];
+        let read = os::read_up_to(wal, &mut bytes, 0)
+            .map_err(Error::io("read wal header", &self.files.path(FileKind::Wal)))?;
+        Ok((read == bytes.len()).then(|| WalHeader::parse(&bytes).ok()).flatten())
+    }
+
+    /// Reads frames from the last captured one to `end` and publishes each transaction among them.
+    fn read_frames(&self, change: &mut Change, wal: &Arc<File>, end: End) -> Result<()> {
+        let cursor = change.wal.cursor.expect("the header was read before its frames");
+        if change.page_size.is_some_and(|known| known != cursor.page_size()) {
+            return Err(self.corrupt("read wal header", "its page size is not the database's"));
+        }
+        let frame_size = cursor.frame_size();
+        let mut walk = Walk { cursor, start: cursor, pages: Vec::new() };
+        let mut buffer = std::mem::take(&mut change.wal.buffer);
+        let result = loop {
+            let left = match end {
+                End::Frame(last) => last.saturating_sub(walk.cursor.frame()) as usize,
+                End::LastCommit => usize::MAX,
+            };
+            if left == 0 {
+                break Ok(());
+            }
+            let want = left.min((limits::IO_BUFFER / frame_size).max(1)) * frame_size;
+            buffer.resize(want.max(buffer.len()), 0);
+            let filled = match os::read_up_to(wal, &mut buffer[..want], walk.cursor.offset()) {
+                Ok(filled) => filled,
+                Err(error) => {
+                    break Err(Error::io("read wal", &self.files.path(FileKind::Wal))(error));
+                }
+            };
+            match self.take_frames(change, &mut walk, wal, &buffer[..filled]) {
+                Ok(()) if filled == want => {}
+                Ok(()) | Err(Stop::End) if end == End::LastCommit => break Ok(()),
+                Ok(()) | Err(Stop::End) => {
+                    let text = format!("frame {} is not valid", walk.cursor.frame() + 1);
+                    break Err(self.corrupt("read wal", &text));
+                }
+                Err(Stop::Failed(error)) => break Err(error),
+            }
+        };
+        change.wal.buffer = buffer;
+        if result.is_ok() && matches!(end, End::Frame(last) if change.wal.frame() != last) {
+            return Err(self.corrupt("read wal", "the last frame does not commit"));
+        }
+        result
+    }
+
+    /// Walks over whole frames; each commit frame publishes a transaction.
+    fn take_frames(
+        &self,
+        change: &mut Change,
+        walk: &mut Walk,
+        wal: &Arc<File>,
+        frames: &[u8],
+    ) -> Result<(), Stop> {
+        for bytes in frames.chunks(walk.cursor.frame_size()) {
+            let offset = walk.cursor.offset() + wal::FRAME_HEADER_SIZE as u64;
+            let frame = walk.cursor.verify(bytes).map_err(|_| Stop::End)?;
+            walk.take(&frame, offset);
+            if let Some(commit) = frame.commit {
+                let draft = self.draft(walk, change.pages(), commit, wal);
+                let transaction = change.transaction(draft);
+                change.wal.cursor = Some(walk.cursor);
+                walk.start = walk.cursor;
+                self.publish(change, transaction);
+                self.verify_if_strict(change).map_err(Stop::Failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn draft(&self, walk: &mut Walk, old_pages: u32, commit: u32, wal: &Arc<File>) -> Draft {
+        let (start, end) = (walk.start, walk.cursor);
+        Draft {
+            page_size: start.page_size(),
+            commit,
+            pages: walk.finish(old_pages, commit),
+            source: wal.clone(),
+            timestamp_ms: (self.shared.clock)(),
+            node_id: self.shared.node_id,
+            wal: WalSpan {
+                offset: start.offset(),
+                size: end.offset() - start.offset(),
+                salt: (start.salts().0, start.salts().1),
+            },
+        }
+    }
+}
+
+/// A walk over the frames of one transaction.
+struct Walk {
+    /// After the last frame taken.
+    cursor: WalCursor,
+    /// Before the first frame of the transaction.
+    start: WalCursor,
+    /// Its pages so far, in the order of their frames.
+    pages: Vec<PageRef>,
+}
+
+/// Why a walk ends.
+enum Stop {
+    /// The frame is not valid.
+    End,
+    Failed(Error),
+}
+
+impl Walk {
+    fn take(&mut self, frame: &Frame<'_>, offset: u64) {
+        if frame.pgno != self.cursor.page_size().lock_pgno() {
+            let sum = ltx::page_checksum(frame.pgno, frame.page);
+            self.pages.push(PageRef { pgno: frame.pgno, sum, offset });
+        }
+    }
+
+    /// The last image of each page, ascending, with images of zeros for pages by which the database
+    /// grew and that nobody wrote.
+    fn finish(&mut self, old_pages: u32, commit: u32) -> Vec<PageRef> {
+        let mut pages = std::mem::take(&mut self.pages);
+        pages.retain(|page| page.pgno.0 <= commit);
+        if pages.len() > 1 {
+            // The sort is stable: reversed, the last image of a page stands first.
+            pages.reverse();
+            pages.sort_by_key(|page| page.pgno);
+            pages.dedup_by_key(|page| page.pgno);
+        }
+        fill_grown(pages, old_pages, commit, self.cursor.page_size())
+    }
+}
+
+/// `pages` with an image of zeros for each page between the old and the new size that it lacks.
+fn fill_grown(
+    mut pages: Vec<PageRef>,
+    old_pages: u32,
+    commit: u32,
+    page_size: PageSize,
+) -> Vec<PageRef> {
+    let grown = pages.partition_point(|page| page.pgno.0 <= old_pages);
+    let lock = page_size.lock_pgno();
+    let holds_lock = old_pages < lock.0 && lock.0 <= commit;
+    let expected = commit.saturating_sub(old_pages) as usize - usize::from(holds_lock);
+    if pages.len() - grown == expected {
+        return pages;
+    }
+    let mut written = pages.split_off(grown).into_iter().peekable();
+    for pgno in (old_pages + 1..=commit).map(Pgno).filter(|pgno| *pgno != lock) {
+        pages.push(written.next_if(|page| page.pgno == pgno).unwrap_or_else(|| PageRef {
+            pgno,
+            sum: zero_page_sum(pgno, page_size),
+            offset: ZERO_PAGE,
+        }));
+    }
+    pages
+}

@@ -1,0 +1,573 @@
+//! The LTX files of one database: the queue of captured transactions, the files they become, when
+//! they are durable, and who reads them.
+//!
+//! Transactions are written behind the commit, in order, by one thread of the node ([`Writer`]).
+//! What queued up while it was busy goes into one file (a range `MIN-MAX.ltx`), so that ten thousand
+//! commits a second do not make ten thousand files. Files are not synced when they are written but
+//! when somebody needs them durable ([`Chain::when_durable`]), all at once: until a checkpoint moves
+//! frames, the WAL can rebuild them.
+//!
+//! Invariants: `written` and `synced` only grow, and are ends of files; `synced <= written`; files in
+//! `files` do not overlap; the transactions in `queue` and the newest file are contiguous.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::fs::{self, File};
+use std::io::{self, BufWriter};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use ltx::{Compression, Header, NodeId, Pos, Txid};
+
+use super::error::{Error, Result, chain_text};
+use super::layout::DbDir;
+use super::name::DbName;
+use super::transaction::Transaction;
+use crate::{limits, os};
+
+pub use writer::{Waker, Writer};
+
+mod writer;
+
+/// Called once: `Ok` when what was asked for is durable, or why it cannot be.
+pub type Durable = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+/// The chain of one database.
+pub struct Chain {
+    db: DbName,
+    dir: DbDir,
+    compression: Compression,
+    /// Guards the lists below; never held across I/O.
+    inner: Mutex<Inner>,
+    /// Held by whoever writes, syncs or removes files of the chain.
+    files: Mutex<()>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Captured, not yet in a file; oldest first.
+    queue: VecDeque<Arc<Transaction>>,
+    queue_bytes: usize,
+    /// The newest transactions, whether in a file or not, for the streams; oldest first.
+    recent: VecDeque<Arc<Transaction>>,
+    recent_bytes: usize,
+    /// The files, by their first transaction.
+    files: BTreeMap<Txid, LtxFile>,
+    /// The last transaction that is in a file.
+    written: Txid,
+    /// The last transaction that is in a durable file.
+    synced: Txid,
+    /// Written files that are not durable yet.
+    unsynced: Vec<File>,
+    /// Who waits for which transaction to be durable.
+    waiters: Vec<(Txid, Durable)>,
+    /// Why the last attempt to write failed; cleared by the next success.
+    error: Option<String>,
+    reaped: u64,
+}
+
+/// A file of the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LtxFile {
+    /// Its first transaction.
+    pub min: Txid,
+    /// Its last transaction.
+    pub max: Txid,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was written.
+    pub mtime: SystemTime,
+}
+
+/// What follows on a position.
+pub enum Successor {
+    /// A transaction in memory.
+    Recent(Arc<Transaction>),
+    /// An opened file that contains the next transaction.
+    File(File, LtxFile),
+    /// The chain does not reach back that far.
+    Gone,
+}
+
+/// How much there is, for the metrics.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Stats {
+    /// Files.
+    pub count: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Files removed by retention so far.
+    pub reaped: u64,
+    /// Transactions that wait to be written.
+    pub backlog: usize,
+}
+
+impl Chain {
+    /// The chain whose files stand in `dir`, all of them durable, ending at `last`.
+    pub fn open(db: DbName, dir: DbDir, compression: Compression, last: Txid) -> Result<Chain> {
+        let files = list(&dir)?;
+        let inner = Inner { files, written: last, synced: last, ..Inner::default() };
+        Ok(Chain { db, dir, compression, inner: Mutex::new(inner), files: Mutex::new(()) })
+    }
+
+    /// Adds a captured transaction behind all others. The caller wakes the [`Writer`].
+    pub fn push(&self, transaction: Arc<Transaction>) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.queue_bytes += transaction.size_hint();
+        inner.queue.push_back(transaction.clone());
+        inner.remember(transaction);
+    }
+
+    /// Writes one transaction to its file at once and, if `durable`, syncs it and the directory;
+    /// nothing may be queued. The transaction does not count before [`Chain::confirm`].
+    pub fn write_now(&self, transaction: &Transaction, durability: Durability) -> Result<()> {
+        let _files = self.files.lock().unwrap();
+        debug_assert!(self.inner.lock().unwrap().queue.is_empty(), "journal commit after wal ones");
+        let (file, _) = self.write_file(transaction)?;
+        if durability == Durability::Synced {
+            os::sync("chain:ltx", &file).map_err(Error::io("sync ltx file", &self.dir.ltx()))?;
+            self.sync_dir()?;
+        } else {
+            self.inner.lock().unwrap().unsynced.push(file);
+        }
+        Ok(())
+    }
+
+    /// The transaction of the last [`Chain::write_now`] has become part of the chain.
+    pub fn confirm(&self, transaction: Arc<Transaction>, durability: Durability) {
+        let path = self.dir.ltx_file(transaction.min, transaction.max);
+        let size = fs::metadata(&path).map_or(0, |meta| meta.len());
+        let mut inner = self.inner.lock().unwrap();
+        inner.add_file(LtxFile {
+            min: transaction.min,
+            max: transaction.max,
+            size,
+            mtime: SystemTime::now(),
+        });
+        if durability == Durability::Synced && inner.unsynced.is_empty() {
+            inner.synced = transaction.max;
+        }
+        if transaction.encoded_if_any().is_some() {
+            inner.remember(transaction);
+        } else {
+            inner.forget_recent();
+        }
+    }
+
+    /// Takes a written, verified, synced LTX file into the chain under its name. Files that it
+    /// replaces (a snapshot replaces all) are moved to `lost+found/` or removed as `replaced` says.
+    pub fn adopt(&self, file: PathBuf, min: Txid, max: Txid, replaced: Replaced) -> Result<()> {
+        self.flush()?;
+        let _files = self.files.lock().unwrap();
+        let target = self.dir.ltx_file(min, max);
+        if min == Txid(1) {
+            self.clear(replaced)?;
+        }
+        os::rename("chain:adopt", &file, &target).map_err(Error::io("rename ltx file", &target))?;
+        self.sync_dir()?;
+        let size = fs::metadata(&target).map_or(0, |meta| meta.len());
+        let mut inner = self.inner.lock().unwrap();
+        inner.forget_recent();
+        inner.add_file(LtxFile { min, max, size, mtime: SystemTime::now() });
+        inner.written = max;
+        inner.synced = max;
+        Ok(())
+    }
+
+    /// Calls `done` when everything up to `txid` is durable: at once if it is already, else from the
+    /// writer thread. The caller wakes the [`Writer`] if this returns `Waits`.
+    pub fn when_durable(&self, txid: Txid, done: Durable) -> Waiting {
+        {
+            let mut inner = self.inner.lock().unwrap();
+            if inner.synced < txid {
+                inner.waiters.push((txid, done));
+                return Waiting::Waits;
+            }
+        }
+        done(Ok(()));
+        Waiting::Done
+    }
+
+    /// Whether everything up to `txid` is durable.
+    pub fn is_durable(&self, txid: Txid) -> bool {
+        self.inner.lock().unwrap().synced >= txid
+    }
+
+    /// Writes all that is queued. An error leaves the rest queued and is remembered.
+    pub fn flush(&self) -> Result<()> {
+        let _files = self.files.lock().unwrap();
+        while let Some(batch) = self.next_batch() {
+            let result = self.write_batch(&batch);
+            let mut inner = self.inner.lock().unwrap();
+            inner.error = result.as_ref().err().map(|error| chain_text(error));
+            result?;
+            inner.drop_queued(batch.len());
+        }
+        Ok(())
+    }
+
+    /// Writes all that is queued and makes it durable, then answers the waiters.
+    pub fn sync(&self) -> Result<()> {
+        let result = self.flush().and_then(|()| self.sync_files());
+        let ready = {
+            let mut inner = self.inner.lock().unwrap();
+            let synced = inner.synced;
+            let all = std::mem::take(&mut inner.waiters);
+            let (ready, rest): (Vec<_>, Vec<_>) =
+                all.into_iter().partition(|(txid, _)| result.is_err() || *txid <= synced);
+            inner.waiters = rest;
+            ready
+        };
+        for (_, done) in ready {
+            done(result.as_ref().copied().map_err(|error| chain_text(error)));
+        }
+        result
+    }
+
+    /// Why no transaction can be accepted now: the last write failed, or too much is queued.
+    pub fn refusal(&self) -> Option<String> {
+        let inner = self.inner.lock().unwrap();
+        inner.error.as_ref().map(|error| format!("ltx files cannot be written: {error}"))
+    }
+
+    /// Whether somebody waits for a sync.
+    pub fn has_waiters(&self) -> bool {
+        !self.inner.lock().unwrap().waiters.is_empty()
+    }
+
+    /// Whether so much is queued that committing has to wait for the writer.
+    pub fn is_congested(&self) -> bool {
+        let inner = self.inner.lock().unwrap();
+        inner.queue.len() > limits::CHAIN_QUEUE_LEN || inner.queue_bytes > limits::CHAIN_QUEUE_BYTES
+    }
+
+    /// What contains the transaction after `pos.txid`.
+    pub fn successor(&self, pos: Pos) -> Result<Successor> {
+        let next = pos.txid.next();
+        let file = {
+            let inner = self.inner.lock().unwrap();
+            if let Some(found) = inner.recent_at(next) {
+                return Ok(Successor::Recent(found));
+            }
+            inner.files.range(..=next).next_back().map(|(_, file)| *file)
+        };
+        let Some(file) = file.filter(|file| file.max >= next) else { return Ok(Successor::Gone) };
+        let path = self.dir.ltx_file(file.min, file.max);
+        match File::open(&path) {
+            Ok(opened) => Ok(Successor::File(opened, file)),
+            // Retention was quicker.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Successor::Gone),
+            Err(error) => Err(Error::io("open ltx file", &path)(error)),
+        }
+    }
+
+    /// Removes files that are older than `retention`, never the newest, and only durable ones that
+    /// end before `keep_from` (a backup's high-water mark), if there is one.
+    pub fn retain(&self, retention: Duration, keep_from: Option<Txid>) -> Result<usize> {
+        let _files = self.files.lock().unwrap();
+        let now = SystemTime::now();
+        let old: Vec<LtxFile> = {
+            let inner = self.inner.lock().unwrap();
+            let newest = inner.files.last_key_value().map(|(min, _)| *min);
+            let expired = |file: &&LtxFile| {
+                now.duration_since(file.mtime).is_ok_and(|age| age > retention)
+                    && Some(file.min) != newest
+                    && file.max <= inner.synced
+                    && keep_from.is_none_or(|hwm| file.max < hwm)
+            };
+            inner.files.values().take_while(expired).copied().collect()
+        };
+        for file in &old {
+            let path = self.dir.ltx_file(file.min, file.max);
+            os::remove_if_present("chain:retain", &path)
+                .map_err(Error::io("remove ltx file", &path))?;
+            let mut inner = self.inner.lock().unwrap();
+            inner.files.remove(&file.min);
+            inner.reaped += 1;
+        }
+        Ok(old.len())
+    }
+
+    /// Whether a file contains `txid`.
+    pub fn contains(&self, txid: Txid) -> bool {
+        let inner = self.inner.lock().unwrap();
+        inner.files.range(..=txid).next_back().is_some_and(|(_, file)| file.max >= txid)
+    }
+
+    /// Whether a file was written by one of the nodes `own`: it may hold what nobody else has.
+    pub fn has_own(&self, own: &HashSet<NodeId>) -> Result<bool> {
+        let files: Vec<LtxFile> = self.inner.lock().unwrap().files.values().copied().collect();
+        for file in files {
+            let path = self.dir.ltx_file(file.min, file.max);
+            let mut bytes = [0; ltx::HEADER_SIZE];
+            let opened = File::open(&path).map_err(Error::io("open ltx file", &path))?;
+            let read = os::read_up_to(&opened, &mut bytes, 0)
+                .map_err(Error::io("read ltx file", &path))?;
+            let header = (read == bytes.len()).then(|| Header::decode(&bytes).ok()).flatten();
+            if header.is_none_or(|header| own.contains(&header.node_id)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Writes `bytes` to a durable temporary file that [`Chain::adopt`] takes; its path.
+    pub fn write_temporary(&self, bytes: &[u8]) -> Result<PathBuf> {
+        let path = self.dir.ltx().join("apply.ltx.tmp");
+        let write = || {
+            os::remove_if_present("apply:ltx", &path)?;
+            let file = os::create_new("apply:ltx", &path)?;
+            os::write_at("apply:ltx", &file, bytes, 0)?;
+            os::sync("apply:ltx", &file)
+        };
+        write().map_err(Error::io("write ltx file", &path))?;
+        Ok(path)
+    }
+
+    /// How much there is.
+    pub fn stats(&self) -> Stats {
+        let inner = self.inner.lock().unwrap();
+        Stats {
+            count: inner.files.len(),
+            bytes: inner.files.values().map(|file| file.size).sum(),
+            reaped: inner.reaped,
+            backlog: inner.queue.len(),
+        }
+    }
+
+    /// Forgets everything in memory after an error that only a snapshot mends.
+    pub fn reset(&self, last: Txid) -> Result<()> {
+        let files = list(&self.dir)?;
+        let mut inner = self.inner.lock().unwrap();
+        let waiters = std::mem::take(&mut inner.waiters);
+        let reaped = inner.reaped;
+        *inner = Inner { files, written: last, synced: last, waiters, reaped, ..Inner::default() };
+        Ok(())
+    }
+
+    /// The transactions that go into the next file: as many as can be merged and fit.
+    fn next_batch(&self) -> Option<Vec<Arc<Transaction>>> {
+        let inner = self.inner.lock().unwrap();
+        let mut batch = vec![inner.queue.front()?.clone()];
+        let mut bytes = batch[0].size_hint();
+        for next in inner.queue.iter().skip(1) {
+            bytes += next.size_hint();
+            let fits = batch.len() < limits::LTX_BATCH_LEN && bytes <= limits::LTX_BATCH_BYTES;
+            if !fits || !batch[batch.len() - 1].can_merge(next) {
+                break;
+            }
+            batch.push(next.clone());
+        }
+        Some(batch)
+    }
+
+    fn write_batch(&self, batch: &[Arc<Transaction>]) -> Result<()> {
+        let merged;
+        let transaction = if let [one] = batch {
+            &**one
+        } else {
+            merged = Transaction::merge(batch);
+            &merged
+        };
+        let (file, size) = self.write_file(transaction)?;
+        let mut inner = self.inner.lock().unwrap();
+        inner.add_file(LtxFile {
+            min: transaction.min,
+            max: transaction.max,
+            size,
+            mtime: SystemTime::now(),
+        });
+        inner.unsynced.push(file);
+        Ok(())
+    }
+
+    /// Writes the LTX file of one transaction under its name. A torn one left by a crash is found by
+    /// its checksum at the next start, and rebuilt from the WAL.
+    fn write_file(&self, transaction: &Transaction) -> Result<(File, u64)> {
+        let path = self.dir.ltx_file(transaction.min, transaction.max);
+        let temporary = path.with_extension("ltx.tmp");
+        os::remove_if_present("chain:ltx", &temporary)
+            .map_err(Error::io("remove old temporary", &temporary))?;
+        let file = os::create_new("chain:ltx", &temporary)
+            .map_err(Error::io("create ltx file", &temporary))?;
+        let written = match transaction.encoded_if_any() {
+            Some(bytes) => os::write_at("chain:ltx", &file, &bytes, 0).map_err(ltx::Error::Write),
+            None => transaction
+                .write(
+                    BufWriter::with_capacity(
+                        limits::IO_BUFFER,
+                        os::Labelled::new("chain:ltx", &file),
+                    ),
+                    self.compression,
+                )
+                .and_then(|buffer| match buffer.into_inner() {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(ltx::Error::Write(error.into_error())),
+                }),
+        };
+        let renamed = written
+            .map_err(|source| Error::Ltx { what: "write ltx file", db: self.db.clone(), source })
+            .and_then(|()| {
+                os::rename("chain:ltx", &temporary, &path)
+                    .map_err(Error::io("rename ltx file", &path))
+            });
+        if let Err(error) = renamed {
+            // What was written of it would only take up room on a disk that may be full.
+            let _ = os::remove_if_present("chain:ltx", &temporary);
+            return Err(error);
+        }
+        let size = file.metadata().map_or(0, |meta| meta.len());
+        Ok((file, size))
+    }
+
+    fn sync_files(&self) -> Result<()> {
+        let _files = self.files.lock().unwrap();
+        let (unsynced, written) = {
+            let mut inner = self.inner.lock().unwrap();
+            if inner.unsynced.is_empty() {
+                inner.synced = inner.written;
+                return Ok(());
+            }
+            (std::mem::take(&mut inner.unsynced), inner.written)
+        };
+        let result = sync_all(&unsynced)
+            .map_err(Error::io("sync ltx files", &self.dir.ltx()))
+            .and_then(|()| self.sync_dir());
+        let mut inner = self.inner.lock().unwrap();
+        match &result {
+            Ok(()) => inner.synced = written,
+            Err(error) => {
+                inner.error = Some(chain_text(error));
+                inner.unsynced.extend(unsynced);
+            }
+        }
+        result
+    }
+
+    fn sync_dir(&self) -> Result<()> {
+        os::sync_dir("chain:dir", &self.dir.ltx())
+            .map_err(Error::io("sync ltx dir", &self.dir.ltx()))
+    }
+
+    /// Empties the directory of the chain for a snapshot.
+    fn clear(&self, replaced: Replaced) -> Result<()> {
+        let old = std::mem::take(&mut self.inner.lock().unwrap().files);
+        for file in old.values() {
+            let path = self.dir.ltx_file(file.min, file.max);
+            match replaced {
+                Replaced::Remove => os::remove_if_present("chain:clear", &path)
+                    .map_err(Error::io("remove ltx file", &path))?,
+                Replaced::Keep => {
+                    set_aside(&self.dir, &path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a written file is made durable at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Synced, with its directory.
+    Synced,
+    /// As durable as the application asked for: not at all.
+    Unsynced,
+}
+
+/// What happens to the files that a snapshot replaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replaced {
+    /// They hold nothing that the snapshot does not: removed.
+    Remove,
+    /// They may hold transactions that nobody else has: moved to `lost+found/`.
+    Keep,
+}
+
+/// Whether [`Chain::when_durable`] called back already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waiting {
+    /// It did.
+    Done,
+    /// It will, from the writer thread.
+    Waits,
+}
+
+/// Moves `path` to `lost+found/` of its database under a name that is not taken; the new path.
+pub fn set_aside(dir: &DbDir, path: &std::path::Path) -> Result<PathBuf> {
+    let lost = dir.lost_found();
+    os::create_dirs("lost:dir", &lost).map_err(Error::io("create lost+found", &lost))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut target = lost.join(&name);
+    let mut n = 1;
+    while target.exists() {
+        target = lost.join(format!("{name}.{n}"));
+        n += 1;
+    }
+    os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
+    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
+    Ok(target)
+}
+
+impl Inner {
+    fn remember(&mut self, transaction: Arc<Transaction>) {
+        self.recent_bytes += transaction.size_hint();
+        self.recent.push_back(transaction);
+        while self.recent.len() > limits::RECENT_LEN
+            || (self.recent_bytes > limits::RECENT_BYTES && self.recent.len() > 1)
+        {
+            if let Some(oldest) = self.recent.pop_front() {
+                self.recent_bytes -= oldest.size_hint();
+            }
+        }
+    }
+
+    fn forget_recent(&mut self) {
+        self.recent.clear();
+        self.recent_bytes = 0;
+    }
+
+    /// The recent transaction `txid`; they are contiguous, so its place is known.
+    fn recent_at(&self, txid: Txid) -> Option<Arc<Transaction>> {
+        let first = self.recent.front()?.min;
+        let index = usize::try_from(txid.0.checked_sub(first.0)?).ok()?;
+        let found = self.recent.get(index)?;
+        debug_assert_eq!(found.min, txid, "recent transactions are contiguous");
+        Some(found.clone())
+    }
+
+    fn add_file(&mut self, file: LtxFile) {
+        self.written = self.written.max(file.max);
+        self.files.insert(file.min, file);
+    }
+
+    fn drop_queued(&mut self, count: usize) {
+        for transaction in self.queue.drain(..count) {
+            self.queue_bytes -= transaction.size_hint();
+        }
+    }
+}
+
+/// Starts the write-back of all files before waiting for the first: one journal commit of the file
+/// system instead of one for each.
+fn sync_all(files: &[File]) -> io::Result<()> {
+    for file in files {
+        os::start_writeback(file);
+    }
+    files.iter().try_for_each(|file| os::sync("chain:ltx", file))
+}
+
+fn list(dir: &DbDir) -> Result<BTreeMap<Txid, LtxFile>> {
+    let path = dir.ltx();
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(&path).map_err(Error::io("list ltx dir", &path))? {
+        let entry = entry.map_err(Error::io("list ltx dir", &path))?;
+        let Some((min, max)) = entry.file_name().to_str().and_then(ltx::parse_file_name) else {
+            continue;
+        };
+        let meta = entry.metadata().map_err(Error::io("stat ltx file", &entry.path()))?;
+        let mtime = meta.modified().map_err(Error::io("stat ltx file", &entry.path()))?;
+        files.insert(min, LtxFile { min, max, size: meta.len(), mtime });
+    }
+    Ok(files)
+}

@@ -1,0 +1,167 @@
+//! The thread that turns queued transactions into LTX files, for all databases of a node.
+//!
+//! It does not wake once per commit: after a round it rests for [`limits::WRITER_REST`], in which
+//! only somebody who waits for durability wakes it. A commit on a quiet node wakes it at once.
+
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::Chain;
+use crate::engine::error::chain_text;
+use crate::limits;
+
+/// The writer thread; dropped, it writes and syncs what is queued and ends.
+pub struct Writer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Wakes the writer for a chain.
+#[derive(Clone)]
+pub struct Waker(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Chains with queued transactions or waiters.
+    dirty: Vec<Weak<Chain>>,
+    /// Somebody waits for durability.
+    urgent: bool,
+    mood: Mood,
+    stop: bool,
+}
+
+/// What the thread is doing, which says whether a commit has to wake it.
+#[derive(Default, PartialEq, Eq, Clone, Copy)]
+enum Mood {
+    #[default]
+    Busy,
+    /// Rests after a round; only something urgent wakes it.
+    Resting,
+    /// Waits for the next commit.
+    Idle,
+}
+
+impl Writer {
+    /// Starts the thread.
+    pub fn start() -> Writer {
+        let shared = Arc::new(Shared { state: Mutex::default(), wake: Condvar::new() });
+        let run = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("litefs-ltx".into())
+            .spawn(move || run.run())
+            .expect("a thread can be started at start-up");
+        Writer { shared, thread: Some(thread) }
+    }
+
+    /// A handle that wakes the thread.
+    pub fn waker(&self) -> Waker {
+        Waker(self.shared.clone())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.shared.state.lock().unwrap().stop = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Waker {
+    /// `chain` has something to write, some time soon.
+    pub fn queued(&self, chain: &Arc<Chain>) {
+        self.mark(chain, Urgency::Relaxed);
+    }
+
+    /// Somebody waits for `chain` to be durable.
+    pub fn urgent(&self, chain: &Arc<Chain>) {
+        self.mark(chain, Urgency::Urgent);
+    }
+
+    fn mark(&self, chain: &Arc<Chain>, urgency: Urgency) {
+        let mut state = self.0.state.lock().unwrap();
+        let known = state.dirty.iter().any(|one| std::ptr::eq(one.as_ptr(), Arc::as_ptr(chain)));
+        if !known {
+            state.dirty.push(Arc::downgrade(chain));
+        }
+        let urgent = urgency == Urgency::Urgent;
+        state.urgent |= urgent;
+        let sleeps = state.mood == Mood::Idle || (urgent && state.mood == Mood::Resting);
+        drop(state);
+        if sleeps {
+            self.0.wake.notify_one();
+        }
+    }
+}
+
+#[derive(PartialEq, Eq, Clone, Copy)]
+enum Urgency {
+    Relaxed,
+    Urgent,
+}
+
+impl Shared {
+    fn run(&self) {
+        loop {
+            let (dirty, stop) = self.wait();
+            for chain in dirty.iter().filter_map(Weak::upgrade) {
+                self.round(&chain, stop);
+            }
+            if stop {
+                return;
+            }
+            self.rest();
+        }
+    }
+
+    /// Waits until a chain is dirty or the thread is to end.
+    fn wait(&self) -> (Vec<Weak<Chain>>, bool) {
+        let mut state = self.state.lock().unwrap();
+        state.mood = Mood::Idle;
+        while state.dirty.is_empty() && !state.stop {
+            state = self.wake.wait(state).unwrap();
+        }
+        state.mood = Mood::Busy;
+        state.urgent = false;
+        (std::mem::take(&mut state.dirty), state.stop)
+    }
+
+    fn rest(&self) {
+        let end = Instant::now() + limits::WRITER_REST;
+        let mut state = self.state.lock().unwrap();
+        state.mood = Mood::Resting;
+        while !state.urgent && !state.stop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.wake.wait_timeout(state, left).unwrap().0;
+        }
+        state.mood = Mood::Busy;
+    }
+
+    fn round(&self, chain: &Arc<Chain>, stop: bool) {
+        let result = if stop || chain.has_waiters() { chain.sync() } else { chain.flush() };
+        if let Err(error) = result {
+            tracing::error!(db = %chain.db, error = chain_text(&error), "write ltx files");
+            if !stop {
+                // Space may come back; until then writers are refused.
+                Waker::retry(self, chain);
+            }
+        }
+    }
+}
+
+impl Waker {
+    fn retry(shared: &Shared, chain: &Arc<Chain>) {
+        shared.state.lock().unwrap().dirty.push(Arc::downgrade(chain));
+    }
+}

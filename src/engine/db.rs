@@ -1,0 +1,516 @@
+//! One database: its files, locks, position and state.
+//!
+//! Three locks, taken in this order and held as said: `change` (the right to move the position; held
+//! across the I/O of a commit, an apply, an import), `locks` (the lock table, short), `view` (what
+//! readers of the position see, short). Answers to the kernel are sent with none of the last two held.
+//!
+//! A failed database refuses writers and keeps everything it has; each attempt to write, at most one
+//! a second, first tries to mend it.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use ltx::{PageSize, Pos, Txid};
+
+use super::apply::Inbox;
+use super::capture::Change;
+use super::chain::Chain;
+use super::error::{Error, Result, chain_text};
+use super::feed::Event;
+use super::files::{Backing, FileKind, Files, next_ino};
+use super::layout::DbDir;
+use super::name::DbName;
+use super::recover::Recovered;
+use super::shared::Shared;
+use super::transaction::Transaction;
+use crate::os;
+use crate::sqlite::header::JournalMode;
+
+pub use lock::{Answer, Guard, Waiter};
+
+mod lock;
+mod verify;
+
+/// How often the log repeats what an application does wrong.
+const NOTE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often a failed database is tried again.
+const MEND_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why a call of the application is refused. The FUSE edge makes an errno of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// This node may not write this database.
+    ReadOnly,
+    /// A lock is held by somebody else.
+    WouldBlock,
+    /// The wait for a lock was interrupted.
+    Interrupted,
+    /// The database is in use.
+    Busy,
+    /// The file exists.
+    Exists,
+    /// The file does not exist.
+    NotFound,
+    /// The call makes no sense on this file.
+    Invalid,
+    /// The call is not part of a transaction that can be captured.
+    NoTransaction,
+    /// The system call behind it failed with this errno.
+    Os(i32),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        match error.os_error() {
+            Some(libc::EEXIST) => Refusal::Exists,
+            Some(code) => Refusal::Os(code),
+            None => Refusal::Os(libc::EIO),
+        }
+    }
+}
+
+/// Whether a database can be written and followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DbState {
+    /// All is well.
+    Ready,
+    /// Something went wrong; the reason, in one line.
+    Failed(String),
+}
+
+/// What readers of the position see.
+#[derive(Debug, Clone, Copy)]
+pub struct View {
+    /// The position.
+    pub pos: Pos,
+    /// Bytes of a page, if the database was ever written.
+    pub page_size: Option<PageSize>,
+    /// Size of the database in pages.
+    pub pages: u32,
+    /// How it is journalled.
+    pub mode: JournalMode,
+    /// When the last transaction was made, in milliseconds since the Unix epoch.
+    pub timestamp_ms: i64,
+}
+
+/// What happened to a database since the start, for the metrics.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Writes to the database file.
+    pub database_writes: AtomicU64,
+    /// Writes to the journal.
+    pub journal_writes: AtomicU64,
+    /// Writes to the WAL that came through us.
+    pub wal_writes: AtomicU64,
+    /// Writes to the wal-index that came through us.
+    pub shm_writes: AtomicU64,
+    /// Transactions committed here.
+    pub commits: AtomicU64,
+    /// Writes refused because this node is not the primary.
+    pub refused_writes: AtomicU64,
+    /// Milliseconds from a transaction's commit to its application here, of the last one.
+    pub lag_ms: AtomicU64,
+}
+
+/// One database.
+pub struct Db {
+    /// Itself, for answers that come later.
+    me: Weak<Db>,
+    pub(super) name: DbName,
+    pub(super) dir: DbDir,
+    pub(super) shared: Arc<Shared>,
+    pub(super) files: Files,
+    pub(super) chain: Arc<Chain>,
+    /// The right to move the position, with everything that a commit changes.
+    pub(super) change: Mutex<Change>,
+    /// Who holds which lock byte, and who waits.
+    pub(super) locks: Mutex<lock::Table>,
+    /// What readers of the position see.
+    view: Mutex<View>,
+    /// Why it failed, and when it was last tried to mend it.
+    failure: Mutex<Option<Failure>>,
+    /// When the log last spoke of a refused write, and of a write outside transactions.
+    notes: Mutex<[Option<Instant>; 2]>,
+    /// Inode numbers of `NAME-pos` and `NAME-lock`.
+    virtual_inos: [u64; 2],
+    /// The backup's high-water mark.
+    hwm: AtomicU64,
+    /// What happened since the start.
+    pub counters: Counters,
+    /// The replica side: what came from the primary.
+    pub(super) inbox: Inbox,
+}
+
+struct Failure {
+    reason: String,
+    tried: Instant,
+    /// Only a snapshot or a restart helps.
+    for_good: bool,
+}
+
+impl Db {
+    /// A database whose directory was made right by recovery.
+    pub(super) fn new(
+        name: DbName,
+        dir: DbDir,
+        shared: Arc<Shared>,
+        recovered: Recovered,
+    ) -> Result<Arc<Db>> {
+        let txid = recovered.pos.txid;
+        let chain = Chain::open(name.clone(), dir.clone(), shared.compression, txid)?;
+        let change = Change::new(recovered);
+        let files = Files::open(dir.clone())?;
+        Ok(Arc::new_cyclic(|me| Db {
+            me: me.clone(),
+            files,
+            name,
+            dir,
+            shared,
+            chain: Arc::new(chain),
+            view: Mutex::new(change.view()),
+            inbox: Inbox::new(change.pos),
+            change: Mutex::new(change),
+            locks: Mutex::default(),
+            failure: Mutex::default(),
+            notes: Mutex::default(),
+            virtual_inos: [next_ino(), next_ino()],
+            hwm: AtomicU64::new(0),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &DbName {
+        &self.name
+    }
+
+    /// Where it stands.
+    pub fn pos(&self) -> Pos {
+        self.view().pos
+    }
+
+    /// What readers of the position see.
+    pub fn view(&self) -> View {
+        *self.view.lock().unwrap()
+    }
+
+    /// The files of the mount that stand for it.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Its LTX files.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Inode numbers of `NAME-pos` and `NAME-lock`.
+    pub fn virtual_inos(&self) -> [u64; 2] {
+        self.virtual_inos
+    }
+
+    /// Whether it works.
+    pub fn state(&self) -> DbState {
+        let failure = self.failure.lock().unwrap();
+        match &*failure {
+            Some(failure) => DbState::Failed(failure.reason.clone()),
+            None => self.chain.refusal().map_or(DbState::Ready, DbState::Failed),
+        }
+    }
+
+    /// The backup's high-water mark.
+    pub fn hwm(&self) -> Txid {
+        Txid(self.hwm.load(Ordering::Relaxed))
+    }
+
+    /// Sets the backup's high-water mark.
+    pub fn set_hwm(&self, txid: Txid) {
+        self.hwm.store(txid.0, Ordering::Relaxed);
+    }
+
+    /// Whether this node may write it now.
+    pub fn may_write(&self) -> bool {
+        self.shared.is_writable()
+    }
+
+    /// How many things were set aside in `lost+found/`.
+    pub fn lost_found_count(&self) -> usize {
+        std::fs::read_dir(self.dir.lost_found()).map_or(0, Iterator::count)
+    }
+
+    /// Makes one of its files.
+    pub fn create_file(&self, kind: FileKind) -> Result<Arc<Backing>, Refusal> {
+        match kind {
+            FileKind::Journal if !self.may_write() => {
+                self.note_refused_write();
+                return Err(Refusal::ReadOnly);
+            }
+            FileKind::Wal => self.refuse_heap_index()?,
+            _ => {}
+        }
+        let backing = self.files.create(kind)?;
+        if kind == FileKind::Journal {
+            self.change.lock().unwrap().journal.active = true;
+        }
+        Ok(backing)
+    }
+
+    /// A WAL without a wal-index (locking_mode=EXCLUSIVE before the first access) gives no sign of a
+    /// commit: opening the WAL under an exclusive database lock is refused.
+    pub fn refuse_heap_index(&self) -> Result<(), Refusal> {
+        if self.is_locked_exclusively() {
+            self.note_no_transaction("locking_mode=EXCLUSIVE keeps the wal-index out of sight");
+            return Err(Refusal::ReadOnly);
+        }
+        Ok(())
+    }
+
+    /// Makes a file durable.
+    pub fn sync_file(&self, backing: &Backing) -> Result<(), Refusal> {
+        match backing.kind {
+            FileKind::Journal => self.journal_synced(),
+            // In locking_mode=EXCLUSIVE no lock is released after a commit; a sync is a good moment.
+            FileKind::Wal if self.is_locked_exclusively() => self.capture_wal(),
+            _ => {}
+        }
+        let path = self.files.path(backing.kind);
+        Ok(os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path))?)
+    }
+
+    /// A write to the WAL that came through us.
+    pub fn write_wal(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+        if !self.may_write() {
+            self.note_refused_write();
+            return Err(Refusal::ReadOnly);
+        }
+        let path = self.files.path(FileKind::Wal);
+        self.change.lock().unwrap().wal.note_write(offset);
+        Ok(os::write_at("wal:write", &backing.file, data, offset)
+            .map_err(Error::io("write wal", &path))?)
+    }
+
+    /// A write to the wal-index that came through us.
+    pub fn write_shm(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+        if self.inbox.is_rewriting_index() {
+            // What the kernel writes back of its old pages while they are being replaced.
+            return Ok(());
+        }
+        let path = self.files.path(FileKind::Shm);
+        Ok(os::write_at("shm:write", &backing.file, data, offset)
+            .map_err(Error::io("write wal-index", &path))?)
+    }
+
+    /// Cuts the WAL: what it holds must be in the chain.
+    pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
+        let mut change = self.change.lock().unwrap();
+        if self.files.is_current(backing) {
+            self.settle_wal(&mut change)?;
+            if len == 0 {
+                change.wal.clear();
+            }
+        }
+        let path = self.files.path(FileKind::Wal);
+        Ok(os::truncate("wal:truncate", &backing.file, len)
+            .map_err(Error::io("truncate wal", &path))?)
+    }
+
+    /// Cuts the wal-index. Never below the 3 bytes to which SQLite itself cuts it: a mapped page of
+    /// an empty file kills who touches it.
+    pub fn truncate_shm(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
+        let path = self.files.path(FileKind::Shm);
+        Ok(os::truncate("shm:truncate", &backing.file, len.max(3))
+            .map_err(Error::io("truncate wal-index", &path))?)
+    }
+
+    /// Removes the WAL: what it holds must be in the chain, and nobody may be using it.
+    pub fn remove_wal(&self) -> Result<(), Refusal> {
+        let mut change = self.change.lock().unwrap();
+        let wal = self.files.get(FileKind::Wal).ok_or(Refusal::NotFound)?;
+        let empty = wal.file.metadata().is_ok_and(|meta| meta.len() == 0) || change.pages() == 0;
+        if !empty && !self.is_locked_exclusively() {
+            tracing::warn!(db = %self.name, "refused to remove a wal that is in use");
+            return Err(Refusal::Busy);
+        }
+        self.settle_wal(&mut change)?;
+        self.files.remove(FileKind::Wal)?;
+        change.wal.clear();
+        Ok(())
+    }
+
+    /// Removes the wal-index, if nobody uses it.
+    pub fn remove_shm(&self) -> Result<(), Refusal> {
+        if !self.is_locked_exclusively() && self.has_index_user() {
+            return Err(Refusal::Busy);
+        }
+        self.files.remove(FileKind::Shm)?;
+        Ok(())
+    }
+
+    /// Drops the database: a transaction that leaves nothing. Refused while somebody has it locked.
+    pub fn drop_database(&self) -> Result<(), Refusal> {
+        if !self.may_write() {
+            self.note_refused_write();
+            return Err(Refusal::ReadOnly);
+        }
+        let _guard = self.lock_everything_now().ok_or(Refusal::Busy)?;
+        let mut change = self.change.lock().unwrap();
+        let database = self.files.get(FileKind::Database).ok_or(Refusal::NotFound)?;
+        self.capture_frames(&mut change)?;
+        if change.pages() > 0 {
+            let transaction = self.deletion(&change, &database.file);
+            self.chain.flush()?;
+            self.chain.write_now(&transaction, super::chain::Durability::Synced)?;
+            self.remove_files()?;
+            change.reset();
+            change.advance(&transaction);
+            let transaction = Arc::new(transaction);
+            self.chain.confirm(transaction.clone(), super::chain::Durability::Synced);
+            self.announce(&change, &transaction);
+        } else {
+            self.remove_files()?;
+            change.reset();
+        }
+        self.shared.names_changed(self.name.as_str());
+        Ok(())
+    }
+
+    /// Removes SQLite's files.
+    pub(super) fn remove_files(&self) -> Result<()> {
+        for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm, FileKind::Database] {
+            self.files.remove(kind)?;
+        }
+        Ok(())
+    }
+
+    /// Everything in the WAL is captured and durable in the chain.
+    pub(super) fn settle_wal(&self, change: &mut Change) -> Result<()> {
+        self.capture_frames(change)?;
+        if self.chain.is_durable(change.pos.txid) { Ok(()) } else { self.chain.sync() }
+    }
+
+    /// A checkpoint write without the checkpoint lock (an exclusive connection): what it moves must
+    /// be in the chain.
+    pub(super) fn before_checkpoint_write(&self, change: &mut Change) -> Result<()> {
+        if self.is_locked_exclusively() { self.settle_wal(change) } else { Ok(()) }
+    }
+
+    /// Makes the new position visible and tells who waits for it. Called with the right to change.
+    pub(super) fn announce(&self, change: &Change, transaction: &Arc<Transaction>) {
+        *self.view.lock().unwrap() = change.view();
+        self.counters.commits.fetch_add(1, Ordering::Relaxed);
+        self.shared.feed.mark(&self.name);
+        if self.shared.feed.has_watchers() {
+            self.shared.feed.emit(&Event::Tx {
+                db: self.name.clone(),
+                pos: transaction.pos(),
+                page_size: transaction.page_size,
+                commit: transaction.commit,
+                timestamp_ms: transaction.timestamp_ms,
+            });
+        }
+    }
+
+    /// Makes the position of an applied LTX file visible, and tells who waits for it.
+    pub(super) fn announce_applied(&self, change: &Change, header: &ltx::Header) {
+        *self.view.lock().unwrap() = change.view();
+        self.shared.feed.mark(&self.name);
+        if self.shared.feed.has_watchers() {
+            self.shared.feed.emit(&Event::Tx {
+                db: self.name.clone(),
+                pos: change.pos,
+                page_size: header.page_size,
+                commit: header.commit,
+                timestamp_ms: header.timestamp_ms,
+            });
+        }
+    }
+
+    /// Puts the database into the failed state.
+    pub(super) fn fail(&self, error: &Error) {
+        let reason = chain_text(error);
+        let mut failure = self.failure.lock().unwrap();
+        if failure.as_ref().is_none_or(|old| old.reason != reason) {
+            tracing::error!(db = %self.name, reason, "database failed, writers are refused");
+        }
+        *failure = Some(Failure { reason, tried: Instant::now(), for_good: false });
+    }
+
+    /// Puts the database into the failed state until a snapshot or a restart.
+    pub(super) fn fail_for_good(&self, error: &Error) {
+        self.fail(error);
+        if let Some(failure) = &mut *self.failure.lock().unwrap() {
+            failure.for_good = true;
+        }
+        self.reset_received(Pos::ZERO);
+    }
+
+    /// The database works.
+    pub(super) fn mend(&self) {
+        if self.failure.lock().unwrap().take().is_some() {
+            tracing::info!(db = %self.name, "database works again");
+        }
+    }
+
+    /// Whether a writer must be refused; a failed database is tried again first, once in a while.
+    pub(super) fn refuses_writers(&self) -> bool {
+        let due = {
+            let mut failure = self.failure.lock().unwrap();
+            match &mut *failure {
+                None => return self.chain.refusal().is_some() || self.chain.is_congested(),
+                Some(failure) if failure.for_good || failure.tried.elapsed() < MEND_INTERVAL => {
+                    return true;
+                }
+                Some(failure) => {
+                    failure.tried = Instant::now();
+                    true
+                }
+            }
+        };
+        if due {
+            self.capture_wal();
+        }
+        self.failure.lock().unwrap().is_some()
+    }
+
+    pub(super) fn corrupt(&self, what: &'static str, detail: &str) -> Error {
+        Error::Corrupt { what, db: self.name.clone(), detail: detail.to_owned() }
+    }
+
+    pub(super) fn ltx_error(&self, what: &'static str, source: ltx::Error) -> Error {
+        Error::Ltx { what, db: self.name.clone(), source }
+    }
+
+    /// Counts and, once a minute, logs a write that this node may not make.
+    pub(super) fn note_refused_write(&self) {
+        self.counters.refused_writes.fetch_add(1, Ordering::Relaxed);
+        if self.note_is_due(0) {
+            let primary = self.shared.primary_hint();
+            tracing::warn!(db = %self.name, primary, "refused a write: this node is not the primary");
+        }
+    }
+
+    /// Logs, once a minute, a write that no transaction can be made of.
+    pub(super) fn note_no_transaction(&self, why: &str) {
+        if self.note_is_due(1) {
+            tracing::error!(db = %self.name, why, "refused a write that is not part of a transaction; use journal_mode DELETE, TRUNCATE, PERSIST or WAL");
+        }
+    }
+
+    fn note_is_due(&self, which: usize) -> bool {
+        let mut notes = self.notes.lock().unwrap();
+        let due = notes[which].is_none_or(|last| last.elapsed() >= NOTE_INTERVAL);
+        if due {
+            notes[which] = Some(Instant::now());
+        }
+        due
+    }
+
+    /// A file that nobody else sees and that goes when it is dropped.
+    pub(super) fn spool_file(&self) -> Result<File> {
+        os::unnamed_file("spool", self.dir.path())
+            .map_err(Error::io("create spool file", self.dir.path()))
+    }
+}

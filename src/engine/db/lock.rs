@@ -1,0 +1,289 @@
+//! The lock calls of the applications and of the engine itself on one database.
+//!
+//! A release of the WRITE lock captures first and releases then, so nobody can write in between. A
+//! grant that would let frames be moved or overwritten (CKPT; READ1 to READ4 together, which is a
+//! restart of the WAL; the whole database in WAL mode) is answered only when everything captured is
+//! durable in the chain: the lock is held meanwhile, the answer waits, no thread does.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::{Db, Refusal};
+use crate::engine::chain::Waiting;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::next_ino;
+use crate::engine::locks::{
+    Conflict, Grant, Granted, Handle, LockKind, LockTable, Outcome, Owner, Request, Woken,
+};
+use crate::sqlite::header::JournalMode;
+use crate::sqlite::lock_byte::{Lock, LockSet};
+
+/// Takes the answer to one call.
+pub type Answer = Box<dyn FnOnce(Result<(), Refusal>) + Send>;
+
+/// The lock table with what waits in it.
+pub type Table = LockTable<Waiter>;
+
+/// A lock call that waits in the table.
+pub struct Waiter {
+    /// The id by which an interrupt names it.
+    id: Option<u64>,
+    answer: Answer,
+}
+
+/// Locks that the engine holds; dropped, they are released.
+pub struct Guard<'a> {
+    db: &'a Db,
+    owner: Owner,
+    set: LockSet,
+    /// Keeps a replica's applier from moving frames.
+    pins: bool,
+}
+
+impl Guard<'_> {
+    /// Keeps a replica's applier from moving or overwriting frames as long as this lives.
+    pub(in crate::engine) fn pin(&mut self) {
+        if !self.pins {
+            self.db.inbox.pin();
+            self.pins = true;
+        }
+    }
+
+    /// Also holds `set`, which was taken for the same owner.
+    pub(in crate::engine) fn add(&mut self, set: LockSet) {
+        self.set = set.iter().fold(self.set, LockSet::with);
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if self.pins {
+            self.db.inbox.unpin();
+        }
+        self.db.release(self.owner, self.set);
+    }
+}
+
+impl Db {
+    /// Takes locks; `wait` is the id of a call that may wait, by which an interrupt names it.
+    pub fn lock(&self, request: Request, wait: Option<u64>, answer: Answer) {
+        if let Err(refusal) = self.admit(&request) {
+            return answer(Err(refusal));
+        }
+        let waiter = Waiter { id: wait, answer };
+        let outcome = {
+            let mut locks = self.locks.lock().unwrap();
+            match wait {
+                Some(_) => locks.lock_or_wait(request, waiter),
+                None => match locks.try_lock(request) {
+                    Ok((grant, woken)) => Outcome::Locked(Granted { waiter, grant }, woken),
+                    Err(_) => {
+                        drop(locks);
+                        return (waiter.answer)(Err(Refusal::WouldBlock));
+                    }
+                },
+            }
+        };
+        match outcome {
+            Outcome::Locked(granted, woken) => {
+                self.granted(granted);
+                self.wake(woken);
+            }
+            Outcome::Waiting => {}
+            Outcome::Deadlock(waiter) => (waiter.answer)(Err(Refusal::Os(libc::EDEADLK))),
+        }
+    }
+
+    /// Gives locks up; giving up WRITE is a commit.
+    pub fn unlock(&self, owner: Owner, set: LockSet) {
+        if set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write) {
+            self.capture_wal();
+        }
+        self.release(owner, set);
+    }
+
+    /// A descriptor was closed: all POSIX locks of its owner on that file, `set`, go.
+    pub fn flush(&self, owner: Owner, set: LockSet) {
+        let held = self.locks.lock().unwrap().held_by(owner).and(set);
+        if held.is_empty() {
+            return;
+        }
+        if held.contains(Lock::Shared) && self.is_locked_exclusively() {
+            // An exclusive connection may have committed without ever releasing WRITE.
+            self.capture_wal();
+        }
+        self.unlock(owner, held);
+    }
+
+    /// An open file was closed for good: what was locked through it goes.
+    pub fn release_handle(&self, via: Handle) {
+        let owners = self.locks.lock().unwrap().owners_via(via);
+        for (owner, set) in owners {
+            self.unlock(owner, set);
+        }
+    }
+
+    /// What stands in the way of a call.
+    pub fn query(&self, request: &Request) -> Option<Conflict> {
+        self.locks.lock().unwrap().query(request.owner, request.set, request.kind)
+    }
+
+    /// Ends the waiting lock call with that id; `false` if there is none.
+    pub fn interrupt(&self, id: u64) -> bool {
+        let cancelled = self.locks.lock().unwrap().cancel(|waiter| waiter.id == Some(id));
+        let Some((waiter, woken)) = cancelled else { return false };
+        (waiter.answer)(Err(Refusal::Interrupted));
+        self.wake(woken);
+        true
+    }
+
+    /// What can fail at a commit is checked here, because SQLite ignores errors of the unlock.
+    fn admit(&self, request: &Request) -> Result<(), Refusal> {
+        if request.kind != LockKind::Exclusive {
+            return Ok(());
+        }
+        if request.set.contains(Lock::Write) && !self.may_write() {
+            self.note_refused_write();
+            return Err(Refusal::WouldBlock);
+        }
+        let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
+        if writes && (self.refuses_writers() || self.shared.is_full()) {
+            return Err(Refusal::WouldBlock);
+        }
+        Ok(())
+    }
+
+    fn wake(&self, woken: Woken<Waiter>) {
+        for granted in woken {
+            self.granted(granted);
+        }
+    }
+
+    /// A lock was granted: answers, at once or when the chain is durable.
+    fn granted(&self, granted: Granted<Waiter>) {
+        let Granted { waiter, grant } = granted;
+        let client = matches!(grant.request().owner, Owner::Client(_));
+        if !client || !self.is_barrier(&grant) {
+            return (waiter.answer)(Ok(()));
+        }
+        if !grant.request().set.contains(Lock::Write) {
+            // What an exclusive connection committed without ever releasing WRITE.
+            self.capture_wal();
+        }
+        let me = self.me.clone();
+        let done = Box::new(move |result: Result<(), String>| match (result, me.upgrade()) {
+            (Err(_), Some(db)) => {
+                let woken = db.locks.lock().unwrap().undo(grant);
+                (waiter.answer)(Err(Refusal::WouldBlock));
+                db.wake(woken);
+            }
+            _ => (waiter.answer)(Ok(())),
+        });
+        if self.chain.when_durable(self.pos().txid, done) == Waiting::Waits {
+            self.shared.writer.urgent(&self.chain);
+        }
+    }
+
+    /// Whether frames may be moved or overwritten under this grant.
+    fn is_barrier(&self, grant: &Grant) -> bool {
+        let request = grant.request();
+        if request.kind != LockKind::Exclusive {
+            return false;
+        }
+        let set = request.set;
+        let restart = set.contains(Lock::Read1) && set.contains(Lock::Read4);
+        let whole = set.contains(Lock::Shared) && self.view().mode == JournalMode::Wal;
+        restart || whole || set.contains(Lock::Ckpt)
+    }
+
+    /// Unlocks and answers who was waiting for it.
+    pub(in crate::engine) fn release(&self, owner: Owner, set: LockSet) {
+        let woken = self.locks.lock().unwrap().unlock(owner, set);
+        self.wake(woken);
+    }
+
+    fn holds_exclusively(&self, owner: Owner, lock: Lock) -> bool {
+        self.locks.lock().unwrap().holds(owner, lock) == Some(LockKind::Exclusive)
+    }
+
+    /// Whether somebody may write the database file under a journal.
+    pub(in crate::engine) fn has_writer(&self) -> bool {
+        let locks = self.locks.lock().unwrap();
+        let exclusive = Some(LockKind::Exclusive);
+        locks.held(Lock::Reserved) == exclusive || locks.held(Lock::Shared) == exclusive
+    }
+
+    /// Whether a client holds EXCLUSIVE on the database file.
+    pub(in crate::engine) fn is_locked_exclusively(&self) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Shared);
+        matches!(holder, Some((Owner::Client(_), _)))
+    }
+
+    /// Whether a client may write to the database file from the WAL.
+    pub(in crate::engine) fn is_checkpointing(&self) -> bool {
+        let locks = self.locks.lock().unwrap();
+        let held = [Lock::Ckpt, Lock::Shared].map(|lock| locks.exclusive_holder(lock));
+        held.into_iter().flatten().any(|(owner, _)| matches!(owner, Owner::Client(_)))
+    }
+
+    /// Whether somebody has the wal-index open.
+    pub(in crate::engine) fn has_index_user(&self) -> bool {
+        self.locks.lock().unwrap().held(Lock::Dms).is_some()
+    }
+
+    /// Takes locks for the engine, waiting at most `limit`; an error if that was not enough.
+    pub(in crate::engine) fn take(
+        &self,
+        owner: Owner,
+        set: LockSet,
+        kind: LockKind,
+        limit: Duration,
+    ) -> Result<()> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let answer: Answer = Box::new(move |result| {
+            let _ = sender.send(result);
+        });
+        let request = Request { owner, via: Handle::NONE, set, kind };
+        let id = next_ino();
+        let outcome =
+            self.locks.lock().unwrap().lock_or_wait(request, Waiter { id: Some(id), answer });
+        let granted = match outcome {
+            Outcome::Locked(_, woken) => {
+                self.wake(woken);
+                true
+            }
+            Outcome::Waiting => match receiver.recv_timeout(limit) {
+                Ok(result) => result.is_ok(),
+                // Taken out of the queue, or granted in this very moment.
+                Err(_) => !self.interrupt(id) && matches!(receiver.recv(), Ok(Ok(()))),
+            },
+            Outcome::Deadlock(_) => false,
+        };
+        let busy = || Error::Busy { db: self.name.clone(), what: "its locks are not released" };
+        granted.then_some(()).ok_or_else(busy)
+    }
+
+    /// Takes locks for the engine if they are free.
+    pub(in crate::engine) fn try_take(&self, owner: Owner, set: LockSet, kind: LockKind) -> bool {
+        let request = Request { owner, via: Handle::NONE, set, kind };
+        let taken = self.locks.lock().unwrap().try_lock(request);
+        match taken {
+            Ok((_, woken)) => {
+                self.wake(woken);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Releases `set` of `owner`, which holds it, when the guard is dropped.
+    pub(in crate::engine) fn guard(&self, owner: Owner, set: LockSet) -> Guard<'_> {
+        Guard { db: self, owner, set, pins: false }
+    }
+
+    /// The whole database for the engine, if nobody has anything of it locked.
+    pub(in crate::engine) fn lock_everything_now(&self) -> Option<Guard<'_>> {
+        let set = Lock::ALL.into_iter().collect();
+        self.try_take(Owner::DROP, set, LockKind::Exclusive).then(|| self.guard(Owner::DROP, set))
+    }
+}

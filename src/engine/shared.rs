@@ -1,0 +1,168 @@
+//! What all databases of a node have in common.
+
+use std::collections::HashSet;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use ltx::{Compression, NodeId};
+
+use super::chain::Waker;
+use super::feed::Feed;
+use super::files::FileKind;
+use crate::limits;
+
+/// How long a look at the free space holds.
+const SPACE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Tells the kernel that something of the mount changed without it. Never called by a thread that
+/// answers kernel requests, nor with a lock held that such a thread could want.
+pub trait PageCache: Send + Sync {
+    /// `len` bytes at `offset` of the file `ino` changed, and perhaps its size.
+    fn pages_changed(&self, ino: u64, offset: u64, len: u64);
+    /// All of the file `ino` changed.
+    fn file_changed(&self, ino: u64);
+    /// The attributes of the file `ino` changed; may be called from anywhere.
+    fn attr_changed(&self, ino: u64);
+    /// The name appeared or went; may be called from anywhere.
+    fn name_changed(&self, name: &str);
+}
+
+/// What a [`Shared`] is made of.
+pub struct Settings {
+    /// Whether LTX files are compressed.
+    pub compression: Compression,
+    /// This process, in the LTX files it writes.
+    pub node_id: NodeId,
+    /// The ids of earlier processes on this data directory, and of this one.
+    pub own_nodes: HashSet<NodeId>,
+    /// The wall clock, in milliseconds since the Unix epoch.
+    pub clock: Box<dyn Fn() -> i64 + Send + Sync>,
+    /// Whether each commit is followed by a check of the whole database.
+    pub strict_verify: bool,
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// Wakes the LTX writer.
+    pub writer: Waker,
+}
+
+/// What all databases of a node have in common.
+pub struct Shared {
+    settings: Settings,
+    /// Who wants to know.
+    pub feed: Arc<Feed>,
+    /// Whether this node may write.
+    writable: AtomicBool,
+    /// Whether clients share the pages of `-wal` and `-shm` with us.
+    passthrough: AtomicBool,
+    /// The kernel, once something is mounted.
+    page_cache: OnceLock<Arc<dyn PageCache>>,
+    /// Asks for the stream to be opened again.
+    reconnect: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Where writes should go, for the log.
+    primary_hint: Mutex<String>,
+    /// When the free space was last looked at, and whether there was too little.
+    space: Mutex<Option<(Instant, bool)>>,
+}
+
+impl Deref for Shared {
+    type Target = Settings;
+
+    fn deref(&self) -> &Settings {
+        &self.settings
+    }
+}
+
+impl Shared {
+    /// A node that may not write and is not mounted.
+    pub fn new(settings: Settings) -> Shared {
+        Shared {
+            settings,
+            feed: Arc::default(),
+            writable: AtomicBool::new(false),
+            passthrough: AtomicBool::new(false),
+            page_cache: OnceLock::new(),
+            reconnect: OnceLock::new(),
+            primary_hint: Mutex::default(),
+            space: Mutex::default(),
+        }
+    }
+
+    /// Whether this node may write.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::SeqCst)
+    }
+
+    /// Says whether this node may write.
+    pub fn set_writable(&self, writable: bool) {
+        self.writable.store(writable, Ordering::SeqCst);
+    }
+
+    /// Whether clients share the pages of `-wal` and `-shm` with us.
+    pub fn is_passthrough(&self) -> bool {
+        self.passthrough.load(Ordering::Relaxed)
+    }
+
+    /// The file system is mounted.
+    pub fn mounted(&self, page_cache: Arc<dyn PageCache>, passthrough: bool) {
+        self.passthrough.store(passthrough, Ordering::Relaxed);
+        // A second mount of one engine is not a thing.
+        let _ = self.page_cache.set(page_cache);
+    }
+
+    /// The kernel, if something is mounted.
+    pub fn page_cache(&self) -> Option<&dyn PageCache> {
+        self.page_cache.get().map(|cache| &**cache)
+    }
+
+    /// The database `name` and its files appeared or went.
+    pub fn names_changed(&self, name: &str) {
+        let Some(cache) = self.page_cache() else { return };
+        for kind in FileKind::ALL {
+            cache.name_changed(&format!("{name}{}", kind.suffix()));
+        }
+    }
+
+    /// Remembers whom to ask for the stream to be opened again.
+    pub fn on_reconnect(&self, request: Box<dyn Fn() + Send + Sync>) {
+        // Asked for once, at start-up.
+        let _ = self.reconnect.set(request);
+    }
+
+    /// Asks for the stream to be opened again.
+    pub fn request_reconnect(&self) {
+        if let Some(request) = self.reconnect.get() {
+            request();
+        }
+    }
+
+    /// Where writes should go, for the log.
+    pub fn primary_hint(&self) -> String {
+        self.primary_hint.lock().unwrap().clone()
+    }
+
+    /// Says where writes should go.
+    pub fn set_primary_hint(&self, hint: String) {
+        *self.primary_hint.lock().unwrap() = hint;
+    }
+
+    /// Whether the disk has too little room to begin a transaction.
+    pub fn is_full(&self) -> bool {
+        let mut space = self.space.lock().unwrap();
+        if let Some((looked, full)) = *space
+            && looked.elapsed() < SPACE_INTERVAL
+        {
+            return full;
+        }
+        let free = nix::sys::statvfs::statvfs(&self.data_dir)
+            .map_or(u64::MAX, |stat| stat.blocks_available() * stat.fragment_size());
+        let full = free < limits::FREE_SPACE_MIN;
+        let was_full = space.replace((Instant::now(), full)).is_some_and(|(_, full)| full);
+        if full && !was_full {
+            tracing::error!(free, path = %self.data_dir.display(), "disk full, writers are refused");
+        }
+        full
+    }
+}

@@ -1,0 +1,288 @@
+//! The whole database, out (as an LTX snapshot or as SQLite's own file) and in (import).
+//!
+//! Out: what is read must not change meanwhile, and nobody waits longer than the disk takes. In WAL
+//! mode CKPT and READ1 are held, so that no frame is moved or overwritten while readers and writers
+//! go on; in rollback mode SHARED is held, which lets readers go on.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ltx::{Checksum, Encoder, Header, PageSize, Pgno, Pos, Txid};
+
+use super::apply::Received;
+use super::capture::Change;
+use super::capture::resync::{WalMap, read_page};
+use super::db::{Db, DbState, Guard, View};
+use super::error::{Error, Result};
+use super::files::FileKind;
+use super::locks::{LockKind, Owner};
+use crate::sqlite::header::{self, JournalMode};
+use crate::sqlite::lock_byte::{Lock, LockSet};
+use crate::{limits, os};
+
+/// A WAL that stays as it is, with the place of each page in it; none if it is empty.
+type FrozenWal = Option<(Arc<File>, WalMap)>;
+
+/// One state of a database that does not change while this lives.
+struct Frozen<'a> {
+    view: View,
+    page_size: PageSize,
+    database: Arc<File>,
+    wal: FrozenWal,
+    _locks: Guard<'a>,
+}
+
+impl Frozen<'_> {
+    /// Calls `each` with every page but the lock page, ascending.
+    fn pages(&self, mut each: impl FnMut(Pgno, &[u8]) -> Result<()>, path: &Path) -> Result<()> {
+        let lock = self.page_size.lock_pgno();
+        let mut page = vec![0; self.page_size.bytes()];
+        for pgno in (1..=self.view.pages).map(Pgno) {
+            if pgno == lock {
+                continue;
+            }
+            self.read(pgno, &mut page).map_err(Error::io("read database", path))?;
+            each(pgno, &page)?;
+        }
+        Ok(())
+    }
+
+    fn read(&self, pgno: Pgno, page: &mut [u8]) -> io::Result<()> {
+        match &self.wal {
+            Some((wal, map)) => read_page(map, wal, &self.database, self.page_size, pgno, page),
+            None => {
+                let filled = os::read_up_to(&self.database, page, self.page_size.offset(pgno))?;
+                page[filled..].fill(0);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Db {
+    /// Writes the database as one LTX file from transaction 1 to its present one; its position.
+    /// A database that was dropped is a file without pages.
+    pub fn snapshot(&self, out: &mut dyn Write) -> Result<Pos> {
+        let Some(frozen) = self.freeze()? else { return self.empty_snapshot(out) };
+        let ltx = |source| self.ltx_error("write snapshot", source);
+        let header = Header {
+            page_size: frozen.page_size,
+            commit: frozen.view.pages,
+            ..self.snapshot_header(frozen.view.pos)
+        };
+        let mut encoder = Encoder::new(out, header).map_err(ltx)?;
+        let mut sum = Checksum::EMPTY;
+        let path = self.files.path(FileKind::Database);
+        frozen.pages(
+            |pgno, page| {
+                sum = sum.toggle(encoder.page(pgno, page).map_err(ltx)?);
+                Ok(())
+            },
+            &path,
+        )?;
+        if sum != frozen.view.pos.checksum {
+            let text =
+                format!("its pages have checksum {sum}, its position is {}", frozen.view.pos);
+            return Err(self.corrupt("write snapshot", &text));
+        }
+        encoder.finish(sum).map_err(ltx)?;
+        Ok(frozen.view.pos)
+    }
+
+    /// Writes the database as SQLite's own file, what the WAL holds included; its position.
+    pub fn export(&self, out: &mut dyn Write) -> Result<Pos> {
+        let path = self.files.path(FileKind::Database);
+        let Some(frozen) = self.freeze()? else {
+            return Err(Error::UnknownDatabase(self.name.to_string()));
+        };
+        let lock = frozen.page_size.lock_pgno();
+        let mut write = |page: &[u8]| out.write_all(page).map_err(Error::io("write export", &path));
+        let zeros = vec![0; frozen.page_size.bytes()];
+        let mut sum = Checksum::EMPTY;
+        frozen.pages(
+            |pgno, page| {
+                if pgno.0 == lock.0 + 1 {
+                    write(&zeros)?;
+                }
+                sum = sum.toggle(ltx::page_checksum(pgno, page));
+                write(page)
+            },
+            &path,
+        )?;
+        if frozen.view.pages == lock.0 {
+            write(&zeros)?;
+        }
+        if sum != frozen.view.pos.checksum {
+            let text =
+                format!("its pages have checksum {sum}, its position is {}", frozen.view.pos);
+            return Err(self.corrupt("export", &text));
+        }
+        Ok(frozen.view.pos)
+    }
+
+    /// Replaces the content by that of the SQLite file at `source`, which is healthy: one
+    /// transaction with all of its pages. Open connections see it at their next transaction.
+    ///
+    /// Errors: this node is not the primary; the file is not a database; readers do not finish.
+    pub fn import(&self, source: &Path) -> Result<Pos> {
+        if !self.may_write() {
+            return Err(Error::NotPrimary);
+        }
+        let file = File::open(source).map_err(Error::io("open import", source))?;
+        let _locks = self.lock_everything()?;
+        let mut change = self.change.lock().unwrap();
+        self.settle_wal(&mut change)?;
+        let spool = self.dir.ltx().join("import.ltx.tmp");
+        os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
+        let received = self.encode_import(&change, &file, source, spool)?;
+        let stale = self.apply_locked(&mut change, &Arc::new(received))?;
+        let pos = change.pos;
+        drop(change);
+        self.drop_cached(stale);
+        self.reset_received(pos);
+        Ok(pos)
+    }
+
+    /// The LTX file of an import. The counters of page 1 by which SQLite notices a change are set
+    /// back, so that no connection takes its cached pages for current.
+    fn encode_import(
+        &self,
+        change: &Change,
+        file: &File,
+        source: &Path,
+        spool: PathBuf,
+    ) -> Result<Received> {
+        let ltx = |source| self.ltx_error("encode import", source);
+        let Some((found, len)) = self.read_header(file)? else {
+            return Err(self.corrupt("import", "the file is empty"));
+        };
+        let commit = found.page_count_or_len(len).unwrap_or(0);
+        let resized = change.page_size.is_some_and(|old| old != found.page_size);
+        let txid = change.pos.txid.next();
+        let header = Header {
+            page_size: found.page_size,
+            commit,
+            min_txid: if resized { Txid(1) } else { txid },
+            pre_apply: if resized { Checksum::NONE } else { change.pos.checksum },
+            max_txid: txid,
+            ..self.snapshot_header(change.pos)
+        };
+        let out = os::create_new("import:spool", &spool).map_err(Error::io("create", &spool))?;
+        let writer =
+            BufWriter::with_capacity(limits::IO_BUFFER, os::Labelled::new("import:spool", &out));
+        let mut encoder = Encoder::new(writer, header).map_err(ltx)?;
+        let mut post = Checksum::EMPTY;
+        let mut sums = Vec::new();
+        let mut page = vec![0; found.page_size.bytes()];
+        for pgno in (1..=commit).map(Pgno).filter(|pgno| *pgno != found.page_size.lock_pgno()) {
+            let filled = os::read_up_to(file, &mut page, found.page_size.offset(pgno))
+                .map_err(Error::io("read import", source))?;
+            if filled < page.len() {
+                return Err(self.corrupt("import", "the file is shorter than its header says"));
+            }
+            if pgno == Pgno(1) {
+                header::set_counters(&mut page, 0, 0);
+            }
+            let sum = encoder.page(pgno, &page).map_err(ltx)?;
+            post = post.toggle(sum);
+            sums.push((pgno, sum));
+        }
+        let (mut writer, trailer) = encoder.finish(post).map_err(ltx)?;
+        writer.flush().map_err(Error::io("write import", &spool))?;
+        drop(writer);
+        let len = out.metadata().map_err(Error::io("stat", &spool))?.len();
+        Ok(Received::spooled(header, trailer, sums, spool, out, len))
+    }
+
+    /// The header of a snapshot of a database at `pos`, but for its size.
+    fn snapshot_header(&self, pos: Pos) -> Header {
+        Header {
+            compression: self.shared.compression,
+            page_size: PageSize::MIN,
+            commit: 0,
+            min_txid: Txid(1),
+            max_txid: pos.txid,
+            timestamp_ms: (self.shared.clock)(),
+            pre_apply: Checksum::NONE,
+            wal_offset: 0,
+            wal_size: 0,
+            wal_salt1: 0,
+            wal_salt2: 0,
+            node_id: self.shared.node_id,
+        }
+    }
+
+    fn empty_snapshot(&self, out: &mut dyn Write) -> Result<Pos> {
+        let ltx = |source| self.ltx_error("write snapshot", source);
+        let pos = self.pos();
+        if pos.is_zero() {
+            return Err(Error::UnknownDatabase(self.name.to_string()));
+        }
+        let encoder = Encoder::new(out, self.snapshot_header(pos)).map_err(ltx)?;
+        encoder.finish(Checksum::EMPTY).map_err(ltx)?;
+        Ok(pos)
+    }
+
+    /// The database as it is now, kept so by locks; none if there is nothing in it.
+    fn freeze(&self) -> Result<Option<Frozen<'_>>> {
+        if let DbState::Failed(reason) = self.state() {
+            return Err(Error::Failed { db: self.name.clone(), reason });
+        }
+        self.hold(LockSet::one(Lock::Pending), LockKind::Shared)?;
+        let shared = self.hold(LockSet::one(Lock::Shared), LockKind::Shared);
+        self.release(Owner::READ, LockSet::one(Lock::Pending));
+        shared?;
+        let mut guard = self.guard(Owner::READ, LockSet::one(Lock::Shared));
+        let view = self.view();
+        let Some(page_size) = view.page_size.filter(|_| view.pages > 0) else { return Ok(None) };
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
+        let database = database.file.clone();
+        if view.mode == JournalMode::Rollback {
+            let view = self.view();
+            return Ok(Some(Frozen { view, page_size, database, wal: None, _locks: guard }));
+        }
+        let (view, wal) = self.freeze_wal(&mut guard)?;
+        Ok(Some(Frozen { view, page_size, database, wal, _locks: guard }))
+    }
+
+    /// Holds the WAL still: nobody moves or overwrites frames under CKPT and READ1. WRITE is held
+    /// only while the position and the frames that belong to it are noted.
+    fn freeze_wal(&self, guard: &mut Guard<'_>) -> Result<(View, FrozenWal)> {
+        if self.is_followed() {
+            // The one writer is our own applier, which moves nothing while it is pinned.
+            guard.pin();
+            return self.note_wal();
+        }
+        let still = LockSet::one(Lock::Ckpt);
+        self.hold(still, LockKind::Exclusive)?;
+        guard.add(still);
+        let mark = LockSet::one(Lock::Read1);
+        self.hold(mark, LockKind::Shared)?;
+        guard.add(mark);
+        let write = LockSet::one(Lock::Write);
+        self.hold(write, LockKind::Exclusive)?;
+        let noted = self.note_wal();
+        self.release(Owner::READ, write);
+        noted
+    }
+
+    /// The position and the frames that belong to it.
+    pub(super) fn note_wal(&self) -> Result<(View, FrozenWal)> {
+        let mut change = self.change.lock().unwrap();
+        self.capture_frames(&mut change)?;
+        let frame = change.wal.frame();
+        let view = change.view();
+        drop(change);
+        let Some(wal) = self.files.get(FileKind::Wal).filter(|_| frame > 0) else {
+            return Ok((view, None));
+        };
+        let map = self.wal_map(&wal.file, Some(frame))?;
+        Ok((view, map.map(|map| (wal.file.clone(), map))))
+    }
+
+    fn hold(&self, set: LockSet, kind: LockKind) -> Result<()> {
+        self.take(Owner::READ, set, kind, limits::LOCK_WAIT)
+    }
+}

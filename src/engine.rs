@@ -6,6 +6,7 @@
 //! here is synchronous; a database that fails does so alone.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,7 @@ pub mod checksum;
 pub mod db;
 pub mod feed;
 pub mod files;
+pub mod follow_on;
 pub mod locks;
 pub mod recover;
 pub mod shared;
@@ -39,9 +41,10 @@ pub mod transaction;
 
 pub use apply::Receiver;
 pub use db::{Db, DbState};
-pub use error::{Error, Result};
+pub use error::{Error, Result, chain_text};
 pub use feed::{Event, EventWatch, Subscription};
-pub use name::DbName;
+pub use follow_on::{LtxBytes, Next, Overlap};
+pub use name::{DbName, InvalidName};
 pub use shared::PageCache;
 
 /// How many of its own ids a node remembers: as many starts as a year of weekly deployments.
@@ -74,6 +77,28 @@ pub struct PrimaryInfo {
     pub advertise_url: String,
 }
 
+/// The id of a cluster: `LFSC` and 16 upper-case hex digits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterId(String);
+
+impl ClusterId {
+    /// `text` as a cluster id; none unless it has 20 characters and the prefix.
+    pub fn new(text: &str) -> Option<ClusterId> {
+        (text.len() == 20 && text.starts_with("LFSC")).then(|| ClusterId(text.to_owned()))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// What this node is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
@@ -94,7 +119,7 @@ pub struct Engine {
     /// What this node is.
     role: Mutex<Role>,
     /// The id of the cluster, once known.
-    cluster_id: Mutex<Option<String>>,
+    cluster_id: Mutex<Option<ClusterId>>,
     /// 0: primary. -1: never synced. Else when the last news came, in milliseconds since the epoch.
     lag_timestamp_ms: AtomicI64,
     /// Ends the retention thread.
@@ -161,24 +186,24 @@ impl Engine {
     }
 
     /// The id of the cluster, once known.
-    pub fn cluster_id(&self) -> Option<String> {
+    pub fn cluster_id(&self) -> Option<ClusterId> {
         self.cluster_id.lock().unwrap().clone()
     }
 
     /// Makes `id` the id of the cluster, for good. Another one than before is an error.
-    pub fn set_cluster_id(&self, id: &str) -> Result<()> {
+    pub fn set_cluster_id(&self, id: &ClusterId) -> Result<()> {
         let mut known = self.cluster_id.lock().unwrap();
         match &*known {
             Some(have) if have == id => return Ok(()),
             Some(have) => {
-                return Err(Error::ClusterId { have: have.clone(), want: id.to_owned() });
+                return Err(Error::ClusterId { have: have.to_string(), want: id.to_string() });
             }
             None => {}
         }
         let path = self.dir.cluster_id();
         os::write_atomic("engine:clusterid", &path, format!("{id}\n").as_bytes())
             .map_err(Error::io("write cluster id", &path))?;
-        *known = Some(id.to_owned());
+        *known = Some(id.clone());
         Ok(())
     }
 
@@ -322,7 +347,7 @@ impl Engine {
         let mut result = Ok(());
         for db in self.databases() {
             if let Err(error) = db.close() {
-                tracing::error!(db = %db.name(), error = error::chain_text(&error), "close database");
+                tracing::error!(db = %db.name(), error = chain_text(&error), "close database");
                 result = Err(error);
             }
         }
@@ -343,7 +368,7 @@ impl Engine {
                     let Some(engine) = engine.upgrade() else { return };
                     for db in engine.databases() {
                         if let Err(error) = db.chain().retain(retention, None) {
-                            tracing::warn!(db = %db.name(), error = error::chain_text(&error), "remove old ltx files");
+                            tracing::warn!(db = %db.name(), error = chain_text(&error), "remove old ltx files");
                         }
                     }
                 }
@@ -430,10 +455,14 @@ fn nothing_recovered() -> recover::Recovered {
     }
 }
 
-fn read_cluster_id(dir: &DataDir) -> Result<Option<String>> {
+fn read_cluster_id(dir: &DataDir) -> Result<Option<ClusterId>> {
     let path = dir.cluster_id();
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "invalid cluster id");
     match fs::read_to_string(&path) {
-        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Ok(text) => match ClusterId::new(text.trim()) {
+            Some(id) => Ok(Some(id)),
+            None => Err(Error::io("read cluster id", &path)(invalid())),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io("read cluster id", &path)(error)),
     }

@@ -243,12 +243,15 @@ impl Chain {
 
     /// What contains the transaction after `pos.txid`.
     pub fn successor(&self, pos: Pos) -> Result<Successor> {
+        let recent = self.inner.lock().unwrap().recent_at(pos.txid.next());
+        recent.map_or_else(|| self.file_after(pos), |found| Ok(Successor::Recent(found)))
+    }
+
+    /// The file that contains the transaction after `pos.txid`.
+    pub fn file_after(&self, pos: Pos) -> Result<Successor> {
         let next = pos.txid.next();
         let file = {
             let inner = self.inner.lock().unwrap();
-            if let Some(found) = inner.recent_at(next) {
-                return Ok(Successor::Recent(found));
-            }
             inner.files.range(..=next).next_back().map(|(_, file)| *file)
         };
         let Some(file) = file.filter(|file| file.max >= next) else { return Ok(Successor::Gone) };

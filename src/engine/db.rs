@@ -197,6 +197,21 @@ impl Db {
         *self.view.lock().unwrap()
     }
 
+    /// Bytes of a page, if it was ever written.
+    pub fn page_size(&self) -> Option<PageSize> {
+        self.view().page_size
+    }
+
+    /// Its size in pages.
+    pub fn page_count(&self) -> u32 {
+        self.view().pages
+    }
+
+    /// How it is journalled.
+    pub fn mode(&self) -> JournalMode {
+        self.view().mode
+    }
+
     /// The files of the mount that stand for it.
     pub fn files(&self) -> &Files {
         &self.files

@@ -130,7 +130,10 @@ impl Transaction {
 
     /// Whether `next` can be merged behind this one: the same source and page size, contiguous.
     pub fn can_merge(&self, next: &Transaction) -> bool {
-        Arc::ptr_eq(&self.source, &next.source)
+        // The first file of a database stays a snapshot of one transaction, and the second one
+        // something that a replica can go on from.
+        self.min > Txid(1)
+            && Arc::ptr_eq(&self.source, &next.source)
             && self.page_size == next.page_size
             && self.max.next() == next.min
             && self.post == next.pre

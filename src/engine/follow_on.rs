@@ -1,0 +1,107 @@
+//! What a peer that stands at a position needs next: the next LTX file, or the whole database.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::sync::Arc;
+
+use ltx::{Pos, Txid};
+
+use super::chain::{LtxFile, Successor};
+use super::db::Db;
+use super::error::chain_text;
+use super::transaction::Transaction;
+use crate::{limits, os};
+
+/// The bytes of an LTX file.
+pub enum LtxBytes {
+    /// In memory, shared by all who send them.
+    Memory(Arc<[u8]>),
+    /// In a file of so many bytes, to be read from its start.
+    File(File, u64),
+}
+
+/// What follows on a position.
+pub enum Next {
+    /// Nothing: it is the present one.
+    Current,
+    /// An LTX file, which was verified, and the position it leads to.
+    Ltx {
+        /// The file.
+        bytes: LtxBytes,
+        /// Where it leads to.
+        pos: Pos,
+    },
+    /// Only the whole database helps.
+    Snapshot,
+}
+
+/// What a peer accepts besides a file that starts right behind its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// Nothing (LiteFS).
+    Refused,
+    /// A file of several transactions that starts at or before its position and ends after it: the
+    /// images are those after the last of them, so it leads to the same state.
+    Accepted,
+}
+
+impl Db {
+    /// What a peer at `pos` needs next. A position that is not one of this database's history, or of
+    /// which the chain does not know any more, needs a snapshot; so does one whose file is damaged.
+    pub fn next_after(&self, pos: Pos, overlap: Overlap) -> Next {
+        let present = self.pos();
+        if pos == present || present.is_zero() {
+            return Next::Current;
+        }
+        if pos.is_zero() || pos.txid >= present.txid {
+            return Next::Snapshot;
+        }
+        match self.chain.successor(pos) {
+            Ok(Successor::Recent(transaction)) => self.recent(pos, &transaction, overlap),
+            Ok(Successor::File(file, info)) => self.filed(pos, file, info, overlap),
+            Ok(Successor::Gone) => Next::Snapshot,
+            Err(error) => {
+                tracing::error!(db = %self.name, %pos, error = chain_text(&error), "find ltx file");
+                Next::Snapshot
+            }
+        }
+    }
+
+    fn recent(&self, pos: Pos, transaction: &Transaction, overlap: Overlap) -> Next {
+        if transaction.pre != pos.checksum {
+            return Next::Snapshot;
+        }
+        match transaction.encoded(self.shared.compression) {
+            Ok(bytes) => Next::Ltx { bytes: LtxBytes::Memory(bytes), pos: transaction.pos() },
+            // Its frames were overwritten since; then its file is durable.
+            Err(_) => match self.chain.file_after(pos) {
+                Ok(Successor::File(file, info)) => self.filed(pos, file, info, overlap),
+                _ => Next::Snapshot,
+            },
+        }
+    }
+
+    fn filed(&self, pos: Pos, file: File, info: LtxFile, overlap: Overlap) -> Next {
+        if info.min == Txid(1) {
+            return Next::Snapshot;
+        }
+        let reader = BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(&file));
+        let (header, trailer) = match ltx::verify(reader) {
+            Ok(verified) => verified,
+            Err(error) => {
+                let path = self.dir.ltx_file(info.min, info.max);
+                tracing::error!(db = %self.name, path = %path.display(), error = chain_text(&error), "ltx file is damaged: sending a snapshot instead");
+                return Next::Snapshot;
+            }
+        };
+        let exact = header.pre_pos() == pos;
+        let inside = overlap == Overlap::Accepted
+            && header.min_txid <= pos.txid
+            && pos.txid < header.max_txid;
+        if !exact && !inside {
+            return Next::Snapshot;
+        }
+        let pos = Pos { txid: header.max_txid, checksum: trailer.post_apply };
+        Next::Ltx { bytes: LtxBytes::File(file, info.size), pos }
+    }
+}

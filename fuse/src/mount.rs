@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::dev::{self, Buffer, Channel};
+use crate::dev::{self, Buffer, Channel, Source};
 use crate::dispatch::{Session, Trace};
 use crate::error::Error;
 use crate::init;
@@ -138,33 +138,22 @@ fn start<V: Volume>(
     let session = Arc::new(Session::new(volume.clone(), ways, trace));
     volume.mounted(Kernel { passthrough, notifier: notifier.clone() });
 
-    let channels = channels(&channel, options.workers)?;
-    let end = Arc::new(End::new(channels.len(), posts.clone(), session.waits.clone()));
+    let workers = if options.workers == 0 { WORKERS } else { options.workers };
+    let end = Arc::new(End::new(workers, posts.clone(), session.waits.clone()));
     spawn("fuse-notify", move || posts.carry_out())?;
     let repeater = session.clone();
     spawn("fuse-interrupt", move || repeater.waits.clone().repeat(repeater.volume.clone()))?;
-    for (index, channel) in channels.into_iter().enumerate() {
+    for index in 0..workers {
+        let source = Source::new(&channel);
         let (session, end) = (session.clone(), end.clone());
         spawn(&format!("fuse-{index}"), move || {
-            if let Err(error) = dev::work(&session, &channel) {
+            if let Err(error) = dev::work(&session, source) {
                 tracing::error!(%error, "fuse worker ended");
             }
             end.one_less();
         })?;
     }
     Ok(Mount { dir, notifier, end })
-}
-
-/// A channel for each worker.
-fn channels(first: &Arc<Channel>, wanted: usize) -> Result<Vec<Arc<Channel>>, Error> {
-    let wanted = if wanted == 0 { WORKERS } else { wanted };
-    let mut channels = vec![first.clone()];
-    while channels.len() < wanted {
-        let another = first.another();
-        let source = |source| Error::Session { doing: "clone fuse device", source };
-        channels.push(Arc::new(another.map_err(source)?));
-    }
-    Ok(channels)
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {

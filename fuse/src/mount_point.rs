@@ -25,7 +25,7 @@ use nix::sys::socket::{
 };
 use nix::unistd::{getegid, geteuid};
 
-use crate::dev;
+use crate::dev::{self, Blocking};
 use crate::error::Error;
 
 /// The source that `mount` shows, and the type behind `fuse.`.
@@ -150,8 +150,8 @@ pub(crate) fn mount(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
 }
 
 fn mount_directly(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
-    let device =
-        dev::open_device().map_err(|source| Error::Session { doing: "open /dev/fuse", source })?;
+    let device = dev::open_device(Blocking::Yes)
+        .map_err(|source| Error::Session { doing: "open /dev/fuse", source })?;
     let mut data = format!(
         "fd={},rootmode=40000,user_id={},group_id={}",
         device.as_raw_fd(),

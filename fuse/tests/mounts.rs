@@ -111,7 +111,7 @@ fn a_stale_mount_is_replaced() {
     assert!(dir.metadata().unwrap().is_dir());
 }
 
-/// Started by [`a_stale_mount_is_replaced`]; alone, it mounts and unmounts for itself.
+/// Started by other tests, to be killed or to be somebody else; alone, it mounts for itself.
 #[test]
 fn mounts_for_another_test() {
     let own = tempfile::tempdir().unwrap();
@@ -119,14 +119,50 @@ fn mounts_for_another_test() {
     let temp = variable.as_ref().map_or(own.path(), Path::new);
     directories(temp);
     let volume = Arc::new(TempVolume::new(&temp.join("backing"), Way::Cached));
-    let mount = fuse::mount(volume, options(temp)).unwrap();
-    File::create(temp.join("mount/db")).unwrap();
+    let mount = fuse::mount(volume.clone(), options(temp)).unwrap();
+    let file = File::create(temp.join("mount/db")).unwrap();
+    assert!(matches!(mount.unmount().unwrap_err(), Error::Busy { .. }));
+    drop(file);
     if variable.is_some() {
-        println!("{} is mounted", temp.display());
-        // Until the parent kills us; if it dies instead, this ends.
+        let passthrough = volume.kernel.get().unwrap().passthrough;
+        println!("{} is mounted, passthrough: {passthrough}", temp.display());
+        // Until the parent kills us or wants us to go on; also if it dies.
         std::io::stdin().lines().for_each(drop);
     }
     mount.unmount().unwrap();
+}
+
+/// Runs the rest of its arguments as nobody, where everybody may open the device, as is usual.
+const AS_NOBODY: &str = "mknod $0/fuse c 10 229 && chmod 666 $0/fuse \
+    && mount --bind $0/fuse /dev/fuse \
+    && exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"";
+
+/// Without privileges the mount is made by fusermount3, and passthrough is not to be had.
+#[test]
+#[allow(clippy::disallowed_methods, reason = "a test's own files")]
+fn another_user_than_root_can_mount() {
+    let temp = tempfile::tempdir().unwrap();
+    let binary = temp.path().join("child");
+    std::fs::copy(std::env::current_exe().unwrap(), &binary).unwrap();
+    std::os::unix::fs::chown(temp.path(), Some(65534), Some(65534)).unwrap();
+    let mut child = Command::new("unshare")
+        .args(["--mount", "sh", "-c", AS_NOBODY])
+        .args([temp.path(), &binary])
+        .args(["--exact", "mounts::mounts_for_another_test", "--nocapture"])
+        .env(VARIABLE, temp.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let said = lines.find(|line| line.as_ref().unwrap().contains("is mounted"));
+    assert!(said.unwrap().unwrap().ends_with("passthrough: false"));
+    let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", child.id())).unwrap();
+    assert!(table.contains(temp.path().join("mount").to_str().unwrap()));
+    assert!(table.contains("user_id=65534"));
+    drop(child.stdin.take());
+    lines.for_each(|line| drop(line.unwrap()));
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

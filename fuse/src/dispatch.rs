@@ -61,6 +61,13 @@ impl<V: Volume> Session<V> {
         }
     }
 
+    /// The mount has ended: releases what the kernel did not, because it was cut off.
+    pub fn end(&self) {
+        for file in self.files.drain() {
+            self.volume.release(file.handle);
+        }
+    }
+
     /// Answers one request, perhaps later. A panic in it is logged, and answers EIO.
     /// `buffer` is for data on its way to the kernel.
     pub fn serve(&self, parts: &Parts<'_>, responder: Responder, buffer: &mut [u8]) {

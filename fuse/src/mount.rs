@@ -150,7 +150,7 @@ fn start<V: Volume>(
             if let Err(error) = dev::work(&session, source) {
                 tracing::error!(%error, "fuse worker ended");
             }
-            end.one_less();
+            end.one_less(|| session.end());
         })?;
     }
     Ok(Mount { dir, notifier, end })
@@ -226,7 +226,7 @@ impl Mount {
     /// fails with [`Error::Busy`], and the mount goes on.
     pub fn unmount(&self) -> Result<(), Error> {
         if self.end.is_over() {
-            return Ok(());
+            return mount_point::detach_if_gone(&self.dir);
         }
         mount_point::unmount(&self.dir)?;
         if self.end.wait_at_most(UNMOUNT_WAIT).is_err() {
@@ -238,9 +238,11 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if !self.end.is_over()
-            && let Err(error) = mount_point::detach(&self.dir)
-        {
+        let detached = match self.end.is_over() {
+            true => mount_point::detach_if_gone(&self.dir),
+            false => mount_point::detach(&self.dir),
+        };
+        if let Err(error) = detached {
             tracing::error!(%error, "unmount");
         }
     }
@@ -265,12 +267,17 @@ impl End {
         End { state, changed: Condvar::new(), posts, waits }
     }
 
-    fn one_less(&self) {
+    /// A worker ends; the last one does what is left.
+    fn one_less(&self, last: impl FnOnce()) {
         let mut state = self.state.lock().unwrap();
-        state.workers -= 1;
-        if state.workers > 0 {
+        if state.workers > 1 {
+            state.workers -= 1;
             return;
         }
+        drop(state);
+        last();
+        let mut state = self.state.lock().unwrap();
+        state.workers = 0;
         let on_end = state.on_end.take();
         drop(state);
         self.changed.notify_all();

@@ -226,6 +226,11 @@ pub(crate) fn detach(dir: &Path) -> Result<(), Error> {
     unmount_by_helper(dir, &["-u", "-z"])
 }
 
+/// Takes away a mount that was cut off from its process, if there is one.
+pub(crate) fn detach_if_gone(dir: &Path) -> Result<(), Error> {
+    if has_fuse_mount(dir) && matches!(health(dir), Health::Gone) { detach(dir) } else { Ok(()) }
+}
+
 fn unmount_by_helper(dir: &Path, options: &[&str]) -> Result<(), Error> {
     let failed = |message: String| Error::Helper { dir: dir.to_owned(), message };
     let output = Command::new(HELPER)

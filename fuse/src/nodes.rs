@@ -74,10 +74,16 @@ struct Slots<H> {
     free: Vec<usize>,
 }
 
+impl<H> Default for Slots<H> {
+    fn default() -> Slots<H> {
+        Slots { values: Vec::new(), free: Vec::new() }
+    }
+}
+
 impl<H> Handles<H> {
     /// No value.
     pub fn new() -> Handles<H> {
-        let empty = |_| RwLock::new(Slots { values: Vec::new(), free: Vec::new() });
+        let empty = |_| RwLock::new(Slots::default());
         Handles { shards: std::array::from_fn(empty), turn: AtomicUsize::new(0) }
     }
 
@@ -102,6 +108,12 @@ impl<H> Handles<H> {
     pub fn get<T>(&self, number: u64, read: impl FnOnce(&H) -> T) -> Option<T> {
         let (shard, index) = place(number);
         self.shards[shard].read().unwrap().values.get(index)?.as_ref().map(read)
+    }
+
+    /// Gives up every value.
+    pub fn drain(&self) -> Vec<H> {
+        let shards = self.shards.iter().map(|shard| shard.write().unwrap());
+        shards.flat_map(|mut slots| std::mem::take(&mut *slots).values).flatten().collect()
     }
 
     /// Gives up the value with this number.
@@ -174,7 +186,9 @@ mod tests {
         assert_eq!(handles.remove(numbers[5]), None);
         assert_eq!(handles.get(numbers[5], |value| *value), None);
         assert_eq!(handles.get(u64::MAX, |value| *value), None);
+        assert_eq!(handles.drain().len(), 99);
+        assert_eq!(handles.get(numbers[6], |value| *value), None);
         let again: Vec<u64> = (0..SHARDS).map(|value| handles.insert(value as i32)).collect();
-        assert!(again.contains(&numbers[5]));
+        again.iter().for_each(|number| assert!(handles.remove(*number).is_some()));
     }
 }

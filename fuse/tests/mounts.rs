@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -41,6 +41,28 @@ fn a_mount_that_somebody_else_unmounts_has_ended() {
     let tell = ended.clone();
     mounted.mount.on_end(move || tell.store(false, Ordering::SeqCst));
     assert!(!ended.load(Ordering::SeqCst), "called at once");
+}
+
+/// Aborted through fusectl, the kernel sends nothing more, not even releases.
+#[test]
+fn a_mount_that_is_cut_off_releases_its_files() {
+    let mounted = mounted(Way::Direct);
+    let file = File::create(mounted.path("db")).unwrap();
+    let device = mounted.dir.metadata().unwrap().dev();
+    let control = tempfile::tempdir().unwrap();
+    let no_flags = nix::mount::MsFlags::empty();
+    let kind = Some("fusectl");
+    nix::mount::mount(None::<&str>, control.path(), kind, no_flags, None::<&str>).unwrap();
+    let abort = control.path().join(device.to_string()).join("abort");
+    let written = OpenOptions::new().write(true).open(abort).unwrap().write_all(b"1");
+    nix::mount::umount(control.path()).unwrap();
+    written.unwrap();
+    mounted.mount.wait();
+    assert_eq!(mounted.volume.calls("release"), 1);
+    assert!(file.write_at(b"lost", 0).is_err());
+    assert!(mounted.dir.metadata().is_err());
+    mounted.mount.unmount().unwrap();
+    assert!(mounted.dir.metadata().unwrap().is_dir());
 }
 
 #[test]

@@ -25,6 +25,7 @@ use crate::{limits, os};
 mod exclusive;
 mod follow;
 mod index;
+pub mod wal;
 
 use follow::Follower;
 

@@ -62,7 +62,8 @@ const REGION_FRAMES: u32 = 4096;
 /// How many frames the first region holds, where the header takes the room of 34.
 const FIRST_REGION_FRAMES: u32 = REGION_FRAMES - (HEADER_SIZE / 4) as u32;
 const SLOTS: usize = 8192;
-const SLOTS_AT: usize = REGION_SIZE - 2 * SLOTS;
+/// Where the hash slots of a region start, in bytes.
+pub const SLOTS_AT: usize = REGION_SIZE - 2 * SLOTS;
 /// The multiplier of the hash function.
 const HASH_FACTOR: u32 = 383;
 

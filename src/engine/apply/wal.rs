@@ -1,0 +1,624 @@
+//! The replica's writer of a WAL: transactions go into a WAL-mode database the way SQLite itself
+//! writes them, so open readers keep their snapshot and new readers see the new state.
+//!
+//! ```text
+//! append   frames to the log, their entries into the wal-index     nobody sees them
+//! publish  the wal-index header                                    new readers see them
+//! checkpoint  frames to the database file, up to the oldest reader's mark
+//! restart  new salts, frame 1 again, when nobody reads from the log
+//! ```
+//!
+//! What the caller holds: WRITE while appending, publishing and restarting, CKPT while
+//! checkpointing, DMS shared all the time (so that no client resets the wal-index) and SHARED on the
+//! database file (so that the last client to leave neither checkpoints nor removes the log). The
+//! READ locks are taken here, through [`CheckpointLocks`].
+//!
+//! Order, as in SQLite (WAL-mode File Format, section 2; "Write-Ahead Logging"): frames, then
+//! entries, then header copy 1, then copy 0. A checkpoint syncs the log before it writes to the
+//! database file, and syncs the database file before the log may start over; a new log's header is
+//! synced before its first frame. Appending syncs nothing: the LTX files are what is durable.
+//!
+//! Invariants: frames up to the published one are never written again before a restart; the lock
+//! page is in no frame; frames that were taken back do not follow from the frames before them.
+
+mod mirror;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use ltx::{PageSize, Pgno};
+
+use self::mirror::{Growth, Mirror};
+use crate::os;
+use crate::sqlite::lock_byte::{Lock, LockSet};
+use crate::sqlite::wal::{
+    self, ByteOrder, FRAME_HEADER_SIZE, Frame, FrameReader, HEADER_SIZE, Salts, WalChecksum,
+    WalCursor, WalHeader,
+};
+use crate::sqlite::wal_index::{CheckpointInfo, IndexHeader, READ_MARK_UNUSED};
+
+/// How many bytes are written to the log or the database file at once, at most, if a page is not
+/// larger: beyond about 1 MiB a write gains nothing.
+const WRITE_SIZE: usize = 1 << 20;
+
+/// How large the buffer of frames stays between transactions, in bytes: enough for small ones, and
+/// little for each of many databases.
+const IDLE_CAPACITY: usize = 64 << 10;
+
+/// The locks of marks 1 to 4: readers of the log.
+const LOG_READERS: LockSet = LockSet::READERS.without(LockSet::one(Lock::Read0));
+
+/// Why the log could not be written. After any error the caller takes back what is not published
+/// ([`WalWriter::rollback_unpublished`]) or opens the writer anew.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file call failed.
+    #[error("{step}")]
+    Io {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A page that no log can hold: page 0, the lock page, or not of the database's page size.
+    #[error("page {pgno} cannot be in a wal")]
+    Page {
+        /// Its number.
+        pgno: Pgno,
+    },
+}
+
+fn io_error(step: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { step, source }
+}
+
+/// The READ locks, as a checkpoint needs them.
+pub trait CheckpointLocks {
+    /// Takes all of `set` exclusively if nobody else has any of it; whether it did. Must not wait.
+    fn try_lock(&mut self, set: LockSet) -> bool;
+    /// Gives them back.
+    fn unlock(&mut self, set: LockSet);
+}
+
+/// What clients have cached of the files; a call returns when nothing stale is left. Never called
+/// for the log, whose committed frames do not change.
+pub trait ReaderCache {
+    /// `len` bytes of the database file at `offset` are new.
+    fn pages_changed(&self, offset: u64, len: u64);
+    /// The database file has another length.
+    fn size_changed(&self);
+    /// The wal-index has become longer.
+    fn index_grown(&self);
+}
+
+/// The open files of one database, for reading and writing.
+#[derive(Debug, Clone)]
+pub struct WalFiles {
+    /// The database file.
+    pub database: Arc<File>,
+    /// The log.
+    pub wal: Arc<File>,
+    /// The wal-index, the very file whose pages clients map.
+    pub shm: Arc<File>,
+}
+
+/// How far a checkpoint came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// So many frames, from the first, are in the database file.
+    pub backfilled: u32,
+    /// So many frames are in the log.
+    pub frames: u32,
+}
+
+impl Progress {
+    /// Whether the log may be restarted as soon as nobody reads from it.
+    pub fn is_complete(self) -> bool {
+        self.backfilled == self.frames
+    }
+}
+
+/// Whether the log starts over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restart {
+    /// The next frame is frame 1.
+    Done,
+    /// Frames are not in the database file yet, or somebody reads from the log, or something is not
+    /// published.
+    Blocked,
+}
+
+/// Whether the header of the log stands in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Log {
+    /// The first frame writes it.
+    Fresh,
+    Started,
+}
+
+/// Writes the WAL of one database; the only writer while it lives.
+#[derive(Debug)]
+pub struct WalWriter {
+    files: WalFiles,
+    page_size: PageSize,
+    random: fn() -> u32,
+    log: Log,
+    header: WalHeader,
+    /// Where the next frame goes.
+    cursor: WalCursor,
+    /// What readers see.
+    published: IndexHeader,
+    /// What they will see after the next publish: the end of the last whole transaction.
+    appended: IndexHeader,
+    /// So many frames are in the database file.
+    backfilled: u32,
+    mirror: Mirror,
+    /// The page that was appended last; it becomes a frame when it is known whether it is the last
+    /// of its transaction.
+    held: Option<Pgno>,
+    held_page: Vec<u8>,
+    /// Frames that are not written to the log yet; they end at the cursor.
+    frames: Vec<u8>,
+    /// The log was written up to this byte.
+    written: u64,
+}
+
+impl WalWriter {
+    /// Goes on with the log and the wal-index as they are. If the wal-index does not count, it is
+    /// made from the log, or made empty over a database of `pages` pages if the log is empty; that
+    /// needs every other user of the files to be locked out. `random` draws salts.
+    pub fn open_or_create(
+        files: WalFiles,
+        page_size: PageSize,
+        pages: u32,
+        random: fn() -> u32,
+    ) -> Result<WalWriter, Error> {
+        let mirror = Mirror::new(files.shm.clone()).map_err(io_error("open wal-index"))?;
+        let log_header = read_log_header(&files.wal, page_size).map_err(io_error("read wal"))?;
+        let header = log_header.unwrap_or(WalHeader {
+            order: ByteOrder::NATIVE,
+            page_size,
+            sequence: 0,
+            salts: Salts(random(), random()),
+        });
+        let empty = IndexHeader {
+            change: 1,
+            order: header.order,
+            page_size,
+            mx_frame: 0,
+            pages,
+            frame_checksum: WalChecksum::default(),
+            salts: header.salts,
+        };
+        let mut writer = WalWriter {
+            files,
+            page_size,
+            random,
+            log: Log::Started,
+            header,
+            cursor: WalCursor::start(&header),
+            published: empty,
+            appended: empty,
+            backfilled: 0,
+            mirror,
+            held: None,
+            held_page: Vec::with_capacity(page_size.bytes()),
+            frames: Vec::new(),
+            written: 0,
+        };
+        if !writer.adopt(log_header.is_some()).map_err(io_error("read wal-index"))? {
+            let rebuilt = if log_header.is_some() { writer.rebuild() } else { writer.clear() };
+            rebuilt.map_err(io_error("rebuild wal-index"))?;
+        }
+        Ok(writer)
+    }
+
+    /// Goes on with a wal-index that counts and agrees with the log; whether there is one.
+    fn adopt(&mut self, has_log: bool) -> io::Result<bool> {
+        let Some((index, info)) = self.mirror.read_header()? else { return Ok(false) };
+        let end = wal::frame_offset(self.page_size, 1)
+            + u64::from(index.mx_frame) * wal::frame_size(self.page_size) as u64;
+        let same_log = has_log
+            && (index.salts, index.order) == (self.header.salts, self.header.order)
+            && self.files.wal.metadata()?.len() >= end;
+        let agrees = index.mx_frame == 0 || (same_log && self.mirror.has_room(index.mx_frame));
+        if index.page_size != self.page_size || !agrees {
+            return Ok(false);
+        }
+        self.mirror.load(index.mx_frame)?;
+        if index.mx_frame == 0 {
+            self.published = IndexHeader { pages: self.published.pages, ..index };
+            self.header.salts = index.salts;
+            self.start_over();
+            return Ok(true);
+        }
+        self.published = index;
+        self.appended = index;
+        self.backfilled = info.backfill.min(index.mx_frame);
+        self.cursor = WalCursor::resume(&self.header, end, index.frame_checksum);
+        Ok(true)
+    }
+
+    /// Makes the wal-index from the log: every frame up to the last commit counts.
+    fn rebuild(&mut self) -> io::Result<()> {
+        let log = BufReader::with_capacity(
+            WRITE_SIZE,
+            ReadAt { file: self.files.wal.clone(), offset: HEADER_SIZE as u64 },
+        );
+        let mut reader = FrameReader::new(log, self.cursor);
+        let mut committed = self.published;
+        while let Ok(Frame { pgno, commit, .. }) = reader.next_frame()? {
+            let cursor = *reader.cursor();
+            self.mirror.push(cursor.frame(), pgno);
+            if let Some(pages) = commit {
+                let (mx_frame, frame_checksum) = (cursor.frame(), cursor.checksum());
+                committed = IndexHeader { mx_frame, pages, frame_checksum, ..committed };
+                self.cursor = cursor;
+            }
+        }
+        if committed.mx_frame == 0 {
+            return self.clear();
+        }
+        self.mirror.drop_after(committed.mx_frame);
+        self.mirror.write_entries()?;
+        let mut info = CheckpointInfo { attempted: committed.mx_frame, ..CheckpointInfo::EMPTY };
+        info.read_marks[1] = committed.mx_frame;
+        self.mirror.write_info(&info)?;
+        self.mirror.write_header(&committed)?;
+        self.published = committed;
+        self.appended = committed;
+        Ok(())
+    }
+
+    /// Makes the wal-index of an empty log.
+    fn clear(&mut self) -> io::Result<()> {
+        self.start_over();
+        self.mirror.clear_file()?;
+        self.mirror.write_info(&CheckpointInfo::EMPTY)?;
+        self.published = self.appended;
+        self.mirror.write_header(&self.published)
+    }
+
+    /// Prepares a new run of the log; nothing is written.
+    fn start_over(&mut self) {
+        self.header = WalHeader {
+            order: ByteOrder::NATIVE,
+            page_size: self.page_size,
+            sequence: self.header.sequence.wrapping_add(1),
+            salts: self.header.salts.next((self.random)()),
+        };
+        self.log = Log::Fresh;
+        self.cursor = WalCursor::start(&self.header);
+        self.written = 0;
+        self.backfilled = 0;
+        self.mirror.drop_after(0);
+        self.appended = IndexHeader {
+            order: self.header.order,
+            mx_frame: 0,
+            salts: self.header.salts,
+            ..self.published
+        };
+    }
+
+    /// The size of the database in pages, with all appended transactions.
+    pub fn pages(&self) -> u32 {
+        self.appended.pages
+    }
+
+    /// How many frames are in the log, and how many of them in the database file.
+    pub fn progress(&self) -> Progress {
+        Progress { backfilled: self.backfilled, frames: self.published.mx_frame }
+    }
+
+    /// The newest frame of a page, with all appended transactions; `None` if the page is not in the
+    /// log.
+    pub fn find(&self, pgno: Pgno) -> Option<u32> {
+        self.mirror.find(self.appended.mx_frame, pgno)
+    }
+
+    /// Reads the newest version of a page, with all appended transactions, into `page`, which has
+    /// the size of a page. A page that was never written is zero.
+    pub fn read_page(&self, pgno: Pgno, page: &mut [u8]) -> Result<(), Error> {
+        match self.find(pgno) {
+            Some(frame) => self.read_frame(frame, page),
+            None => read_or_zero(&self.files.database, page, self.page_size.offset(pgno))
+                .map_err(io_error("read page")),
+        }
+    }
+
+    fn read_frame(&self, frame: u32, page: &mut [u8]) -> Result<(), Error> {
+        let offset = wal::frame_offset(self.page_size, frame) + FRAME_HEADER_SIZE as u64;
+        self.files.wal.read_exact_at(page, offset).map_err(io_error("read wal frame"))
+    }
+
+    /// Appends one transaction, after which the database has `commit` pages. Nobody sees it.
+    pub fn append<'a>(
+        &mut self,
+        commit: u32,
+        pages: impl IntoIterator<Item = (Pgno, &'a [u8])>,
+    ) -> Result<(), Error> {
+        for (pgno, page) in pages {
+            self.append_page(pgno, page)?;
+        }
+        self.append_commit(commit)
+    }
+
+    /// Appends a page to the transaction that [`WalWriter::append_commit`] will end.
+    pub fn append_page(&mut self, pgno: Pgno, page: &[u8]) -> Result<(), Error> {
+        let fits = pgno.0 > 0 && pgno != self.page_size.lock_pgno();
+        if !fits || page.len() != self.page_size.bytes() {
+            return Err(Error::Page { pgno });
+        }
+        self.seal(None)?;
+        self.held = Some(pgno);
+        self.held_page.clear();
+        self.held_page.extend_from_slice(page);
+        Ok(())
+    }
+
+    /// Ends a transaction, after which the database has `commit` pages.
+    pub fn append_commit(&mut self, commit: u32) -> Result<(), Error> {
+        if self.held.is_none() {
+            if commit == self.appended.pages {
+                return Ok(());
+            }
+            // Only a frame can carry the new size.
+            let mut page = vec![0; self.page_size.bytes()];
+            self.read_page(Pgno(1), &mut page)?;
+            self.append_page(Pgno(1), &page)?;
+        }
+        self.seal(Some(commit))?;
+        self.flush()?;
+        self.appended = IndexHeader {
+            change: self.published.change.wrapping_add(1),
+            mx_frame: self.cursor.frame(),
+            pages: commit,
+            frame_checksum: self.cursor.checksum(),
+            ..self.appended
+        };
+        Ok(())
+    }
+
+    /// Makes the held page a frame.
+    fn seal(&mut self, commit: Option<u32>) -> Result<(), Error> {
+        let Some(pgno) = self.held.take() else { return Ok(()) };
+        if self.log == Log::Fresh {
+            self.start_log().map_err(io_error("write wal header"))?;
+        }
+        self.cursor.encode(&Frame { pgno, commit, page: &self.held_page }, &mut self.frames);
+        self.mirror.push(self.cursor.frame(), pgno);
+        if self.frames.len() >= WRITE_SIZE { self.flush() } else { Ok(()) }
+    }
+
+    /// Writes the header of a new run. It is synced, so that after a power failure no frame of the
+    /// former run follows from it.
+    fn start_log(&mut self) -> io::Result<()> {
+        os::write_at("apply:wal", &self.files.wal, &self.header.encode(), 0)?;
+        os::sync("apply:wal", &self.files.wal)?;
+        self.log = Log::Started;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        let end = self.cursor.offset();
+        // Even a write that fails may have written something.
+        self.written = self.written.max(end);
+        let start = end - self.frames.len() as u64;
+        os::write_at("apply:wal", &self.files.wal, &self.frames, start)
+            .map_err(io_error("write wal frames"))?;
+        self.frames.clear();
+        Ok(())
+    }
+
+    /// Makes all appended transactions visible at once.
+    pub fn publish(&mut self, cache: &dyn ReaderCache) -> Result<(), Error> {
+        if self.appended.mx_frame == self.published.mx_frame {
+            return Ok(());
+        }
+        let growth = self.mirror.write_entries().map_err(io_error("write wal-index"))?;
+        if growth == Growth::Grown {
+            cache.index_grown();
+        }
+        self.mirror.write_header(&self.appended).map_err(io_error("write wal-index header"))?;
+        self.published = self.appended;
+        self.frames.shrink_to(IDLE_CAPACITY);
+        Ok(())
+    }
+
+    /// Takes back the pages that were appended since the last whole transaction.
+    pub fn rollback_transaction(&mut self) -> Result<(), Error> {
+        self.roll_back_to(self.appended)
+    }
+
+    /// Takes back everything that was appended since the last publish.
+    pub fn rollback_unpublished(&mut self) -> Result<(), Error> {
+        let mut target = self.published;
+        if target.mx_frame == 0 {
+            // The log may have begun a new run meanwhile.
+            (target.salts, target.order) = (self.header.salts, self.header.order);
+        }
+        self.roll_back_to(target)
+    }
+
+    fn roll_back_to(&mut self, target: IndexHeader) -> Result<(), Error> {
+        self.held = None;
+        self.frames.clear();
+        self.mirror.drop_after(target.mx_frame);
+        self.appended = target;
+        self.cursor = self.cursor_after(&target);
+        let end = self.cursor.offset();
+        if self.written <= end {
+            return Ok(());
+        }
+        // After a crash every commit frame counts that follows from those before it.
+        let nothing = [0; FRAME_HEADER_SIZE];
+        os::write_at("apply:wal", &self.files.wal, &nothing, end)
+            .map_err(io_error("take back wal frames"))?;
+        self.written = end;
+        Ok(())
+    }
+
+    fn cursor_after(&self, index: &IndexHeader) -> WalCursor {
+        if index.mx_frame == 0 {
+            return WalCursor::start(&self.header);
+        }
+        let frames = u64::from(index.mx_frame) * wal::frame_size(self.page_size) as u64;
+        WalCursor::resume(&self.header, HEADER_SIZE as u64 + frames, index.frame_checksum)
+    }
+
+    /// Copies published frames into the database file, as far as readers allow.
+    pub fn checkpoint(
+        &mut self,
+        locks: &mut dyn CheckpointLocks,
+        cache: &dyn ReaderCache,
+    ) -> Result<Progress, Error> {
+        if self.backfilled < self.published.mx_frame {
+            let safe = self.safe_frame(locks).map_err(io_error("read wal-index marks"))?;
+            // READ0 keeps those out who read the database file alone.
+            let read_0 = LockSet::one(Lock::Read0);
+            if self.backfilled < safe && locks.try_lock(read_0) {
+                let copied = self.backfill(safe, cache);
+                locks.unlock(read_0);
+                copied?;
+            }
+        }
+        Ok(self.progress())
+    }
+
+    /// The last frame that no reader minds in the database file. Marks that nobody uses are moved
+    /// out of the way.
+    fn safe_frame(&self, locks: &mut dyn CheckpointLocks) -> io::Result<u32> {
+        let mut safe = self.published.mx_frame;
+        for (i, lock) in Lock::READ.into_iter().enumerate().skip(1) {
+            let mark = self.mirror.read_mark(i)?;
+            if mark >= safe {
+                continue;
+            }
+            if !locks.try_lock(LockSet::one(lock)) {
+                safe = mark;
+                continue;
+            }
+            let moved = self.mirror.write_mark(i, if i == 1 { safe } else { READ_MARK_UNUSED });
+            locks.unlock(LockSet::one(lock));
+            moved?;
+        }
+        Ok(safe)
+    }
+
+    /// Copies the frames up to `safe`.
+    fn backfill(&mut self, safe: u32, cache: &dyn ReaderCache) -> Result<(), Error> {
+        self.mirror.write_attempted(safe).map_err(io_error("write wal-index"))?;
+        os::sync("apply:wal", &self.files.wal).map_err(io_error("sync wal"))?;
+        self.copy_pages(&self.newest_frames(safe), cache)?;
+        if safe == self.published.mx_frame {
+            let len = u64::from(self.published.pages) * u64::from(self.page_size.get());
+            os::truncate("apply:database", &self.files.database, len)
+                .map_err(io_error("truncate database"))?;
+            cache.size_changed();
+            os::sync("apply:database", &self.files.database).map_err(io_error("sync database"))?;
+        }
+        self.mirror.write_backfill(safe).map_err(io_error("write wal-index"))?;
+        self.backfilled = safe;
+        Ok(())
+    }
+
+    /// The pages to copy, ascending, each with its frame. A page whose newest frame is after `safe`
+    /// is left for later: until then everybody finds it in the log.
+    fn newest_frames(&self, safe: u32) -> Vec<(Pgno, u32)> {
+        let frames = self.backfilled + 1..=safe;
+        let mut newest: Vec<(Pgno, u32)> = frames
+            .map(|frame| (Pgno(self.mirror.pgno_of(frame)), frame))
+            .filter(|(pgno, _)| pgno.0 <= self.published.pages)
+            .collect();
+        newest.sort_unstable_by_key(|&(pgno, frame)| (pgno, u32::MAX - frame));
+        newest.dedup_by_key(|(pgno, _)| *pgno);
+        if safe < self.published.mx_frame {
+            let mx_frame = self.published.mx_frame;
+            newest.retain(|&(pgno, frame)| self.mirror.find(mx_frame, pgno) == Some(frame));
+        }
+        newest
+    }
+
+    /// Copies frames to their pages, neighbours in one write.
+    fn copy_pages(&self, newest: &[(Pgno, u32)], cache: &dyn ReaderCache) -> Result<(), Error> {
+        let page_size = self.page_size.bytes();
+        let mut buffer = vec![0; WRITE_SIZE.min(newest.len() * page_size)];
+        for run in newest.chunk_by(|(one, _), (next, _)| one.0 + 1 == next.0) {
+            for part in run.chunks(WRITE_SIZE / page_size) {
+                let bytes = &mut buffer[..part.len() * page_size];
+                for (&(_, frame), page) in part.iter().zip(bytes.chunks_exact_mut(page_size)) {
+                    self.read_frame(frame, page)?;
+                }
+                let offset = self.page_size.offset(part[0].0);
+                os::write_at("apply:database", &self.files.database, bytes, offset)
+                    .map_err(io_error("write database"))?;
+                cache.pages_changed(offset, bytes.len() as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the log start over if all of it is in the database file and nobody reads from it.
+    pub fn restart(&mut self, locks: &mut dyn CheckpointLocks) -> Result<Restart, Error> {
+        if self.published.mx_frame == 0 {
+            return Ok(Restart::Done);
+        }
+        let at_rest = self.cursor == self.cursor_after(&self.published) && self.held.is_none();
+        if !self.progress().is_complete() || !at_rest || !locks.try_lock(LOG_READERS) {
+            return Ok(Restart::Blocked);
+        }
+        self.start_over();
+        self.published = self.appended;
+        let written = self.mirror.write_header(&self.published);
+        let written = written.and_then(|()| self.mirror.write_info(&CheckpointInfo::EMPTY));
+        locks.unlock(LOG_READERS);
+        written.map_err(io_error("restart wal"))?;
+        Ok(Restart::Done)
+    }
+}
+
+/// The header of a log that can be continued; `None` if SQLite would take the log for empty.
+fn read_log_header(wal: &File, page_size: PageSize) -> io::Result<Option<WalHeader>> {
+    let mut bytes = [0; HEADER_SIZE];
+    match wal.read_exact_at(&mut bytes, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    }
+    Ok(WalHeader::parse(&bytes).ok().filter(|header| header.page_size == page_size))
+}
+
+/// Reads `page`; what lies past the end of the file is zero.
+fn read_or_zero(file: &File, page: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut read = 0;
+    while read < page.len() {
+        match file.read_at(&mut page[read..], offset + read as u64) {
+            Ok(0) => {
+                page[read..].fill(0);
+                break;
+            }
+            Ok(count) => read += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Reads a file from `offset` on without moving its own position, which others share.
+struct ReadAt {
+    file: Arc<File>,
+    offset: u64,
+}
+
+impl Read for ReadAt {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(bytes, self.offset)?;
+        self.offset += count as u64;
+        Ok(count)
+    }
+}

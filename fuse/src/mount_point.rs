@@ -23,6 +23,7 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
+use nix::sys::statvfs::statvfs;
 use nix::unistd::{getegid, geteuid};
 
 use crate::dev::{self, Blocking};
@@ -32,12 +33,12 @@ use crate::error::Error;
 const NAME: &str = "litefs";
 /// The program that may mount for users who may not.
 const HELPER: &str = "fusermount3";
-/// How long a mount on the mount point may take to answer a stat(2).
-const STAT_WAIT: Duration = Duration::from_secs(5);
+/// How long a mount on the mount point may take to answer a statfs(2).
+const STATFS_WAIT: Duration = Duration::from_secs(5);
 /// How many stale mounts on top of each other are taken away.
 const STALE_MAX: usize = 16;
 
-/// What a stat(2) of a mount point says about the mount.
+/// What a statfs(2) of a mount point says about the mount.
 enum Health {
     Live,
     Gone,
@@ -128,13 +129,14 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A mount whose process is stopped never answers; a thread is given up for it.
+/// Asked by statfs(2), which goes to the process, unlike stat(2), whose answer may be cached. A
+/// mount whose process is stopped never answers; a thread is given up for it.
 fn health(dir: &Path) -> Health {
     let (answer, answered) = mpsc::channel();
     let path = dir.to_owned();
-    thread::spawn(move || answer.send(std::fs::metadata(path).err().map(|error| errno(&error))));
-    match answered.recv_timeout(STAT_WAIT) {
-        Ok(Some(Errno::ENOTCONN)) => Health::Gone,
+    thread::spawn(move || answer.send(statvfs(&path).err()));
+    match answered.recv_timeout(STATFS_WAIT) {
+        Ok(Some(Errno::ENOTCONN | Errno::ECONNABORTED)) => Health::Gone,
         Ok(_) => Health::Live,
         Err(_) => Health::Silent,
     }

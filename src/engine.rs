@@ -225,12 +225,15 @@ impl Engine {
             _ => String::new(),
         });
         for db in self.databases() {
-            db.role_changes();
+            if primary {
+                db.stop_following();
+            }
         }
         self.lag_timestamp_ms.store(if primary { 0 } else { -1 }, Ordering::SeqCst);
         self.shared.set_writable(primary);
         *current = role.clone();
         drop(current);
+        self.follow_all();
         self.shared.feed.emit(&Event::PrimaryChange {
             is_primary: primary,
             hostname: match role {
@@ -240,6 +243,22 @@ impl Engine {
         });
         if let Some(cache) = self.shared.page_cache() {
             cache.name_changed(".primary");
+        }
+    }
+
+    /// The file system is mounted: how to tell the kernel of changes, and whether clients share the
+    /// pages of `-wal` and `-shm` with us.
+    pub fn mounted(&self, page_cache: Arc<dyn PageCache>, passthrough: bool) {
+        self.shared.mounted(page_cache, passthrough);
+        self.follow_all();
+    }
+
+    /// Takes hold of the WAL databases that this node may not write.
+    fn follow_all(&self) {
+        for db in self.databases() {
+            if let Err(error) = db.follow() {
+                tracing::error!(db = %db.name(), error = chain_text(&error), "follow database");
+            }
         }
     }
 

@@ -106,3 +106,6 @@ pub const INBOX_BYTES: usize = 64 << 20;
 /// With less room than this on the disk no transaction is begun: its WAL frames might still fit, but
 /// not its LTX file.
 pub const FREE_SPACE_MIN: u64 = 4 << 20;
+
+/// A replica checkpoints a WAL that has grown by so many frames: SQLite's own default.
+pub const CHECKPOINT_FRAMES: u32 = 1000;

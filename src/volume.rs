@@ -317,7 +317,7 @@ impl fuse::Volume for EngineVolume {
 
     fn mounted(&self, kernel: Kernel) {
         let cache = Arc::new(KernelCache(kernel.notifier.clone()));
-        self.engine.shared().mounted(cache, kernel.passthrough);
+        self.engine.mounted(cache, kernel.passthrough);
         // Mounted once.
         let _ = self.notifier.set(kernel.notifier);
     }

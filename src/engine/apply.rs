@@ -20,6 +20,7 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 use super::capture::Change;
 use super::db::Db;
 use super::error::{Error, Result, chain_text};
+use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::{limits, os};
 
 mod exclusive;
@@ -65,6 +66,8 @@ pub struct Received {
     pub trailer: Trailer,
     /// The checksum of each of its pages, ascending.
     pub sums: PageList,
+    /// What page 1 says of the journal mode, if it is among them.
+    mode: Option<JournalMode>,
     body: Body,
 }
 
@@ -102,7 +105,7 @@ impl Received {
         file: File,
         len: u64,
     ) -> Received {
-        Received { header, trailer, sums, body: Body::Spool(path, file, len) }
+        Received { header, trailer, sums, mode: None, body: Body::Spool(path, file, len) }
     }
 
     /// Reads it from the start.
@@ -164,24 +167,27 @@ impl Receiver {
         if let Body::Memory(bytes) = &mut self.body {
             *bytes = std::mem::take(&mut self.buffer).into();
         }
-        let (header, trailer, sums) = self.verify()?;
-        let body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
+        let mut received = self.verify()?;
+        received.body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
         self.kept = true;
-        let received = Received { header, trailer, sums, body };
         self.db.queue_received(received)
     }
 
-    fn verify(&self) -> Result<(Header, Trailer, PageList)> {
+    /// What the file says, but not its body.
+    fn verify(&self) -> Result<Received> {
         let ltx = |source| self.db.ltx_error("verify received ltx file", source);
         let mut decoder = self.body.open().map_err(ltx)?;
         let header = *decoder.header();
         let mut page = vec![0; header.page_size.bytes()];
-        let mut sums = Vec::new();
+        let (mut sums, mut mode) = (Vec::new(), None);
         while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
             sums.push((pgno, decoder.page_checksum()));
+            if pgno == Pgno(1) {
+                mode = DatabaseHeader::parse(&page).ok().map(|header| header.journal_mode);
+            }
         }
         let trailer = decoder.finish().map_err(ltx)?;
-        Ok((header, trailer, sums))
+        Ok(Received { header, trailer, sums, mode, body: Body::Memory(Arc::default()) })
     }
 
     /// Moves what is buffered to the temporary file, once the file is too large for memory.
@@ -225,6 +231,11 @@ impl Drop for Receiver {
             let _ = os::remove_if_present("receive:spool", path);
         }
     }
+}
+
+/// A salt of a new WAL. It only has to differ from the one before.
+fn random_u32() -> u32 {
+    std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) as u32
 }
 
 impl Inbox {
@@ -388,7 +399,7 @@ impl Db {
         }
         let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();
         if run > 0 {
-            return self.apply_to_wal(&mut change, &batch[..run]).map(|()| run);
+            return self.apply_to_wal(&mut change, &batch[..run]);
         }
         drop(change);
         self.apply_exclusively(first).map(|()| 1)

@@ -320,6 +320,9 @@ impl Db {
 
     /// Cuts the WAL: what it holds must be in the chain.
     pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
+        if self.is_followed() {
+            return Err(Refusal::ReadOnly);
+        }
         let mut change = self.change.lock().unwrap();
         if self.files.is_current(backing) {
             self.settle_wal(&mut change)?;
@@ -342,6 +345,9 @@ impl Db {
 
     /// Removes the WAL: what it holds must be in the chain, and nobody may be using it.
     pub fn remove_wal(&self) -> Result<(), Refusal> {
+        if self.is_followed() {
+            return Err(Refusal::Busy);
+        }
         let mut change = self.change.lock().unwrap();
         let wal = self.files.get(FileKind::Wal).ok_or(Refusal::NotFound)?;
         let empty = wal.file.metadata().is_ok_and(|meta| meta.len() == 0) || change.pages() == 0;

@@ -83,6 +83,16 @@ pub enum Error {
         /// What does not fit.
         what: &'static str,
     },
+    /// The WAL of a followed database could not be written.
+    #[error("{what} of {db}")]
+    Wal {
+        /// What was being done.
+        what: &'static str,
+        /// The database.
+        db: DbName,
+        /// Why.
+        source: super::apply::wal::Error,
+    },
     /// The content is not what it has to be.
     #[error("{what} in database {db}: {detail}")]
     Corrupt {

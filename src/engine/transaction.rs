@@ -112,6 +112,11 @@ impl Transaction {
         }
     }
 
+    /// All transactions from `min` to the one that `parts` names.
+    pub fn range(parts: Parts, min: Txid) -> Transaction {
+        Transaction { min, ..Transaction::new(parts) }
+    }
+
     /// Makes it the snapshot of all transactions up to its own: it must hold every page.
     pub fn make_snapshot(&mut self) {
         self.min = Txid(1);

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ltx::Pgno;
+use ltx::{Header, Pgno};
 
 use super::{Body, Received};
 use crate::engine::capture::Change;
@@ -39,6 +39,12 @@ pub(in crate::engine) struct Stale {
 impl Db {
     /// Applies one LTX file with everybody else locked out.
     pub(super) fn apply_exclusively(&self, received: &Arc<Received>) -> Result<()> {
+        self.stop_following();
+        self.apply_alone(received)?;
+        self.follow()
+    }
+
+    fn apply_alone(&self, received: &Arc<Received>) -> Result<()> {
         let _locks = self.lock_everything()?;
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
@@ -225,6 +231,11 @@ impl Db {
         change.pos = received.pos();
         change.timestamp_ms = header.timestamp_ms;
         self.announce_applied(change, header);
+        self.note_lag(header);
+    }
+
+    /// Notes how long a transaction took from its commit to here.
+    pub(super) fn note_lag(&self, header: &Header) {
         let lag = (self.shared.clock)().saturating_sub(header.timestamp_ms).max(0);
         self.counters.lag_ms.store(lag as u64, Ordering::Relaxed);
     }

@@ -1,45 +1,263 @@
 //! A replica's hold on a WAL database: it is the one writer, and no client ever resets the wal-index.
+//!
+//! While a node follows, the applier holds SHARED on the database file, WRITE, CKPT, and DMS shared.
+//! So a client can read and nothing else: it cannot write, checkpoint, or remove the WAL when it
+//! closes. Transactions are appended in batches and published at once; the WAL is checkpointed when
+//! it has grown, as far as readers allow, and starts over when nobody reads from it.
 
 use std::sync::Arc;
 
-use super::Received;
+use ltx::{PageSize, Pgno};
+
+use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
+use super::{Received, random_u32};
 use crate::engine::capture::Change;
 use crate::engine::db::Db;
-use crate::engine::error::Result;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::FileKind;
+use crate::engine::locks::{LockKind, Owner};
+use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
+use crate::limits;
+use crate::sqlite::header::JournalMode;
+use crate::sqlite::lock_byte::{Lock, LockSet};
+use crate::sqlite::wal::{FRAME_HEADER_SIZE, frame_offset};
+
+/// Held shared while following.
+const SHARED: LockSet = LockSet::one(Lock::Shared).with(Lock::Dms);
+/// Held exclusively while following.
+const EXCLUSIVE: LockSet = LockSet::one(Lock::Write).with(Lock::Ckpt);
 
 /// The replica's hold on a WAL database.
-pub struct Follower {}
+pub struct Follower {
+    writer: WalWriter,
+    wal: Arc<std::fs::File>,
+    /// Inode numbers of the database file and the wal-index.
+    inos: (u64, u64),
+}
 
 impl Db {
-    /// Whether a transaction can be appended to the WAL.
-    pub(super) fn fits_wal(&self, _change: &Change, _received: &Received) -> bool {
-        false
-    }
-
-    /// Appends transactions to the WAL.
-    pub(super) fn apply_to_wal(
-        &self,
-        _change: &mut Change,
-        _batch: &[Arc<Received>],
-    ) -> Result<()> {
-        Ok(())
-    }
-
     /// Whether this node is the one writer of the database's WAL.
     pub(in crate::engine) fn is_followed(&self) -> bool {
         self.inbox.follower.lock().unwrap().is_some()
     }
 
-    /// The role of the node changes: a primary's clients write the WAL themselves.
-    pub(in crate::engine) fn role_changes(&self) {
+    /// Takes hold of a WAL database that this node may not write itself; nothing to do for others.
+    pub(in crate::engine) fn follow(&self) -> Result<()> {
+        let view = self.view();
+        let (Some(page_size), JournalMode::Wal) = (view.page_size, view.mode) else {
+            return Ok(());
+        };
+        if self.may_write() || !self.shared.is_passthrough() || self.is_followed() {
+            return Ok(());
+        }
+        self.take(Owner::APPLY, SHARED, LockKind::Shared, limits::LOCK_WAIT)?;
+        let mut guard = self.guard(Owner::APPLY, SHARED);
+        self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limits::LOCK_WAIT)?;
+        guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
-        if let Err(error) = self.let_go(&mut change) {
-            self.fail(&error);
+        let follower = self.open_follower(page_size, view.pages)?;
+        change.wal.resume(follower.writer.cursor());
+        *self.inbox.follower.lock().unwrap() = Some(follower);
+        guard.keep();
+        Ok(())
+    }
+
+    fn open_follower(&self, page_size: PageSize, pages: u32) -> Result<Follower> {
+        let existed = self.files.get(FileKind::Shm).is_some();
+        let database = self.files.get_or_create(FileKind::Database)?;
+        let wal = self.files.get_or_create(FileKind::Wal)?;
+        let shm = self.files.get_or_create(FileKind::Shm)?;
+        let files = WalFiles {
+            database: database.file.clone(),
+            wal: wal.file.clone(),
+            shm: shm.file.clone(),
+        };
+        let writer = WalWriter::open_or_create(files, page_size, pages, random_u32)
+            .map_err(|source| self.wal_error("open wal", source))?;
+        if !existed {
+            self.shared.names_changed(self.name.as_str());
+        }
+        Ok(Follower { writer, wal: wal.file.clone(), inos: (database.ino, shm.ino) })
+    }
+
+    /// Lets go: from now on the clients write the WAL themselves, or nobody does.
+    pub(in crate::engine) fn let_go(&self, change: &mut Change) {
+        let Some(follower) = self.inbox.follower.lock().unwrap().take() else { return };
+        change.wal.resume(follower.writer.cursor());
+        self.release(Owner::APPLY, SHARED.iter().chain(EXCLUSIVE.iter()).collect());
+    }
+
+    /// The role of the node changes: a primary's clients write the WAL themselves.
+    pub(in crate::engine) fn stop_following(&self) {
+        let mut change = self.change.lock().unwrap();
+        self.let_go(&mut change);
+    }
+
+    /// Whether a transaction can be appended to the WAL.
+    pub(super) fn fits_wal(&self, change: &Change, received: &Received) -> bool {
+        let header = &received.header;
+        self.is_followed()
+            && !header.is_snapshot()
+            && header.commit > 0
+            && change.page_size == Some(header.page_size)
+            && received.mode.is_none_or(|mode| mode == JournalMode::Wal)
+    }
+
+    /// Appends transactions to the WAL and makes them visible at once. Those before one that fails
+    /// are applied; how many.
+    pub(super) fn apply_to_wal(
+        &self,
+        change: &mut Change,
+        batch: &[Arc<Received>],
+    ) -> Result<usize> {
+        let mut slot = self.inbox.follower.lock().unwrap();
+        let follower = slot.as_mut().expect("only a followed database fits");
+        let mut applied = Vec::new();
+        let mut failure = None;
+        for received in batch {
+            match self.append(change, follower, received) {
+                Ok(transaction) => applied.push((transaction, received)),
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        let cache = FollowerCache { db: self, inos: follower.inos };
+        let published = follower.writer.publish(&cache);
+        published.map_err(|source| self.wal_error("publish wal frames", source))?;
+        change.wal.resume(follower.writer.cursor());
+        for (transaction, received) in &applied {
+            self.chain.push(transaction.clone());
+            self.note_lag(&received.header);
+        }
+        if let Some((_, last)) = applied.last() {
+            self.shared.writer.queued(&self.chain);
+            self.announce_applied(change, &last.header);
+        }
+        match failure {
+            Some(error) if applied.is_empty() => return Err(error),
+            _ => {}
+        }
+        self.keep_wal_short(follower)?;
+        self.verify_if_strict(change)?;
+        Ok(applied.len())
+    }
+
+    /// Appends one transaction; nobody sees it yet.
+    fn append(
+        &self,
+        change: &mut Change,
+        follower: &mut Follower,
+        received: &Received,
+    ) -> Result<Arc<Transaction>> {
+        self.check_outcome(change, received)?;
+        let writer = &mut follower.writer;
+        if let Err(error) = self.append_pages(writer, received) {
+            writer.rollback_transaction().map_err(|e| self.wal_error("take back wal frames", e))?;
+            return Err(error);
+        }
+        let header = &received.header;
+        let place = |pgno: Pgno| {
+            let frame = writer.find(pgno).expect("the page was just appended");
+            frame_offset(header.page_size, frame) + FRAME_HEADER_SIZE as u64
+        };
+        let pages =
+            received.sums.iter().map(|&(pgno, sum)| PageRef { pgno, sum, offset: place(pgno) });
+        let transaction = Transaction::range(
+            Parts {
+                txid: header.max_txid,
+                pre: change.pos.checksum,
+                post: received.trailer.post_apply,
+                page_size: header.page_size,
+                commit: header.commit,
+                pages: pages.collect(),
+                source: follower.wal.clone(),
+                timestamp_ms: header.timestamp_ms,
+                node_id: header.node_id,
+                wal: WalSpan::default(),
+            },
+            change.pos.txid.next(),
+        );
+        change.advance(&transaction);
+        Ok(Arc::new(transaction))
+    }
+
+    fn append_pages(&self, writer: &mut WalWriter, received: &Received) -> Result<()> {
+        let ltx = |source| self.ltx_error("read received ltx file", source);
+        let wal = |source| self.wal_error("append to wal", source);
+        let mut decoder = received.open().map_err(ltx)?;
+        let mut page = vec![0; received.header.page_size.bytes()];
+        while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
+            writer.append_page(pgno, &page).map_err(wal)?;
+        }
+        writer.append_commit(received.header.commit).map_err(wal)
+    }
+
+    /// Checkpoints a WAL that has grown, as far as readers allow, and lets it start over when nobody
+    /// reads from it. What is moved or overwritten is durable in the chain before.
+    fn keep_wal_short(&self, follower: &mut Follower) -> Result<()> {
+        let progress = follower.writer.progress();
+        let grown = progress.frames - progress.backfilled;
+        let due = grown >= limits::CHECKPOINT_FRAMES;
+        let may_restart = progress.is_complete() && progress.frames >= limits::CHECKPOINT_FRAMES;
+        if self.inbox.is_pinned() || !(due || may_restart) {
+            return Ok(());
+        }
+        self.chain.sync()?;
+        let mut locks = ApplierLocks(self);
+        let cache = FollowerCache { db: self, inos: follower.inos };
+        let wal = |source| self.wal_error("checkpoint wal", source);
+        let progress = follower.writer.checkpoint(&mut locks, &cache).map_err(wal)?;
+        if progress.is_complete()
+            && follower.writer.restart(&mut locks).map_err(wal)? == Restart::Done
+        {
+            tracing::debug!(db = %self.name, frames = progress.frames, "wal starts over");
+        }
+        Ok(())
+    }
+
+    fn wal_error(&self, what: &'static str, source: super::wal::Error) -> Error {
+        Error::Wal { what, db: self.name.clone(), source }
+    }
+}
+
+/// The READ locks, for the applier.
+struct ApplierLocks<'a>(&'a Db);
+
+impl CheckpointLocks for ApplierLocks<'_> {
+    fn try_lock(&mut self, set: LockSet) -> bool {
+        self.0.try_take(Owner::APPLY, set, LockKind::Exclusive)
+    }
+
+    fn unlock(&mut self, set: LockSet) {
+        self.0.release(Owner::APPLY, set);
+    }
+}
+
+/// What clients have cached of the files of a followed database.
+struct FollowerCache<'a> {
+    db: &'a Db,
+    /// Inode numbers of the database file and the wal-index.
+    inos: (u64, u64),
+}
+
+impl ReaderCache for FollowerCache<'_> {
+    fn pages_changed(&self, offset: u64, len: u64) {
+        if let Some(cache) = self.db.shared.page_cache() {
+            cache.pages_changed(self.inos.0, offset, len);
         }
     }
 
-    /// Lets go.
-    pub(in crate::engine) fn let_go(&self, _change: &mut Change) -> Result<()> {
-        Ok(())
+    fn size_changed(&self) {
+        if let Some(cache) = self.db.shared.page_cache() {
+            cache.attr_changed(self.inos.0);
+        }
+    }
+
+    fn index_grown(&self) {
+        if let Some(cache) = self.db.shared.page_cache() {
+            cache.attr_changed(self.inos.1);
+        }
     }
 }

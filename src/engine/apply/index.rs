@@ -22,13 +22,6 @@ use crate::sqlite::wal_index::{
     CKPT_AT, CheckpointInfo, HEADER_COPY_SIZE, HEADER_SIZE, IndexHeader,
 };
 
-/// The second salt of a new WAL.
-fn random_u32() -> std::io::Result<u32> {
-    let mut bytes = [0; 4];
-    getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
-    Ok(u32::from_ne_bytes(bytes))
-}
-
 impl Db {
     /// Empties the WAL, whose content is in the database file, and gives readers an empty index over
     /// the database that `header` leads to.
@@ -98,7 +91,7 @@ impl Db {
         let mut old = [0; HEADER_COPY_SIZE];
         os::read_up_to(shm, &mut old, 0)?;
         let before = IndexHeader::parse(&old);
-        let random = random_u32()?;
+        let random = super::random_u32();
         let header = IndexHeader {
             change: before.map_or(1, |header| header.change.wrapping_add(1)),
             order: before.map_or(ByteOrder::NATIVE, |header| header.order),

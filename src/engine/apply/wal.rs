@@ -310,6 +310,11 @@ impl WalWriter {
         self.appended.pages
     }
 
+    /// Behind the last appended transaction.
+    pub fn cursor(&self) -> WalCursor {
+        self.cursor_after(&self.appended)
+    }
+
     /// How many frames are in the log, and how many of them in the database file.
     pub fn progress(&self) -> Progress {
         Progress { backfilled: self.backfilled, frames: self.published.mx_frame }

@@ -259,11 +259,11 @@ impl Db {
     /// A change of the database file's size: what a transaction or a checkpoint leaves behind.
     pub fn truncate_database(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
         let path = self.files.path(FileKind::Database);
-        let change = self.change.lock().unwrap();
         let current = self.files.is_current(backing);
         if current && !self.may_write() {
             return Err(Refusal::ReadOnly);
         }
+        let change = self.change.lock().unwrap();
         let committed = change.page_size.map_or(0, |size| size.offset(Pgno(change.pages() + 1)));
         if current && !change.journal.active && len < committed {
             self.note_no_transaction("the file would be shorter than the database");

@@ -49,6 +49,11 @@ impl Guard<'_> {
         }
     }
 
+    /// Leaves the locks to their owner.
+    pub(in crate::engine) fn keep(mut self) {
+        self.set = LockSet::EMPTY;
+    }
+
     /// Also holds `set`, which was taken for the same owner.
     pub(in crate::engine) fn add(&mut self, set: LockSet) {
         self.set = set.iter().fold(self.set, LockSet::with);
@@ -142,7 +147,10 @@ impl Db {
         if request.kind != LockKind::Exclusive {
             return Ok(());
         }
-        if request.set.contains(Lock::Write) && !self.may_write() {
+        // Without passthrough a client has to build its wal-index itself, under WRITE; what it then
+        // writes to the WAL is refused.
+        let passthrough = self.shared.is_passthrough();
+        if passthrough && request.set.contains(Lock::Write) && !self.may_write() {
             self.note_refused_write();
             return Err(Refusal::WouldBlock);
         }

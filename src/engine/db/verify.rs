@@ -71,7 +71,7 @@ impl Db {
         self.stop_applier();
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
-        self.let_go(&mut change)?;
+        self.let_go(&mut change);
         self.checkpoint_fully(&mut change)?;
         self.save_checksums(&change)
     }

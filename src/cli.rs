@@ -12,6 +12,7 @@ use crate::telemetry::say;
 mod export;
 mod flags;
 mod import;
+mod mount;
 mod progress;
 mod status;
 mod version;
@@ -33,6 +34,7 @@ Usage:
 
 Commands:
 
+  mount    mount the file system and run an application on it
   status   show what the local node knows and does
   export   copy a database out of the cluster into a file
   import   copy a SQLite file into the cluster
@@ -47,6 +49,7 @@ struct Command {
 }
 
 const COMMANDS: &[Command] = &[
+    Command { spec: &mount::SPEC, run: mount::run },
     Command { spec: &status::SPEC, run: status::run },
     Command { spec: &export::SPEC, run: export::run },
     Command { spec: &import::SPEC, run: import::run },

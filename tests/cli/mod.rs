@@ -3,6 +3,8 @@
 use std::process::{Command, Output};
 
 mod client;
+mod config;
+mod mount;
 mod usage;
 
 /// Runs the program and waits for it. Its working directory and home are `/`, where no

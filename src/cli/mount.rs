@@ -1,0 +1,158 @@
+//! `litefs mount`: flags and configuration; the node itself is in [`node`].
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use super::flags::{Flag, Flags, Kind, Spec};
+use super::{Failure, say, usage, version};
+use crate::config::{self, Command, Config, Environment, Expansion, LeaseKind};
+use crate::telemetry;
+
+mod node;
+
+pub const SPEC: Spec = Spec {
+    name: "mount",
+    arguments: "[-- CMD ARG...]",
+    about: "Mounts the file system, joins the cluster and runs a command on it.",
+    flags: &[
+        Flag { name: "config", kind: Kind::Value("PATH"), about: "the configuration file" },
+        Flag {
+            name: "no-expand-env",
+            kind: Kind::Switch,
+            about: "do not replace variables in the configuration file",
+        },
+        Flag {
+            name: "standalone",
+            kind: Kind::Switch,
+            about: "be a primary of its own, without a configuration file",
+        },
+        Flag {
+            name: "data-dir",
+            kind: Kind::Value("DIR"),
+            about: "with -standalone: the data directory (default ./.run/data)",
+        },
+        Flag {
+            name: "fuse-dir",
+            kind: Kind::Value("DIR"),
+            about: "with -standalone: the mount (default ./.run/mnt)",
+        },
+        Flag {
+            name: "skip-unmount",
+            kind: Kind::Switch,
+            about: "do not free the mount of a process that is gone",
+        },
+        Flag { name: "fuse.debug", kind: Kind::Switch, about: "log every request" },
+        Flag { name: "debug", kind: Kind::Switch, about: "log debug lines" },
+        Flag { name: "tracing", kind: Kind::Switch, about: "the same as -debug" },
+    ],
+};
+
+/// How long threads that still work may hold up the end of the process, once all is closed.
+const THREADS_WAIT: Duration = Duration::from_secs(5);
+
+/// What to do about the mount of a process that is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StaleMount {
+    /// Unmount it first.
+    Free,
+    /// Leave it, and fail.
+    Keep,
+}
+
+/// Everything that the command line, the file and the environment say.
+struct Settings {
+    config: Config,
+    environment: Environment,
+    stale_mount: StaleMount,
+    /// What to tell a person once the node is ready.
+    hint: Option<String>,
+}
+
+pub fn run(flags: Flags) -> Result<u8, Failure> {
+    let settings = settings(&flags).map_err(usage)?;
+    say(version::text());
+    telemetry::log::init(&settings.config.log)?;
+    let runtime = tokio::runtime::Runtime::new().context("start threads")?;
+    let code = runtime.block_on(node::run(&settings));
+    runtime.shutdown_timeout(THREADS_WAIT);
+    Ok(code?)
+}
+
+fn settings(flags: &Flags) -> anyhow::Result<Settings> {
+    if !flags.arguments.is_empty() {
+        anyhow::bail!("too many arguments, specify a '--' to specify an exec command");
+    }
+    let hostname = nix::unistd::gethostname().context("read host name")?;
+    let environment = Environment::of_process(&hostname.to_string_lossy());
+    let (mut config, hint) = match flags.is_on("standalone") {
+        true => standalone(flags, &environment)?,
+        false => (configured(flags, &environment)?, None),
+    };
+    config.fuse.debug |= flags.is_on("fuse.debug");
+    config.log.debug |= flags.is_on("debug") || flags.is_on("tracing");
+    if let Some(words) = &flags.command {
+        config.exec = exec(words);
+    }
+    let stale_mount = match flags.is_on("skip-unmount") {
+        true => StaleMount::Keep,
+        false => StaleMount::Free,
+    };
+    Ok(Settings { config, environment, stale_mount, hint })
+}
+
+/// The words after `--`, taken as they are.
+fn exec(words: &[String]) -> Vec<Command> {
+    let command = Command { words: words.to_vec(), if_candidate: false };
+    if words.is_empty() { Vec::new() } else { vec![command] }
+}
+
+fn configured(flags: &Flags, environment: &Environment) -> anyhow::Result<Config> {
+    for flag in ["data-dir", "fuse-dir"] {
+        if flags.value(flag).is_some() {
+            anyhow::bail!("-{flag} needs -standalone; else the configuration file says it");
+        }
+    }
+    let expansion = match flags.is_on("no-expand-env") {
+        true => Expansion::Off,
+        false => Expansion::On,
+    };
+    let path = flags.value("config");
+    let loaded = config::load(path.map(Path::new), expansion, environment)?;
+    if path.is_none() {
+        say(format_args!("config file read from {}", loaded.path.display()));
+    }
+    Ok(loaded.config)
+}
+
+/// The configuration of a node that is alone: reachable from this machine only.
+fn standalone(
+    flags: &Flags,
+    environment: &Environment,
+) -> anyhow::Result<(Config, Option<String>)> {
+    if flags.value("config").is_some() {
+        anyhow::bail!("cannot specify both -config & -standalone");
+    }
+    let mut config = Config::default();
+    config.data.dir = flags.value("data-dir").unwrap_or(".run/data").into();
+    config.fuse.dir = flags.value("fuse-dir").unwrap_or(".run/mnt").into();
+    config.http.addr = "127.0.0.1:20202".to_owned();
+    config.lease.kind = Some(LeaseKind::Static);
+    config.lease.hostname = environment.hostname();
+    config.lease.advertise_url = super::DEFAULT_URL.to_owned();
+    config.check()?;
+    let hint = hint(&config.fuse.dir);
+    Ok((config, Some(hint)))
+}
+
+fn hint(dir: &Path) -> String {
+    let program = std::env::current_exe().unwrap_or_else(|_| "litefs".into());
+    format!(
+        "\nReady. In another terminal:\n\n  sqlite3 {}/app.db \"create table notes(text); insert \
+         into notes values ('hello'); select * from notes\"\n  {} status\n\nCtrl-C ends it; the \
+         data stays.",
+        dir.display(),
+        program.display()
+    )
+}

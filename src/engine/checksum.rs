@@ -47,6 +47,11 @@ impl PageSums {
         PageSums { sums, rolling }
     }
 
+    /// The sums of all pages from page 1.
+    pub fn into_sums(self) -> Vec<Checksum> {
+        self.sums
+    }
+
     /// The size of the database in pages, the lock page counted.
     pub fn len(&self) -> u32 {
         u32::try_from(self.sums.len()).expect("page numbers have 32 bits")

@@ -8,6 +8,7 @@ use ltx::Pgno;
 use super::Db;
 use crate::engine::capture::resync::read_page;
 use crate::engine::capture::{Change, Draft};
+use crate::engine::checksum::{self, Saved};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::transaction::{Transaction, WalSpan};
@@ -73,10 +74,21 @@ impl Db {
         self.settle_wal(&mut change)?;
         self.let_go(&mut change);
         self.checkpoint_fully(&mut change)?;
-        self.save_checksums(&change)
+        change.wal.clear();
+        self.files.remove(FileKind::Wal)?;
+        self.files.remove(FileKind::Shm)?;
+        self.save_checksums(&mut change)
     }
 
-    fn save_checksums(&self, _change: &Change) -> Result<()> {
-        Ok(())
+    /// Saves the page checksums. Nothing is committed any more.
+    fn save_checksums(&self, change: &mut Change) -> Result<()> {
+        let (Some(page_size), Some(database)) =
+            (change.page_size, self.files.get(FileKind::Database))
+        else {
+            return Ok(());
+        };
+        let saved = Saved { page_size, pos: change.pos, sums: std::mem::take(&mut change.sums) };
+        let path = self.dir.checksums();
+        checksum::save(&path, &database.file, &saved).map_err(Error::io("save checksums", &path))
     }
 }

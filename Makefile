@@ -32,7 +32,7 @@ check: direction
 	@.ci/packages build
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
 # fuse and ltx depend on no crate of ours, and ltx knows no network.
 direction:

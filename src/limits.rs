@@ -46,6 +46,8 @@ pub const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
 pub const DOCUMENT_BYTES_MAX: usize = 4 << 20;
 /// Largest request or response head in bytes: ours are some hundred.
 pub const HEAD_BYTES_MAX: u32 = 16 << 10;
+/// Buffer for the head of an HTTP/1.1 request, in bytes; a larger one is refused.
+pub const HTTP1_BUFFER_BYTES: usize = 64 << 10;
 /// HTTP/2 window of one body in bytes: 10 Gbit/s over 6 ms, or 1 Gbit/s over 60 ms.
 pub const STREAM_WINDOW: u32 = 8 << 20;
 /// HTTP/2 window of a connection in bytes: two bodies at full speed.
@@ -57,6 +59,39 @@ pub const HTTP2_FRAME_BYTES_MAX: u32 = 256 << 10;
 pub const BODY_PIECE_BYTES: usize = HTTP2_FRAME_BYTES_MAX as usize;
 /// Pieces of a body between the task that makes it and the connection: 1 MiB, so that both work.
 pub const BODY_QUEUE_PIECES: usize = 4;
+
+/// Memory between the maker of a snapshot and a slower peer, in bytes; what exceeds it goes to disk.
+pub const SPOOL_MEMORY_BYTES: usize = 8 << 20;
+/// Snapshots and exports made at a time: more would only compete for one disk.
+pub const SPOOLS_MAX: usize = 4;
+/// Connections to the API at a time: each costs a descriptor and some kilobytes.
+pub const CONNECTIONS_MAX: usize = 1024;
+/// Requests on one HTTP/2 connection at a time: our client has one.
+pub const REQUESTS_PER_CONNECTION_MAX: u32 = 100;
+/// Events that wait for one slow reader of `/events`; then its connection is closed (protocol).
+pub const EVENT_QUEUE_MAX: usize = 1024;
+/// Time that open requests get to end when the node stops; a stream needs one round trip.
+pub const HTTP_STOP_WAIT: Duration = Duration::from_secs(2);
+
+// The replication stream.
+
+/// Time in which a stream sends its last changes and its end when the node stops; below
+/// [`HTTP_STOP_WAIT`], after which it is cut off.
+pub const STREAM_END_WAIT: Duration = Duration::from_millis(1500);
+/// Two changes closer than this are "quickly", and the stream pauses for [`STREAM_PAUSE`].
+pub const STREAM_QUICK: Duration = Duration::from_millis(5);
+/// Pause of a stream between two rounds while changes come quickly: a thousand wake-ups a second at
+/// the most, whatever the commit rate.
+pub const STREAM_PAUSE: Duration = Duration::from_millis(1);
+/// Time until a stream tries a database again that could not be read.
+pub const STREAM_RETRY: Duration = Duration::from_secs(10);
+
+// Following a primary.
+
+/// Events between the network and the thread that stores them, each of at most one chunk: 16 MiB.
+pub const REPLICA_QUEUE_EVENTS: usize = 256;
+/// Time until a replica reconnects for a database that failed here, such as for lack of space.
+pub const REPLICA_RETRY: Duration = Duration::from_secs(30);
 
 // The supervised process.
 

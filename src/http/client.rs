@@ -14,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
+use hyper::header::HeaderValue;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ltx::{NodeId, Pos};
@@ -25,7 +26,7 @@ use tokio::time::timeout;
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
 use super::report::{Info, Status};
-use super::{CLUSTER_ID, NODE_ID};
+use super::{CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED};
 use crate::limits;
 
 /// Why a call failed.
@@ -218,6 +219,7 @@ impl Client {
         if let Ok(id) = request.node_id.to_string().parse() {
             call.headers_mut().insert(NODE_ID, id);
         }
+        call.headers_mut().insert(OVERLAP, HeaderValue::from_static(OVERLAP_ACCEPTED));
         let answer = self.call(call).await?;
         Ok(Stream {
             client: self.clone(),
@@ -229,9 +231,19 @@ impl Client {
         })
     }
 
-    async fn document<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+    /// A text, such as `/metrics`.
+    pub async fn text(&self, path: &str) -> Result<String, Error> {
+        let text = self.get(path).await?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    async fn get(&self, path: &str) -> Result<BytesMut, Error> {
         let mut answer = self.call(self.request(Method::GET, path, body::empty())).await?;
-        let text = self.collect(&mut answer.body).await?;
+        self.collect(&mut answer.body).await
+    }
+
+    async fn document<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        let text = self.get(path).await?;
         serde_json::from_slice(&text)
             .map_err(|source| Error::Decode { address: self.address(), source })
     }

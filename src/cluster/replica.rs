@@ -1,0 +1,329 @@
+//! Following a primary: one connection, from the position map to the end of the stream.
+//!
+//! ```text
+//! socket -> decoder (async) -> queue of events -> worker thread -> engine (verify, store) -> apply
+//! ```
+//!
+//! Three stages run at a time: the network fills the queue, the worker checks and stores one file,
+//! and the engine applies the one before. Invariants: the worker is over before this returns, so that
+//! nothing of a primary arrives after the node has left it; a file that does not verify or does not
+//! follow ends the connection, and the next position map has the primary send what is needed; a
+//! database that fails for a local reason does not stop the others.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ltx::Pos;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{sleep, timeout};
+
+use crate::engine::{self, ClusterId, DbName, DbState, Engine, PrimaryInfo, chain_text};
+use crate::http::client::{self, Client, Stream, StreamRequest};
+use crate::http::frame::{Event, Frame};
+use crate::http::{Stop, stopped};
+use crate::limits;
+
+/// Why following ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// The primary cannot be reached, or the stream broke.
+    #[error(transparent)]
+    Client(#[from] client::Error),
+    /// The advertised primary is this node.
+    #[error("cannot connect to self")]
+    Myself,
+    /// The primary says a cluster id that is none.
+    #[error("invalid cluster id: {0:?}")]
+    InvalidClusterId(String),
+    /// The primary belongs to another cluster.
+    #[error("cluster id mismatch: primary has {theirs:?}, this node {ours:?}")]
+    OtherCluster {
+        /// The primary's id; empty if it has none.
+        theirs: String,
+        /// Our id; empty if we have none.
+        ours: String,
+    },
+    /// The cluster id could not be stored.
+    #[error("store cluster id")]
+    Store(#[source] engine::Error),
+    /// What the primary sent for a database cannot be used.
+    #[error("receive ltx for {db}")]
+    Receive {
+        /// The database.
+        db: DbName,
+        /// Why.
+        source: engine::Error,
+    },
+    /// Databases that failed here are tried again over a new connection.
+    #[error("reconnecting for databases that failed here")]
+    Retry,
+    /// A database does not fit what the primary sends; its position is zero now.
+    #[error("reconnecting for a snapshot")]
+    Snapshot,
+    /// The worker died.
+    #[error("replica worker failed")]
+    Thread(#[from] tokio::task::JoinError),
+}
+
+/// How following ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The primary ended the stream.
+    Closed,
+    /// The primary gave its lease to this node.
+    Handoff {
+        /// The lease to take over.
+        lease_id: String,
+    },
+    /// This node stops.
+    Stopped,
+}
+
+/// One connection to a primary.
+pub(super) struct Replica<'a> {
+    pub(super) engine: &'a Arc<Engine>,
+    pub(super) primary: &'a PrimaryInfo,
+    /// The only databases wanted; empty for all.
+    pub(super) databases: &'a [String],
+    pub(super) ready: &'a watch::Sender<bool>,
+    /// Notified when a database needs a snapshot.
+    pub(super) reconnect: &'a Notify,
+}
+
+impl Replica<'_> {
+    /// Connects and follows until the stream ends or `stop`.
+    pub(super) async fn run(&self, stop: &mut Stop) -> Result<End, Error> {
+        let stream = tokio::select! {
+            stream = self.connect() => stream?,
+            () = stopped(stop) => return Ok(End::Stopped),
+        };
+        let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let (failing, mut has_failed) = watch::channel(false);
+        let worker = Worker {
+            engine: self.engine.clone(),
+            events,
+            abandoned: abandoned.clone(),
+            ready: self.ready.clone(),
+            current: Current::Nothing,
+            failed: BTreeSet::new(),
+            failing,
+        };
+        let worker = spawn_blocking(move || worker.run());
+        let pumped = tokio::select! {
+            pumped = pump(stream, queue) => pumped,
+            () = stopped(stop) => {
+                abandoned.store(true, Ordering::Relaxed);
+                worker.await??;
+                return Ok(End::Stopped);
+            }
+            () = retry_due(&mut has_failed) => Err(Error::Retry),
+            () = self.reconnect.notified() => Err(Error::Snapshot),
+        };
+        // The worker's error comes first: it is why the pump could not go on.
+        let end = worker.await??;
+        pumped.map(|()| end)
+    }
+
+    async fn connect(&self) -> Result<Stream, Error> {
+        let client = Client::new(&self.primary.advertise_url)?;
+        let positions = self.engine.positions();
+        let positions: Vec<(&str, Pos)> =
+            positions.iter().map(|(name, pos)| (name.as_str(), *pos)).collect();
+        let node_id = self.engine.node_id();
+        let request = StreamRequest { node_id, positions: &positions, filter: self.databases };
+        let stream = client.stream(request).await?;
+        if stream.node_id == Some(node_id) {
+            return Err(Error::Myself);
+        }
+        self.join_cluster(stream.cluster_id.as_deref()).await?;
+        Ok(stream)
+    }
+
+    /// Takes the cluster's id if there is none here, and makes sure that it is the same.
+    async fn join_cluster(&self, theirs: Option<&str>) -> Result<(), Error> {
+        let parse = |id: &str| ClusterId::new(id).ok_or(Error::InvalidClusterId(id.to_owned()));
+        let theirs = theirs.filter(|id| !id.is_empty()).map(parse).transpose()?;
+        match (theirs, self.engine.cluster_id()) {
+            (None, None) => Ok(()),
+            (Some(theirs), None) => {
+                let engine = self.engine.clone();
+                let set = spawn_blocking(move || engine.set_cluster_id(&theirs));
+                set.await?.map_err(Error::Store)
+            }
+            (Some(theirs), Some(ours)) if theirs == ours => Ok(()),
+            (theirs, ours) => {
+                let text = |id: Option<ClusterId>| id.map(|id| id.to_string()).unwrap_or_default();
+                Err(Error::OtherCluster { theirs: text(theirs), ours: text(ours) })
+            }
+        }
+    }
+}
+
+/// Moves events from the stream to the worker until either ends.
+async fn pump(mut stream: Stream, queue: mpsc::Sender<Event>) -> Result<(), Error> {
+    while let Some(event) = stream.next().await? {
+        if queue.send(event).await.is_err() {
+            return Ok(()); // The worker has ended and says why.
+        }
+    }
+    Ok(())
+}
+
+/// Waits until a database has failed here, and then [`limits::REPLICA_RETRY`].
+async fn retry_due(has_failed: &mut watch::Receiver<bool>) {
+    if has_failed.wait_for(|failed| *failed).await.is_err() {
+        return std::future::pending().await; // the worker has ended
+    }
+    sleep(limits::REPLICA_RETRY).await;
+}
+
+/// Takes the events to the engine; blocking.
+struct Worker {
+    engine: Arc<Engine>,
+    events: mpsc::Receiver<Event>,
+    /// Nobody wants the rest of the queue.
+    abandoned: Arc<AtomicBool>,
+    ready: watch::Sender<bool>,
+    current: Current,
+    /// Databases that failed here: their files are of no use without the one that was lost.
+    failed: BTreeSet<String>,
+    /// One of them may be well again later.
+    failing: watch::Sender<bool>,
+}
+
+/// The LTX file that is arriving.
+enum Current {
+    Nothing,
+    Receiving { db: DbName, receiver: engine::Receiver },
+    Skipping,
+}
+
+impl Worker {
+    fn run(mut self) -> Result<End, Error> {
+        while let Some(event) = self.events.blocking_recv() {
+            if self.abandoned.load(Ordering::Relaxed) {
+                return Ok(End::Closed);
+            }
+            if let Some(end) = self.take(event)? {
+                return Ok(end);
+            }
+        }
+        Ok(End::Closed)
+    }
+
+    fn take(&mut self, event: Event) -> Result<Option<End>, Error> {
+        match event {
+            Event::Frame(Frame::Ltx { name }) => self.begin(&name)?,
+            Event::LtxData(data) => self.data(&data)?,
+            Event::LtxEnd => self.finish()?,
+            Event::Frame(Frame::Ready) => self.announce_ready(),
+            Event::Frame(Frame::End) => return Ok(Some(End::Closed)),
+            Event::Frame(Frame::Handoff { lease_id }) => {
+                return Ok(Some(End::Handoff { lease_id }));
+            }
+            Event::Frame(Frame::Hwm { name, txid }) => {
+                if let Some(db) = self.engine.database(&name) {
+                    self.engine.set_hwm(db.name(), txid);
+                }
+            }
+            Event::Frame(Frame::Heartbeat { timestamp_ms }) => self.engine.heartbeat(timestamp_ms),
+            Event::Frame(Frame::DropDb { name }) => {
+                tracing::debug!(db = name, "the primary does not have it; kept here");
+            }
+        }
+        Ok(None)
+    }
+
+    fn begin(&mut self, name: &str) -> Result<(), Error> {
+        self.current = Current::Skipping;
+        if self.failed.contains(name) {
+            return Ok(());
+        }
+        let db = match DbName::new(name) {
+            Ok(db) => db,
+            Err(error) => {
+                tracing::warn!(%error, "left out what the primary sends");
+                self.failed.insert(name.to_owned());
+                return Ok(());
+            }
+        };
+        match self.engine.receive(&db) {
+            Ok(receiver) => self.current = Current::Receiving { db, receiver },
+            Err(error) => self.fail(db, error)?,
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, data: &[u8]) -> Result<(), Error> {
+        if let Current::Receiving { receiver, .. } = &mut self.current
+            && let Err(source) = receiver.write_all(data)
+            && let Current::Receiving { db, .. } =
+                std::mem::replace(&mut self.current, Current::Skipping)
+        {
+            let path = self.engine.data_dir().to_owned();
+            self.fail(db, engine::Error::Io { what: "store received ltx below", path, source })?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        match std::mem::replace(&mut self.current, Current::Nothing) {
+            Current::Receiving { db, receiver } => match receiver.finish() {
+                Ok(_) => Ok(()),
+                Err(error) => self.fail(db, error),
+            },
+            Current::Nothing | Current::Skipping => Ok(()),
+        }
+    }
+
+    /// What the primary sent is wrong: that ends the connection. What this node cannot do is for
+    /// one database only.
+    fn fail(&mut self, db: DbName, error: engine::Error) -> Result<(), Error> {
+        if is_from_peer(&error) {
+            return Err(Error::Receive { db, source: error });
+        }
+        tracing::warn!(%db, error = chain_text(&error), "not replicated for now");
+        self.failed.insert(db.to_string());
+        self.failing.send_replace(true);
+        Ok(())
+    }
+
+    /// Announces that the node is ready, as soon as all that was received is applied.
+    fn announce_ready(&self) {
+        if !*self.ready.borrow() {
+            let (engine, ready) = (self.engine.clone(), self.ready.clone());
+            let targets = engine.positions();
+            tokio::spawn(async move {
+                wait_applied(&engine, targets).await;
+                ready.send_replace(true);
+            });
+        }
+    }
+}
+
+fn is_from_peer(error: &engine::Error) -> bool {
+    matches!(error, engine::Error::Ltx { .. } | engine::Error::PositionMismatch { .. })
+}
+
+/// Waits until each database stands at its target or has failed.
+async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
+    let applied = Arc::new(Notify::new());
+    let wake = applied.clone();
+    let subscription = engine.subscribe(Box::new(move || wake.notify_one()));
+    loop {
+        targets.retain(|(name, target)| match engine.database(name.as_str()) {
+            Some(db) => db.pos().txid < target.txid && db.state() == DbState::Ready,
+            None => false,
+        });
+        if targets.is_empty() {
+            return;
+        }
+        // A failure wakes nobody, so it is looked for once a second.
+        let _ = timeout(limits::HEARTBEAT_PERIOD, applied.notified()).await;
+        subscription.take();
+    }
+}

@@ -1,0 +1,44 @@
+//! `GET /metrics`: brings the metrics up to date with the engine when they are asked for, so that
+//! nothing counts twice while it works.
+
+use std::sync::atomic::Ordering;
+
+use prometheus::IntCounter;
+
+use crate::engine::{Db, DbState, Engine, Role};
+use crate::telemetry::Metrics;
+
+/// Brings `metrics` up to date. Blocking: looks at each database.
+pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
+    let databases = engine.databases();
+    let is_primary = engine.role() == Role::Primary;
+    metrics.db_count.set(databases.len() as i64);
+    metrics.is_primary.set(i64::from(is_primary));
+    metrics.subscriber_count.set(engine.subscriber_count() as i64);
+    metrics.stream_count.set(streams as i64);
+    metrics.lag_seconds.set(engine.lag_ms().unwrap_or(0) as f64 / 1000.0);
+    for db in databases {
+        collect_database(&db, metrics);
+    }
+}
+
+fn collect_database(db: &Db, metrics: &Metrics) {
+    let (view, counters, stats) = (db.view(), &db.counters, db.chain().stats());
+    let metrics = metrics.database(db.name().as_str());
+    let count = |counter: &IntCounter, total: &std::sync::atomic::AtomicU64| {
+        // Two scrapes at a time can only count less, never down.
+        counter.inc_by(total.load(Ordering::Relaxed).saturating_sub(counter.get()));
+    };
+    count(&metrics.database_writes, &counters.database_writes);
+    count(&metrics.journal_writes, &counters.journal_writes);
+    count(&metrics.wal_writes, &counters.wal_writes);
+    count(&metrics.shm_writes, &counters.shm_writes);
+    count(&metrics.commits, &counters.commits);
+    count(&metrics.refused_writes, &counters.refused_writes);
+    metrics.txid.set(view.pos.txid.0 as i64);
+    metrics.ltx_count.set(stats.count as i64);
+    metrics.ltx_bytes.set(stats.bytes as i64);
+    metrics.ltx_reaped.set(stats.reaped as i64);
+    metrics.lag_seconds.set(counters.lag_ms.load(Ordering::Relaxed) as f64 / 1000.0);
+    metrics.failed.set(i64::from(db.state() != DbState::Ready));
+}

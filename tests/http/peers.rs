@@ -22,9 +22,12 @@ const REQUEST_FROM_3: &[u8] = include_bytes!("../fixtures/stream/raw-from-3.requ
 
 /// What comes after the bytes of an answer.
 #[derive(Debug, Clone, Copy)]
-enum Then {
+pub enum Then {
+    /// A clean end.
     End,
+    /// The stream is reset.
     Reset,
+    /// The stream stays open.
     Silence,
 }
 
@@ -52,10 +55,12 @@ impl Body for Script {
     }
 }
 
-type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
+pub type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
 
 /// A peer that gives `answer` to every request; ends with the runtime.
-async fn peer(answer: impl Fn(Request<Bytes>) -> Answer + Clone + Send + Sync + 'static) -> Client {
+pub async fn peer(
+    answer: impl Fn(Request<Bytes>) -> Answer + Clone + Send + Sync + 'static,
+) -> Client {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -81,7 +86,7 @@ fn client(address: SocketAddr) -> Client {
     Client::new(&format!("http://{address}")).unwrap()
 }
 
-fn script(data: impl Into<Bytes>, then: Then) -> Answer {
+pub fn script(data: impl Into<Bytes>, then: Then) -> Answer {
     let body = Script { data: Some(data.into()), then };
     Response::new(body.boxed_unsync())
 }

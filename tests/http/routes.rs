@@ -1,0 +1,229 @@
+//! Each route: what it answers, and what it refuses.
+
+use std::io::Write as _;
+
+use litefs::http::client::{Client, Error};
+use litefs::http::report::{Info, InfoPrimary, StatusRole};
+use ltx::Pos;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::TcpStream;
+
+use super::node::{Node, make_database};
+
+/// Status line, headers and body of one HTTP/1.1 request.
+async fn ask(node: &Node, request: &str) -> (String, String, String) {
+    let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+    let request = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let (status, headers) = head.split_once("\r\n").unwrap();
+    (status.to_owned(), headers.to_lowercase(), body.to_owned())
+}
+
+#[track_caller]
+fn has_line(headers: &str, line: &str) {
+    assert!(headers.lines().any(|found| found == line), "{line} is missing in:\n{headers}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_request_is_said_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 0xab).await;
+    let check = async |request: &str, status: &str, text: &str| {
+        let (found, headers, body) = ask(&node, request).await;
+        assert_eq!(found, format!("HTTP/1.1 {status}"), "{request}");
+        has_line(&headers, "content-type: text/plain; charset=utf-8");
+        has_line(&headers, "x-content-type-options: nosniff");
+        has_line(&headers, "litefs-id: 00000000000000ab");
+        let id = node.engine.cluster_id().unwrap().to_string().to_lowercase();
+        has_line(&headers, &format!("litefs-cluster-id: {id}"));
+        if !request.starts_with("HEAD") {
+            assert_eq!(body, format!("{text}\n"), "{request}");
+        }
+    };
+    check("GET /", "404 Not Found", "404 page not found").await;
+    check("GET /nowhere?name=x", "404 Not Found", "404 page not found").await;
+    check("POST /info", "405 Method Not Allowed", "method not allowed").await;
+    check("HEAD /info", "405 Method Not Allowed", "").await;
+    check("GET /stream", "405 Method Not Allowed", "method not allowed").await;
+    check("DELETE /export?name=x", "405 Method Not Allowed", "method not allowed").await;
+    check("POST /stream", "426 Upgrade Required", "Upgrade to HTTP/2 required").await;
+    check("GET /export", "400 Bad Request", "name required").await;
+    check("GET /export?name=", "400 Bad Request", "name required").await;
+    check("GET /export?name=x", "404 Not Found", "database not found").await;
+    check("GET /export?name=..%2Fclusterid", "404 Not Found", "database not found").await;
+    check("POST /import", "400 Bad Request", "name required").await;
+    let escape = "invalid database name \"../x\"";
+    check("POST /import?name=../x", "400 Bad Request", escape).await;
+    let empty = "read database header: database header too short";
+    check("POST /import?name=x", "400 Bad Request", empty).await;
+    assert!(node.engine.databases().is_empty(), "nothing of it made a database");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn info_says_who_the_node_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let (status, headers, body) = ask(&node, "GET /info").await;
+    assert_eq!(status, "HTTP/1.1 200 OK");
+    has_line(&headers, "content-type: text/plain; charset=utf-8");
+    assert!(body.starts_with("{\n  \"clusterID\": \"LFSC") && body.ends_with("}\n"), "{body}");
+    let expected = Info {
+        cluster_id: node.engine.cluster_id().map(|id| id.to_string()),
+        is_primary: true,
+        candidate: true,
+        path: dir.path().display().to_string(),
+        primary: InfoPrimary { hostname: "primary-host".to_owned() },
+    };
+    assert_eq!(node.client.info().await.unwrap(), expected);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_lists_the_databases() {
+    let dir = tempfile::tempdir().unwrap();
+    let primary = Node::primary(&dir.path().join("a"), 1).await;
+    let pos = primary.import("a.db", "CREATE TABLE t (x)").await;
+    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+    replica.wait_ready().await;
+    for node in [&primary, &replica] {
+        let status = node.client.status().await.unwrap();
+        assert_eq!(status.databases.len(), 1);
+        let db = &status.databases[0];
+        assert_eq!((db.name.as_str(), db.position.as_str()), ("a.db", pos.to_string().as_str()));
+        assert_eq!((db.mode.as_str(), db.page_size, db.page_count), ("wal", 4096, 2));
+        assert_eq!((&db.failure, db.lost_found), (&None, 0));
+    }
+    let (one, other) =
+        (primary.client.status().await.unwrap(), replica.client.status().await.unwrap());
+    assert_eq!((one.role, other.role), (StatusRole::Primary, StatusRole::Replica));
+    assert_eq!(one.node_id, "0000000000000001");
+    assert_eq!((one.primary, one.lag_ms), (None, None));
+    assert_eq!(other.primary.unwrap().advertise_url, primary.url);
+    replica.stop().await;
+    primary.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_tell_what_the_engine_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    node.import("a.db", "CREATE TABLE t (x)").await;
+    for _ in 0..2 {
+        let (_, headers, body) = ask(&node, "GET /metrics").await;
+        has_line(&headers, "content-type: text/plain; version=0.0.4; charset=utf-8");
+        assert!(!headers.contains("litefs-id"), "{headers}");
+        for line in ["litefs_db_count 1", "litefs_is_primary 1", "litefs_db_txid{db=\"a.db\"} 1"] {
+            assert!(body.lines().any(|found| found == line), "{line} is missing in:\n{body}");
+        }
+    }
+    node.stop().await;
+}
+
+/// Imports the file at `path` and returns what is wrong with it.
+async fn import(client: &Client, path: &std::path::Path) -> Result<(), Error> {
+    let file = tokio::fs::File::open(path).await.unwrap();
+    let len = file.metadata().await.unwrap().len();
+    client.import("a.db", file, len).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_goes_in_and_comes_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(&dir.path().join("data"), 1).await;
+    let path = dir.path().join("made.db");
+    let rows = "CREATE TABLE t (x);
+        WITH RECURSIVE n (v) AS (SELECT 1 UNION ALL SELECT v + 1 FROM n WHERE v < 100000)
+        INSERT INTO t SELECT printf('row %d of many', v) FROM n;";
+    make_database(&path, rows);
+    import(&node.client, &path).await.unwrap();
+    assert_eq!(node.pos("a.db").txid.0, 1);
+    let mut exported = tempfile::NamedTempFile::new().unwrap();
+    let len = node.client.export("a.db", exported.as_file_mut()).await.unwrap();
+    assert_eq!(len, std::fs::metadata(&path).unwrap().len());
+    exported.flush().unwrap();
+    let connection = rusqlite::Connection::open(exported.path()).unwrap();
+    let count: i64 = connection.query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap();
+    assert_eq!(count, 100_000);
+    let error = node.client.export("b.db", &mut std::io::sink()).await.unwrap_err();
+    assert!(matches!(error, Error::DatabaseNotFound));
+    let spool = std::fs::read_dir(dir.path().join("data/spool")).unwrap();
+    assert_eq!(spool.count(), 0, "nothing is left behind");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_upload_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(&dir.path().join("data"), 1).await;
+    let pos = node.import("a.db", "CREATE TABLE t (x)").await;
+    let path = dir.path().join("made.db");
+    make_database(&path, "CREATE TABLE t (x); INSERT INTO t VALUES (1); CREATE TABLE u (x);");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[4096..8192].fill(0xff);
+    let mut damaged = tempfile::NamedTempFile::new().unwrap();
+    damaged.write_all(&bytes).unwrap();
+    let text = import(&node.client, damaged.path()).await.unwrap_err().to_string();
+    assert!(text.starts_with("invalid response: code=400: database is damaged: "), "{text}");
+    assert_eq!(node.pos("a.db"), pos);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_is_cut_off_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(&dir.path().join("data"), 1).await;
+    let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+    let head = "POST /import?name=a.db HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n";
+    socket.write_all(head.as_bytes()).await.unwrap();
+    socket.write_all(b"SQLite format 3\0").await.unwrap();
+    socket.shutdown().await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert_eq!(node.pos("a.db"), Pos::ZERO);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_takes_no_import() {
+    let dir = tempfile::tempdir().unwrap();
+    let primary = Node::primary(&dir.path().join("a"), 1).await;
+    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+    replica.wait_ready().await;
+    let path = dir.path().join("made.db");
+    make_database(&path, "CREATE TABLE t (x)");
+    let error = import(&replica.client, &path).await.unwrap_err();
+    assert_eq!(error.to_string(), "invalid response: code=503: lease expired");
+    replica.stop().await;
+    primary.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_tell_commits_and_role_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+    socket.write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut lines = BufReader::new(socket).lines();
+    let mut next = async || loop {
+        let line = lines.next_line().await.unwrap().unwrap();
+        if line.starts_with('{') {
+            return line;
+        }
+    };
+    assert_eq!(next().await, r#"{"type":"init","data":{"isPrimary":true}}"#);
+    let pos = node.import("a.db", "CREATE TABLE t (x)").await;
+    let line = next().await;
+    let expected = format!(
+        r#"{{"type":"tx","db":"a.db","data":{{"txID":"{}","postApplyChecksum":"{}","pageSize":4096,"commit":2,"timestamp":""#,
+        pos.txid, pos.checksum
+    );
+    assert!(line.starts_with(&expected), "{line}");
+    node.engine.set_role(litefs::engine::Role::Unknown);
+    assert_eq!(next().await, r#"{"type":"primaryChange","data":{"isPrimary":false}}"#);
+    node.stop().await;
+}

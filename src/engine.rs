@@ -234,6 +234,7 @@ impl Engine {
         *current = role.clone();
         drop(current);
         self.follow_all();
+        self.attributes_changed();
         self.shared.feed.emit(&Event::PrimaryChange {
             is_primary: primary,
             hostname: match role {
@@ -258,6 +259,16 @@ impl Engine {
         for db in self.databases() {
             if let Err(error) = db.follow() {
                 tracing::error!(db = %db.name(), error = chain_text(&error), "follow database");
+            }
+        }
+    }
+
+    /// The permission bits of the databases depend on the role.
+    fn attributes_changed(&self) {
+        let Some(cache) = self.shared.page_cache() else { return };
+        for db in self.databases() {
+            if let Some(database) = db.files().get(files::FileKind::Database) {
+                cache.attr_changed(database.ino);
             }
         }
     }

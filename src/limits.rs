@@ -121,7 +121,7 @@ pub const WRITER_REST: Duration = Duration::from_millis(10);
 pub const RECENT_LEN: usize = 8192;
 
 /// Bytes of the transactions kept for the streams.
-pub const RECENT_BYTES: usize = 32 << 20;
+pub const RECENT_BYTES: usize = 8 << 20;
 
 /// The buffer of a sequential read or write of a file.
 pub const IO_BUFFER: usize = 1 << 20;
@@ -144,3 +144,12 @@ pub const FREE_SPACE_MIN: u64 = 4 << 20;
 
 /// A replica checkpoints a WAL that has grown by so many frames: SQLite's own default.
 pub const CHECKPOINT_FRAMES: u32 = 1000;
+
+/// Written LTX files that may wait for a sync, and how many are open at once while they are synced.
+pub const SYNC_FILES: usize = 256;
+
+/// How long the LTX writer waits after a failure before it tries again.
+pub const WRITER_RETRY: Duration = Duration::from_secs(1);
+
+/// What a buffer keeps between uses, for each of many databases.
+pub const IDLE_BUFFER: usize = 64 << 10;

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -57,8 +57,9 @@ struct Inner {
     written: Txid,
     /// The last transaction that is in a durable file.
     synced: Txid,
-    /// Written files that are not durable yet.
-    unsynced: Vec<File>,
+    /// Written files that are not durable yet, by first and last transaction: names rather than open
+    /// files, of which a node with many databases would run out.
+    unsynced: Vec<(Txid, Txid)>,
     /// Who waits for which transaction to be durable.
     waiters: Vec<(Txid, Durable)>,
     /// Why the last attempt to write failed; cleared by the next success.
@@ -128,13 +129,13 @@ impl Chain {
             os::sync("chain:ltx", &file).map_err(Error::io("sync ltx file", &self.dir.ltx()))?;
             self.sync_dir()?;
         } else {
-            self.inner.lock().unwrap().unsynced.push(file);
+            self.inner.lock().unwrap().unsynced.push((transaction.min, transaction.max));
         }
         Ok(())
     }
 
     /// The transaction of the last [`Chain::write_now`] has become part of the chain.
-    pub fn confirm(&self, transaction: Arc<Transaction>, durability: Durability) {
+    pub fn confirm(&self, transaction: Arc<Transaction>) {
         let path = self.dir.ltx_file(transaction.min, transaction.max);
         let size = fs::metadata(&path).map_or(0, |meta| meta.len());
         let mut inner = self.inner.lock().unwrap();
@@ -144,7 +145,7 @@ impl Chain {
             size,
             mtime: SystemTime::now(),
         });
-        if durability == Durability::Synced && inner.unsynced.is_empty() {
+        if inner.unsynced.is_empty() {
             inner.synced = transaction.max;
         }
         if transaction.encoded_if_any().is_some() {
@@ -157,17 +158,18 @@ impl Chain {
     /// Takes a written, verified, synced LTX file into the chain under its name. Files that it
     /// replaces (a snapshot replaces all) are moved to `lost+found/` or removed as `replaced` says.
     pub fn adopt(&self, file: PathBuf, min: Txid, max: Txid, replaced: Replaced) -> Result<()> {
-        self.flush()?;
+        self.sync()?;
         let _files = self.files.lock().unwrap();
         let target = self.dir.ltx_file(min, max);
-        if min == Txid(1) {
-            self.clear(replaced)?;
-        }
         os::rename("chain:adopt", &file, &target).map_err(Error::io("rename ltx file", &target))?;
         self.sync_dir()?;
+        if min == Txid(1) {
+            self.clear(&target, replaced)?;
+        }
         let size = fs::metadata(&target).map_or(0, |meta| meta.len());
         let mut inner = self.inner.lock().unwrap();
         inner.forget_recent();
+        inner.unsynced.clear();
         inner.add_file(LtxFile { min, max, size, mtime: SystemTime::now() });
         inner.written = max;
         inner.synced = max;
@@ -230,9 +232,10 @@ impl Chain {
         inner.error.as_ref().map(|error| format!("ltx files cannot be written: {error}"))
     }
 
-    /// Whether somebody waits for a sync.
-    pub fn has_waiters(&self) -> bool {
-        !self.inner.lock().unwrap().waiters.is_empty()
+    /// Whether a sync is due: somebody waits for it, or many files have gathered.
+    pub fn wants_sync(&self) -> bool {
+        let inner = self.inner.lock().unwrap();
+        !inner.waiters.is_empty() || inner.unsynced.len() >= limits::SYNC_FILES
     }
 
     /// Whether so much is queued that committing has to wait for the writer.
@@ -372,15 +375,11 @@ impl Chain {
             merged = Transaction::merge(batch);
             &merged
         };
-        let (file, size) = self.write_file(transaction)?;
+        let (_, size) = self.write_file(transaction)?;
+        let (min, max) = (transaction.min, transaction.max);
         let mut inner = self.inner.lock().unwrap();
-        inner.add_file(LtxFile {
-            min: transaction.min,
-            max: transaction.max,
-            size,
-            mtime: SystemTime::now(),
-        });
-        inner.unsynced.push(file);
+        inner.add_file(LtxFile { min, max, size, mtime: SystemTime::now() });
+        inner.unsynced.push((min, max));
         Ok(())
     }
 
@@ -433,7 +432,8 @@ impl Chain {
             }
             (std::mem::take(&mut inner.unsynced), inner.written)
         };
-        let result = sync_all(&unsynced)
+        let result = self
+            .sync_all(&unsynced)
             .map_err(Error::io("sync ltx files", &self.dir.ltx()))
             .and_then(|()| self.sync_dir());
         let mut inner = self.inner.lock().unwrap();
@@ -447,17 +447,31 @@ impl Chain {
         result
     }
 
+    /// Starts the write-back of all files before waiting for the first: one journal commit of the
+    /// file system instead of one for each.
+    fn sync_all(&self, files: &[(Txid, Txid)]) -> io::Result<()> {
+        for part in files.chunks(limits::SYNC_FILES) {
+            let open =
+                |(min, max): &(Txid, Txid)| os::open("chain:ltx", &self.dir.ltx_file(*min, *max));
+            let opened = part.iter().map(open).collect::<io::Result<Vec<File>>>()?;
+            opened.iter().for_each(os::start_writeback);
+            opened.iter().try_for_each(|file| os::sync("chain:ltx", file))?;
+        }
+        Ok(())
+    }
+
     fn sync_dir(&self) -> Result<()> {
         os::sync_dir("chain:dir", &self.dir.ltx())
             .map_err(Error::io("sync ltx dir", &self.dir.ltx()))
     }
 
-    /// Empties the directory of the chain for a snapshot.
-    fn clear(&self, replaced: Replaced) -> Result<()> {
+    /// Empties the directory of the chain, but for the snapshot `keep`.
+    fn clear(&self, keep: &Path, replaced: Replaced) -> Result<()> {
         let old = std::mem::take(&mut self.inner.lock().unwrap().files);
         for file in old.values() {
             let path = self.dir.ltx_file(file.min, file.max);
             match replaced {
+                _ if path == keep => {}
                 Replaced::Remove => os::remove_if_present("chain:clear", &path)
                     .map_err(Error::io("remove ltx file", &path))?,
                 Replaced::Keep => {
@@ -497,7 +511,7 @@ pub enum Waiting {
 }
 
 /// Moves `path` to `lost+found/` of its database under a name that is not taken; the new path.
-pub fn set_aside(dir: &DbDir, path: &std::path::Path) -> Result<PathBuf> {
+pub fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf> {
     let lost = dir.lost_found();
     os::create_dirs("lost:dir", &lost).map_err(Error::io("create lost+found", &lost))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -549,15 +563,6 @@ impl Inner {
             self.queue_bytes -= transaction.size_hint();
         }
     }
-}
-
-/// Starts the write-back of all files before waiting for the first: one journal commit of the file
-/// system instead of one for each.
-fn sync_all(files: &[File]) -> io::Result<()> {
-    for file in files {
-        os::start_writeback(file);
-    }
-    files.iter().try_for_each(|file| os::sync("chain:ltx", file))
 }
 
 fn list(dir: &DbDir) -> Result<BTreeMap<Txid, LtxFile>> {

@@ -388,7 +388,7 @@ impl Db {
             change.reset();
             change.advance(&transaction);
             let transaction = Arc::new(transaction);
-            self.chain.confirm(transaction.clone(), super::chain::Durability::Synced);
+            self.chain.confirm(transaction.clone());
             self.announce(&change, &transaction);
         } else {
             self.remove_files()?;

@@ -43,7 +43,6 @@ pub struct JournalState {
 /// A commit whose LTX file is written and whose journal is not ended yet.
 struct Pending {
     transaction: Transaction,
-    durability: Durability,
     mode: JournalMode,
 }
 
@@ -140,7 +139,8 @@ impl Db {
         if resized {
             transaction.make_snapshot();
         }
-        if transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
+        let streamed = self.shared.feed.subscriber_count() > 0;
+        if streamed && transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
             let encoded = transaction.encoded(self.shared.compression);
             encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
         }
@@ -148,13 +148,13 @@ impl Db {
             if change.journal.synced { Durability::Synced } else { Durability::Unsynced };
         self.chain.flush()?;
         self.chain.write_now(&transaction, durability)?;
-        Ok(Some(Pending { transaction, durability, mode: found.mode }))
+        Ok(Some(Pending { transaction, mode: found.mode }))
     }
 
     /// The journal is gone: what was prepared counts.
     fn finish_commit(&self, change: &mut Change, pending: Option<Pending>) {
         change.journal = JournalState::default();
-        let Some(Pending { transaction, durability, mode }) = pending else { return };
+        let Some(Pending { transaction, mode }) = pending else { return };
         if change.page_size != Some(transaction.page_size) {
             change.sums = PageSums::default();
         }
@@ -162,7 +162,8 @@ impl Db {
         change.needs_resync = false;
         change.advance(&transaction);
         let transaction = Arc::new(transaction);
-        self.chain.confirm(transaction.clone(), durability);
+        self.chain.confirm(transaction.clone());
+        self.shared.writer.queued(&self.chain);
         self.announce(change, &transaction);
     }
 
@@ -265,7 +266,9 @@ impl Db {
         }
         let change = self.change.lock().unwrap();
         let committed = change.page_size.map_or(0, |size| size.offset(Pgno(change.pages() + 1)));
-        if current && !change.journal.active && len < committed {
+        // A checkpoint cuts the file to the size of the state that it copied.
+        let checkpoint = change.mode == JournalMode::Wal && self.is_checkpointing();
+        if current && !change.journal.active && !checkpoint && len < committed {
             self.note_no_transaction("the file would be shorter than the database");
             return Err(Refusal::NoTransaction);
         }

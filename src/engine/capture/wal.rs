@@ -159,6 +159,8 @@ impl Db {
                 Err(Stop::Failed(error)) => break Err(error),
             }
         };
+        buffer.truncate(limits::IDLE_BUFFER);
+        buffer.shrink_to(limits::IDLE_BUFFER);
         change.wal.buffer = buffer;
         if result.is_ok() && matches!(end, End::Frame(last) if change.wal.frame() != last) {
             return Err(self.corrupt("read wal", "the last frame does not commit"));

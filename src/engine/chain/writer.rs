@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Chain;
 use crate::engine::error::chain_text;
@@ -112,13 +112,16 @@ impl Shared {
     fn run(&self) {
         loop {
             let (dirty, stop) = self.wait();
+            let mut rest = limits::WRITER_REST;
             for chain in dirty.iter().filter_map(Weak::upgrade) {
-                self.round(&chain, stop);
+                if !self.round(&chain, stop) {
+                    rest = limits::WRITER_RETRY;
+                }
             }
             if stop {
                 return;
             }
-            self.rest();
+            self.rest(rest);
         }
     }
 
@@ -134,8 +137,8 @@ impl Shared {
         (std::mem::take(&mut state.dirty), state.stop)
     }
 
-    fn rest(&self) {
-        let end = Instant::now() + limits::WRITER_REST;
+    fn rest(&self, duration: Duration) {
+        let end = Instant::now() + duration;
         let mut state = self.state.lock().unwrap();
         state.mood = Mood::Resting;
         while !state.urgent && !state.stop {
@@ -148,20 +151,21 @@ impl Shared {
         state.mood = Mood::Busy;
     }
 
-    fn round(&self, chain: &Arc<Chain>, stop: bool) {
-        let result = if stop || chain.has_waiters() { chain.sync() } else { chain.flush() };
-        if let Err(error) = result {
-            tracing::error!(db = %chain.db, error = chain_text(&error), "write ltx files");
-            if !stop {
-                // Space may come back; until then writers are refused.
-                Waker::retry(self, chain);
+    /// Writes what is queued in one chain; whether that worked.
+    fn round(&self, chain: &Arc<Chain>, stop: bool) -> bool {
+        let known = chain.refusal();
+        let result = if stop || chain.wants_sync() { chain.sync() } else { chain.flush() };
+        let Err(error) = result else {
+            if known.is_some() {
+                tracing::info!(db = %chain.db, "ltx files can be written again");
             }
+            return true;
+        };
+        if known.is_none() {
+            tracing::error!(db = %chain.db, error = chain_text(&error), "write ltx files, writers are refused");
         }
-    }
-}
-
-impl Waker {
-    fn retry(shared: &Shared, chain: &Arc<Chain>) {
-        shared.state.lock().unwrap().dirty.push(Arc::downgrade(chain));
+        // Space may come back.
+        self.state.lock().unwrap().dirty.push(Arc::downgrade(chain));
+        false
     }
 }

@@ -8,7 +8,8 @@
 //! restart  new salts, frame 1 again, when nobody reads from the log
 //! ```
 //!
-//! What the caller holds: WRITE while appending, publishing and restarting, CKPT while
+//! What the caller holds: WRITE exclusively while appending, publishing and restarting (a reader that
+//! meets a header in the making asks for WRITE and, granted, rebuilds the wal-index), CKPT while
 //! checkpointing, DMS shared all the time (so that no client resets the wal-index) and SHARED on the
 //! database file (so that the last client to leave neither checkpoints nor removes the log). The
 //! READ locks are taken here, through [`CheckpointLocks`].
@@ -52,8 +53,9 @@ const IDLE_CAPACITY: usize = 64 << 10;
 /// The locks of marks 1 to 4: readers of the log.
 const LOG_READERS: LockSet = LockSet::READERS.without(LockSet::one(Lock::Read0));
 
-/// Why the log could not be written. After any error the caller takes back what is not published
-/// ([`WalWriter::rollback_unpublished`]) or opens the writer anew.
+/// Why the log could not be written. After an error of append or publish the caller takes back what
+/// is not published ([`WalWriter::rollback_unpublished`]) before it tries again; a checkpoint or a
+/// restart can be tried again as it is.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file call failed.
@@ -234,7 +236,8 @@ impl WalWriter {
         if index.mx_frame == 0 {
             self.published = IndexHeader { pages: self.published.pages, ..index };
             self.header.salts = index.salts;
-            self.start_over();
+            let (header, index) = self.next_run();
+            self.start_over(header, index);
             return Ok(true);
         }
         self.published = index;
@@ -277,32 +280,35 @@ impl WalWriter {
 
     /// Makes the wal-index of an empty log.
     fn clear(&mut self) -> io::Result<()> {
-        self.start_over();
+        let (header, index) = self.next_run();
+        self.start_over(header, index);
         self.mirror.clear_file()?;
         self.mirror.write_info(&CheckpointInfo::EMPTY)?;
-        self.published = self.appended;
-        self.mirror.write_header(&self.published)
+        self.mirror.write_header(&index)
     }
 
-    /// Prepares a new run of the log; nothing is written.
-    fn start_over(&mut self) {
-        self.header = WalHeader {
+    /// The header of the next run of the log, and what the wal-index says while it is empty.
+    fn next_run(&self) -> (WalHeader, IndexHeader) {
+        let header = WalHeader {
             order: ByteOrder::NATIVE,
             page_size: self.page_size,
             sequence: self.header.sequence.wrapping_add(1),
             salts: self.header.salts.next((self.random)()),
         };
+        let WalHeader { order, salts, .. } = header;
+        (header, IndexHeader { order, salts, mx_frame: 0, ..self.published })
+    }
+
+    /// Goes over to a new run of the log, whose header the first frame writes.
+    fn start_over(&mut self, header: WalHeader, index: IndexHeader) {
+        self.header = header;
         self.log = Log::Fresh;
-        self.cursor = WalCursor::start(&self.header);
+        self.cursor = WalCursor::start(&header);
         self.written = 0;
         self.backfilled = 0;
         self.mirror.drop_after(0);
-        self.appended = IndexHeader {
-            order: self.header.order,
-            mx_frame: 0,
-            salts: self.header.salts,
-            ..self.published
-        };
+        self.published = index;
+        self.appended = index;
     }
 
     /// The size of the database in pages, with all appended transactions.
@@ -429,7 +435,11 @@ impl WalWriter {
         if growth == Growth::Grown {
             cache.index_grown();
         }
-        self.mirror.write_header(&self.appended).map_err(io_error("write wal-index header"))?;
+        if let Err(source) = self.mirror.write_header(&self.appended) {
+            // Readers must not be left with two copies that differ; the first error tells.
+            let _ = self.mirror.write_header(&self.published);
+            return Err(io_error("write wal-index header")(source));
+        }
         self.published = self.appended;
         self.frames.shrink_to(IDLE_CAPACITY);
         Ok(())
@@ -442,12 +452,7 @@ impl WalWriter {
 
     /// Takes back everything that was appended since the last publish.
     pub fn rollback_unpublished(&mut self) -> Result<(), Error> {
-        let mut target = self.published;
-        if target.mx_frame == 0 {
-            // The log may have begun a new run meanwhile.
-            (target.salts, target.order) = (self.header.salts, self.header.order);
-        }
-        self.roll_back_to(target)
+        self.roll_back_to(self.published)
     }
 
     fn roll_back_to(&mut self, target: IndexHeader) -> Result<(), Error> {
@@ -577,13 +582,24 @@ impl WalWriter {
         if !self.progress().is_complete() || !at_rest || !locks.try_lock(LOG_READERS) {
             return Ok(Restart::Blocked);
         }
-        self.start_over();
-        self.published = self.appended;
-        let written = self.mirror.write_header(&self.published);
-        let written = written.and_then(|()| self.mirror.write_info(&CheckpointInfo::EMPTY));
+        let (header, index) = self.next_run();
+        let written = self.write_empty_index(&index);
         locks.unlock(LOG_READERS);
         written.map_err(io_error("restart wal"))?;
+        self.start_over(header, index);
         Ok(Restart::Done)
+    }
+
+    fn write_empty_index(&self, index: &IndexHeader) -> io::Result<()> {
+        let written = self.mirror.write_header(index);
+        let written = written.and_then(|()| self.mirror.write_info(&CheckpointInfo::EMPTY));
+        written.inspect_err(|_| {
+            // Readers must find one state or the other; the first error is the one that tells.
+            let mut info = CheckpointInfo { backfill: self.backfilled, ..CheckpointInfo::EMPTY };
+            info.read_marks[1] = self.published.mx_frame;
+            let _ = self.mirror.write_info(&info);
+            let _ = self.mirror.write_header(&self.published);
+        })
     }
 }
 

@@ -182,6 +182,8 @@ impl Replica {
         for lock in [Lock::Dms, Lock::Shared] {
             assert!(locks.set(lock, libc::F_RDLCK), "{lock} is free for sharers");
         }
+        // Without it, a reader that meets a header in the making would rebuild the wal-index.
+        assert!(locks.set(Lock::Write, libc::F_WRLCK), "nobody else writes");
         let writer = WalWriter::open_or_create(files, page_size, pages, random).unwrap();
         Replica { dir, writer, locks, cache: Announced::default() }
     }
@@ -219,7 +221,7 @@ impl Replica {
 
     /// Gives the files up, for SQLite to go on with.
     fn release(self) -> TempDir {
-        for lock in [Lock::Dms, Lock::Shared] {
+        for lock in [Lock::Dms, Lock::Shared, Lock::Write] {
             assert!(self.locks.set(lock, libc::F_UNLCK));
         }
         self.dir
@@ -699,4 +701,169 @@ fn random_transactions_are_followed_page_by_page() {
     for page_size in [512, 1024, 4096, 65536] {
         follow_a_source(page_size, &mut rng);
     }
+}
+
+/// Runs the test `name` again in a process of its own, with the environment variable `key` set.
+fn spawn_test(name: &str, key: &str, value: &Path) -> std::process::Child {
+    let name = format!("engine::apply::wal::tests::{name}");
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args([&name, "--exact"]).env(key, value);
+    child.stdout(std::process::Stdio::piped()).spawn().unwrap()
+}
+
+#[track_caller]
+fn check_passed(child: std::process::Child) {
+    let output = child.wait_with_output().unwrap();
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && report.contains("1 passed"), "{report}");
+}
+
+/// Readers in other threads and other processes never see a mixture, never go back, and are never
+/// refused.
+#[test]
+fn concurrent_readers_see_one_transaction_after_the_other() {
+    const READER: &str = "LITEFS_TEST_READER";
+    if let Some(dir) = std::env::var_os(READER) {
+        return read_until_the_end(Path::new(&dir));
+    }
+    let mut rng = Rng::from_env();
+    let mut source = Source::new(1024);
+    let transactions: Vec<Transaction> = (0..120).map(|_| source.change(&mut rng)).collect();
+    let mut replica = Replica::of(&source);
+    replica.apply(&transactions[0]);
+    let dir = replica.dir.path().to_owned();
+    let digests: Vec<&str> = transactions.iter().map(|one| &one.digest[..]).collect();
+    os::write_atomic("test", &dir.join("digests"), digests.join("\n").as_bytes()).unwrap();
+    let name = "concurrent_readers_see_one_transaction_after_the_other";
+    let processes = [(); 2].map(|()| spawn_test(name, READER, &dir));
+    std::thread::scope(|scope| {
+        scope.spawn(|| read_until_the_end(&dir));
+        for (i, transaction) in transactions.iter().enumerate().skip(1) {
+            replica.append(transaction);
+            if i % 3 != 0 {
+                replica.publish();
+            }
+            if i % 10 == 0 {
+                replica.checkpoint();
+                replica.restart();
+            }
+        }
+        replica.publish();
+        os::write_atomic("test", &dir.join("done"), b"").unwrap();
+    });
+    processes.into_iter().for_each(check_passed);
+    assert!(replica.checkpoint().is_complete());
+    assert_eq!(digest(&replica.reader()), transactions[119].digest);
+}
+
+/// Reads the database in `dir` until there is a file `done`, and once more.
+fn read_until_the_end(dir: &Path) {
+    let digests = std::fs::read_to_string(dir.join("digests")).unwrap();
+    let digests: Vec<&str> = digests.lines().collect();
+    let db = Connection::open(dir.join("db")).unwrap();
+    db.busy_timeout(std::time::Duration::from_secs(10)).unwrap();
+    let mut seen = 0;
+    loop {
+        let done = dir.join("done").exists();
+        db.execute_batch("BEGIN").unwrap();
+        let now = digest(&db);
+        let found = digests[seen..].iter().position(|digest| **digest == *now);
+        seen += found.unwrap_or_else(|| panic!("{now} is no state after {seen}"));
+        check_integrity(&db);
+        assert_eq!(digest(&db), now);
+        db.execute_batch("COMMIT").unwrap();
+        if done {
+            assert_eq!(seen, digests.len() - 1);
+            return;
+        }
+    }
+}
+
+/// Every call that changes a file fails once, each in a run of its own. What was taken back is tried
+/// again; readers and SQLite's own recovery see whole transactions throughout.
+///
+/// Faults are of the whole process, so this happens in one of its own.
+#[test]
+fn every_file_call_may_fail_once() {
+    const CHILD: &str = "LITEFS_TEST_FAULT_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        return check_passed(spawn_test("every_file_call_may_fail_once", CHILD, Path::new("1")));
+    }
+    let mut source = Source::new(512);
+    let transactions: Vec<Transaction> = (0..4).map(|i| source.insert(10 + 20 * i, 300)).collect();
+    let mut failed = 0;
+    while run_with_fault(&source, &transactions, failed) == Fired::Yes {
+        failed += 1;
+    }
+    assert!(failed > 40, "{failed} calls");
+}
+
+#[derive(PartialEq, Eq)]
+enum Fired {
+    Yes,
+    No,
+}
+
+fn run_with_fault(source: &Source, transactions: &[Transaction], after: u32) -> Fired {
+    let mut replica = Replica::of(source);
+    let reader = replica.reader();
+    let label = "apply:".to_owned();
+    os::fault::arm(os::fault::Fault { label, after, errno: libc::ENOSPC });
+    for transaction in transactions {
+        let before = digest(&reader);
+        while replica.try_apply(transaction).is_err() {
+            replica.writer.rollback_unpublished().unwrap();
+            assert_eq!(digest(&reader), before);
+            assert_eq!(digest_after_a_crash(&replica), before);
+        }
+        assert_eq!(digest(&reader), transaction.digest);
+        reader.execute_batch("BEGIN").unwrap();
+        assert_eq!(digest(&reader), transaction.digest);
+        replica.retry(|writer, locks, cache| writer.checkpoint(locks, cache).map(drop));
+        assert_eq!(digest_after_a_crash(&replica), transaction.digest);
+        reader.execute_batch("COMMIT").unwrap();
+        replica.retry(|writer, locks, _| {
+            let restart = writer.restart(locks);
+            assert_eq!(digest(&reader), transaction.digest);
+            restart.map(|restart| assert_eq!(restart, Restart::Done))
+        });
+        check_integrity(&reader);
+        assert_eq!(digest_after_a_crash(&replica), transaction.digest);
+    }
+    if os::fault::disarm() { Fired::No } else { Fired::Yes }
+}
+
+impl Replica {
+    fn try_apply(&mut self, transaction: &Transaction) -> Result<(), Error> {
+        let (first, rest): (Vec<_>, Vec<_>) =
+            transaction.pages().partition(|(pgno, _)| pgno.0 % 2 == 0);
+        for (pgno, page) in first {
+            self.writer.append_page(pgno, page)?;
+        }
+        self.writer.append(transaction.commit, rest)?;
+        self.writer.publish(&self.cache)
+    }
+
+    /// Does something again and again until it succeeds.
+    fn retry(
+        &mut self,
+        step: impl Fn(&mut WalWriter, &mut FileLocks, &Announced) -> Result<(), Error>,
+    ) {
+        while step(&mut self.writer, &mut self.locks, &self.cache).is_err() {}
+    }
+}
+
+/// What SQLite recovers from copies of database and log, as after a crash.
+fn digest_after_a_crash(replica: &Replica) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let copies = open_files(dir.path());
+    let WalFiles { database, wal, .. } = &replica.writer.files;
+    for (from, to) in [(database, &copies.database), (wal, &copies.wal)] {
+        let mut bytes = vec![0; from.metadata().unwrap().len() as usize];
+        from.read_exact_at(&mut bytes, 0).unwrap();
+        to.write_all_at(&bytes, 0).unwrap();
+    }
+    let db = Connection::open(dir.path().join("db")).unwrap();
+    check_integrity(&db);
+    digest(&db)
 }

@@ -13,7 +13,7 @@ use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
 use super::{Received, random_u32};
 use crate::engine::capture::Change;
 use crate::engine::db::Db;
-use crate::engine::error::{Error, Result};
+use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
@@ -124,8 +124,15 @@ impl Db {
             }
         }
         let cache = FollowerCache { db: self, inos: follower.inos };
-        let published = follower.writer.publish(&cache);
-        published.map_err(|source| self.wal_error("publish wal frames", source))?;
+        if let Err(source) = follower.writer.publish(&cache) {
+            // The checksums have moved on already; a snapshot sets everything right again.
+            let error = self.wal_error("publish wal frames", source);
+            let taken_back = follower.writer.rollback_unpublished();
+            taken_back.map_err(|source| self.wal_error("take back wal frames", source))?;
+            tracing::error!(db = %self.name, error = chain_text(&error), "apply transaction");
+            let what = "the wal-index could not be written";
+            return Err(Error::Diverged { db: self.name.clone(), pos: change.pos, what });
+        }
         change.wal.resume(follower.writer.cursor());
         for (transaction, received) in &applied {
             self.chain.push(transaction.clone());

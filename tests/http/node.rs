@@ -126,11 +126,14 @@ impl Node {
         tokio::time::timeout(DEADLINE, ready).await.expect("ready in time").unwrap();
     }
 
-    /// Ends the API and all its connections and serves it again at the same address.
-    pub async fn restart_api(&mut self) {
+    /// Ends the API and all its connections.
+    pub async fn stop_api(&mut self) {
         let (unused, _) = watch::channel(());
-        let api = std::mem::replace(&mut self.api, (unused, tokio::spawn(async {})));
-        stop(api).await;
+        stop(std::mem::replace(&mut self.api, (unused, tokio::spawn(async {})))).await;
+    }
+
+    /// Serves a new API at the same address.
+    pub async fn start_api(&mut self) {
         let listener = bind(self.client.address().parse().unwrap()).await;
         self.api = serve(&self.engine, listener, true);
     }

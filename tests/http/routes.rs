@@ -7,6 +7,7 @@ use litefs::http::report::{Info, InfoPrimary, StatusRole};
 use ltx::Pos;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use super::node::{Node, make_database};
 
@@ -185,6 +186,61 @@ async fn an_upload_that_is_cut_off_changes_nothing() {
     socket.read_to_string(&mut answer).await.unwrap();
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400 "), "{answer}");
     assert_eq!(node.pos("a.db"), Pos::ZERO);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_nothing_holds_no_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let large = "PRAGMA journal_mode = delete; CREATE TABLE t (x);
+        INSERT INTO t VALUES (zeroblob(60000000));";
+    node.import("a.db", large).await;
+    let mut slow = TcpStream::connect(node.client.address()).await.unwrap();
+    slow.write_all(b"GET /export?name=a.db HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    slow.readable().await.unwrap();
+    // Waits for the disk to finish the export, and never for its reader.
+    let pos = node.import("a.db", "CREATE TABLE t (x)").await;
+    assert_eq!(pos.txid.0, 2);
+    let mut line = [0; 15];
+    slow.read_exact(&mut line).await.unwrap();
+    assert_eq!(&line, b"HTTP/1.1 200 OK");
+    node.stop().await;
+}
+
+/// What the node has sent on a connection, on which `sent` was sent, when it closes it; and after how
+/// many seconds of a clock that jumps to whatever is waited for.
+async fn until_closed(node: &Node, sent: &str) -> (String, u64) {
+    let begin = Instant::now();
+    let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+    socket.write_all(sent.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    // A reset is an end too.
+    let _ = socket.read_to_end(&mut answer).await;
+    (String::from_utf8_lossy(&answer).into_owned(), begin.elapsed().as_secs())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_asks_nothing_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    for sent in ["", "GET /in", "PRI * HTTP/2.0\r\n", "POST /import?name=x HTTP/1.1\r\nHost: x"] {
+        let (answer, seconds) = until_closed(&node, sent).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408 "), "{answer}");
+        assert!((29..=31).contains(&seconds), "{sent:?}: {seconds} s");
+    }
+    node.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_that_stands_still_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let sent = "POST /import?name=x HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\nSQLite";
+    let (answer, seconds) = until_closed(&node, sent).await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert!(answer.ends_with("read upload: no data for too long\n"), "{answer}");
+    assert!((299..=340).contains(&seconds), "{seconds} s");
     node.stop().await;
 }
 

@@ -36,6 +36,54 @@ async fn a_replica_has_what_the_primary_has_and_what_comes_later() {
     primary.stop().await;
 }
 
+/// Random rows of about `kib` KiB together, which do not compress.
+fn random_rows(kib: usize) -> String {
+    format!(
+        "CREATE TABLE t (x);
+         WITH RECURSIVE n (v) AS (SELECT 1 UNION ALL SELECT v + 1 FROM n WHERE v < {kib})
+         INSERT INTO t SELECT randomblob(1000) FROM n;"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_of_every_size_arrive_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let primary = Node::primary(&dir.path().join("a"), 1).await;
+    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+    replica.wait_ready().await;
+    primary.import("a.db", "CREATE TABLE t (x)").await;
+    // Less than a chunk, than a piece, than what is kept in memory, and more.
+    for kib in [10, 60, 70, 200, 300, 1500, 6000] {
+        let pos = primary.import("a.db", &random_rows(kib)).await;
+        replica.wait_for_pos("a.db", pos).await;
+        assert!(replica.export("a.db").await == primary.export("a.db").await, "{kib} KiB");
+    }
+    replica.stop().await;
+    primary.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_far_behind_catches_up_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut primary = Node::primary(&dir.path().join("a"), 1).await;
+    primary.import("a.db", "CREATE TABLE t (x)").await;
+    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+    replica.wait_ready().await;
+    primary.stop_api().await;
+    let mut pos = Pos::ZERO;
+    for kib in 0..40 {
+        pos = primary.import("a.db", &random_rows(kib)).await;
+    }
+    primary.start_api().await;
+    replica.wait_for_pos("a.db", pos).await;
+    let text = primary.client.text("/metrics").await.unwrap();
+    let line = "litefs_http_frame_send_count{db=\"a.db\",type=\"ltx:snapshot\"} 0\n";
+    assert!(text.contains(line), "{text}");
+    assert!(replica.export("a.db").await == primary.export("a.db").await);
+    replica.stop().await;
+    primary.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_committed_before_a_stop_is_sent() {
     let dir = tempfile::tempdir().unwrap();
@@ -55,7 +103,8 @@ async fn a_replica_that_was_cut_off_goes_on_where_it_was() {
     primary.import("a.db", ROWS).await;
     let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
     replica.wait_ready().await;
-    primary.restart_api().await;
+    primary.stop_api().await;
+    primary.start_api().await;
     let pos = primary.import("a.db", "CREATE TABLE u (x)").await;
     replica.wait_for_pos("a.db", pos).await;
     let text = primary.client.text("/metrics").await.unwrap();

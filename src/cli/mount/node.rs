@@ -21,15 +21,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use ltx::{Compression, NodeId};
 use tokio::net::TcpListener;
-use tokio::task::spawn_blocking;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{Settings, StaleMount};
-use crate::config::{BackupKind, Config, LeaseKind, Passthrough, Transport};
-use crate::engine::{self, Engine, Role};
+use crate::cluster::lease::{Leaser, StaticRole};
+use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
+use crate::config::{BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
+use crate::engine::{self, Engine, PrimaryInfo};
+use crate::http::server::{Api, Options as ApiOptions};
 use crate::os;
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
-use crate::telemetry::say;
+use crate::telemetry::{Metrics, say};
 use crate::volume::EngineVolume;
 
 /// How many signals, once the node is closing, end the process at once.
@@ -101,8 +105,9 @@ async fn serve(
 #[derive(Default)]
 struct Node {
     engine: Option<Arc<Engine>>,
+    cluster: Option<Task>,
     mount: Option<Mount>,
-    listener: Option<TcpListener>,
+    api: Option<Task>,
 }
 
 /// A mounted volume.
@@ -114,16 +119,94 @@ struct Mount {
     lost: Arc<AtomicBool>,
 }
 
+/// A task that ends when it is told to.
+struct Task {
+    /// Dropped, it tells the task.
+    stop: watch::Sender<()>,
+    handle: JoinHandle<()>,
+}
+
+impl Task {
+    /// Tells the task to end, and waits for it.
+    async fn end(self, name: &str) -> anyhow::Result<()> {
+        drop(self.stop);
+        self.handle.await.with_context(|| format!("end {name}"))
+    }
+}
+
 impl Node {
     async fn open(&mut self, settings: &Settings, stopper: Stopper) -> anyhow::Result<()> {
-        let config = &settings.config;
+        let Settings { config, environment, .. } = settings;
         refuse_unknown_parts(config)?;
-        self.listener = Some(bind(&config.http.addr).await?);
+        let listener = bind(&config.http.addr).await?;
+        let leaser = leaser(config)?;
         let engine = open_engine(config).await?;
         self.engine = Some(engine.clone());
-        engine.set_role(Role::Primary);
+        let ready = self.start_cluster(config, &engine, leaser);
         self.mount = Some(mount(settings, &engine, stopper).await?);
+        self.start_api(config, environment, engine, listener).await?;
+        match config.skip_sync {
+            true => say("skipping cluster sync, starting immediately"),
+            false => self.wait_until(ready, config).await?,
+        }
         say("no proxy target set, skipping proxy");
+        Ok(())
+    }
+
+    fn start_cluster(&mut self, config: &Config, engine: &Arc<Engine>, leaser: Leaser) -> Ready {
+        let lease = &config.lease;
+        let options = ClusterOptions {
+            candidacy: match lease.candidate {
+                true => Candidacy::Candidate,
+                false => Candidacy::ReplicaOnly,
+            },
+            reconnect_delay: lease.reconnect_delay,
+            databases: lease.databases.clone(),
+        };
+        let (cluster, ready) = Cluster::new(engine.clone(), leaser, options);
+        let (stop, stopped) = watch::channel(());
+        self.cluster = Some(Task { stop, handle: tokio::spawn(cluster.run(stopped)) });
+        ready
+    }
+
+    async fn start_api(
+        &mut self,
+        config: &Config,
+        environment: &Environment,
+        engine: Arc<Engine>,
+        listener: TcpListener,
+    ) -> anyhow::Result<()> {
+        let timeout = config.http.snapshot_timeout;
+        let options = ApiOptions {
+            candidate: config.lease.candidate,
+            hostname: hostname(config, environment),
+            snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
+            metrics: Metrics::new()?,
+        };
+        let api = spawn_blocking(move || Api::new(engine, options)).await?;
+        let api = api.context("cannot init http server")?;
+        let address = listener.local_addr().context("cannot init http server")?;
+        let (stop, stopped) = watch::channel(());
+        self.api = Some(Task { stop, handle: tokio::spawn(api.serve(listener, stopped)) });
+        tracing::info!("http server listening on: {}", shown_url(&config.http.addr, address));
+        Ok(())
+    }
+
+    /// Waits until this node is primary, or has what its primary has.
+    async fn wait_until(&self, mut ready: Ready, config: &Config) -> anyhow::Result<()> {
+        tracing::info!("waiting to connect to cluster");
+        ready.wait_for(|ready| *ready).await.context("connect to cluster")?;
+        tracing::info!("connected to cluster, ready");
+        if config.lease.promote {
+            // In a static cluster the only candidate is the primary.
+            tracing::info!(
+                "{}, skipping promotion",
+                match config.lease.candidate {
+                    true => "node is already primary",
+                    false => "node is not a candidate",
+                }
+            );
+        }
         Ok(())
     }
 
@@ -133,11 +216,19 @@ impl Node {
             Some(mount) => mount.unmount().await,
             None => Ok(()),
         };
+        let served = match self.api.take() {
+            Some(api) => api.end("http server").await,
+            None => Ok(()),
+        };
+        let led = match self.cluster.take() {
+            Some(cluster) => cluster.end("lease task").await,
+            None => Ok(()),
+        };
         let closed = match self.engine.take() {
             Some(engine) => close_engine(engine).await,
             None => Ok(()),
         };
-        unmounted.and(closed)
+        unmounted.and(served).and(led).and(closed)
     }
 }
 
@@ -156,9 +247,6 @@ impl Mount {
 fn refuse_unknown_parts(config: &Config) -> anyhow::Result<()> {
     if !config.proxy.target.is_empty() {
         anyhow::bail!("proxy.target is set, but this version has no proxy");
-    }
-    if config.lease.kind != Some(LeaseKind::Static) || !config.lease.candidate {
-        anyhow::bail!("this version knows the static primary only");
     }
     if config.backup.kind != BackupKind::None {
         anyhow::bail!("backup.type is set, but this version has no backup client");
@@ -183,6 +271,40 @@ async fn bind(addr: &str) -> anyhow::Result<TcpListener> {
     };
     bound
         .with_context(|| format!("cannot init http server: cannot open http server: listen {addr}"))
+}
+
+/// The URL as people type it: `localhost` for an empty host, and the real port.
+fn shown_url(addr: &str, bound: std::net::SocketAddr) -> String {
+    let host = addr.rsplit_once(':').map_or(addr, |(host, _)| host);
+    let host = if host.is_empty() { "localhost" } else { host };
+    format!("http://{host}:{}", bound.port())
+}
+
+fn leaser(config: &Config) -> anyhow::Result<Leaser> {
+    let lease = &config.lease;
+    match lease.kind {
+        Some(LeaseKind::Consul) => anyhow::bail!("this version knows the static lease only"),
+        Some(LeaseKind::Static) | None => {}
+    }
+    tracing::info!(
+        "Using static primary: primary={} hostname={} advertise-url={}",
+        lease.candidate,
+        lease.hostname,
+        lease.advertise_url
+    );
+    let primary = PrimaryInfo {
+        hostname: lease.hostname.clone(),
+        advertise_url: lease.advertise_url.clone(),
+    };
+    let role = if lease.candidate { StaticRole::Primary } else { StaticRole::Replica };
+    Ok(Leaser::Static { role, primary })
+}
+
+fn hostname(config: &Config, environment: &Environment) -> String {
+    match config.lease.hostname.as_str() {
+        "" => environment.hostname(),
+        hostname => hostname.to_owned(),
+    }
 }
 
 async fn open_engine(config: &Config) -> anyhow::Result<Arc<Engine>> {

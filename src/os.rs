@@ -11,13 +11,20 @@ use std::path::Path;
 
 /// Faults that tests inject into the calls of this module.
 pub mod fault {
+    use std::cell::RefCell;
     use std::io;
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-    static ARMED: AtomicBool = AtomicBool::new(false);
+    /// How many faults are armed.
+    static ARMED: AtomicUsize = AtomicUsize::new(0);
     /// The armed fault, or none.
     static FAULT: Mutex<Option<Fault>> = Mutex::new(None);
+
+    thread_local! {
+        /// The fault that is armed for this thread's calls, or none.
+        static FAULT_HERE: RefCell<Option<Fault>> = const { RefCell::new(None) };
+    }
 
     /// What to do to which call.
     #[derive(Debug, Clone)]
@@ -32,21 +39,42 @@ pub mod fault {
 
     /// Arms a fault; it fires once. Replaces an armed one.
     pub fn arm(fault: Fault) {
-        *FAULT.lock().unwrap() = Some(fault);
-        ARMED.store(true, Ordering::SeqCst);
+        replace(&mut FAULT.lock().unwrap(), Some(fault));
     }
 
     /// Takes the fault back; whether it was still waiting to fire.
     pub fn disarm() -> bool {
-        ARMED.store(false, Ordering::SeqCst);
-        FAULT.lock().unwrap().take().is_some()
+        replace(&mut FAULT.lock().unwrap(), None)
+    }
+
+    /// As [`arm`], but only for calls of this thread, so that tests do not meet.
+    pub fn arm_here(fault: Fault) {
+        FAULT_HERE.with_borrow_mut(|armed| replace(armed, Some(fault)));
+    }
+
+    /// As [`disarm`], for [`arm_here`].
+    pub fn disarm_here() -> bool {
+        FAULT_HERE.with_borrow_mut(|armed| replace(armed, None))
     }
 
     pub(super) fn check(label: &str) -> io::Result<()> {
-        if !ARMED.load(Ordering::Relaxed) {
+        if ARMED.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        let mut armed = FAULT.lock().unwrap();
+        FAULT_HERE.with_borrow_mut(|armed| count(armed, label))?;
+        count(&mut FAULT.lock().unwrap(), label)
+    }
+
+    /// Puts another fault in the place of one; whether one was armed.
+    fn replace(armed: &mut Option<Fault>, fault: Option<Fault>) -> bool {
+        let (before, after) = (armed.is_some(), fault.is_some());
+        *armed = fault;
+        ARMED.fetch_add(usize::from(after), Ordering::SeqCst);
+        ARMED.fetch_sub(usize::from(before), Ordering::SeqCst);
+        before
+    }
+
+    fn count(armed: &mut Option<Fault>, label: &str) -> io::Result<()> {
         let Some(fault) = armed.as_mut().filter(|fault| label.starts_with(&fault.label)) else {
             return Ok(());
         };
@@ -55,8 +83,7 @@ pub mod fault {
             return Ok(());
         }
         let errno = fault.errno;
-        *armed = None;
-        ARMED.store(false, Ordering::SeqCst);
+        replace(armed, None);
         Err(io::Error::from_raw_os_error(errno))
     }
 }
@@ -118,6 +145,12 @@ pub fn start_writeback(file: &File) {
     // The whole file: advising that it will not be needed soon starts the write-back of its pages.
     let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
     let _ = nix::fcntl::posix_fadvise(file, 0, 0, advice);
+}
+
+/// Makes everything durable that was written to the file system of `path`, a directory.
+pub fn sync_fs(label: &str, path: &Path) -> io::Result<()> {
+    fault::check(label)?;
+    Ok(nix::unistd::syncfs(File::open(path)?)?)
 }
 
 /// Makes the names in a directory durable.

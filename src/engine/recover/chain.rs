@@ -1,0 +1,236 @@
+//! The LTX files as start-up finds them, and whether they can be believed.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use ltx::{Checksum, Decoder, HEADER_SIZE, Header, Pgno, Pos, TRAILER_SIZE, Trailer, Txid};
+
+use super::image::Image;
+use super::{Error, io_error};
+
+/// How much of a file is read at once, in bytes.
+const READ_SIZE: usize = 256 << 10;
+
+/// Files that were written this long before the newest one have reached the disk, even if nobody
+/// asked for it: the kernel writes back what is older than half a minute.
+const WRITTEN_BACK: Duration = Duration::from_secs(120);
+
+/// A file, by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LtxFile {
+    pub(super) min: Txid,
+    pub(super) max: Txid,
+    pub(super) path: PathBuf,
+}
+
+/// A file whose header and trailer were read.
+#[derive(Debug, Clone)]
+pub(super) struct End {
+    pub(super) file: LtxFile,
+    pub(super) header: Header,
+    pub(super) trailer: Trailer,
+}
+
+impl End {
+    /// The position after the file.
+    pub(super) fn pos(&self) -> Pos {
+        Pos { txid: self.header.max_txid, checksum: self.trailer.post_apply }
+    }
+}
+
+/// The pages of a file.
+type Pages = Vec<(Pgno, Checksum)>;
+
+/// The files of one database, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Files(Vec<LtxFile>);
+
+impl Files {
+    /// The files in `dir`; none if the directory is missing.
+    pub(super) fn list(dir: &Path) -> Result<Files, Error> {
+        let mut files = Vec::new();
+        for name in names(dir)? {
+            if let Some((min, max)) = ltx::parse_file_name(&name) {
+                files.push(LtxFile { min, max, path: dir.join(name) });
+            }
+        }
+        files.sort_by_key(|file| (file.max, file.min));
+        Ok(Files(files))
+    }
+
+    /// From the newest to the oldest.
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &LtxFile> {
+        self.0.iter().rev()
+    }
+
+    /// The file that ends right before transaction `min`.
+    pub(super) fn before(&self, min: Txid) -> Option<&LtxFile> {
+        let end = self.0.partition_point(|file| file.max < min);
+        self.0[..end].last().filter(|file| file.max == min.previous() && !file.max.is_zero())
+    }
+
+    /// The files that end after transaction `txid`.
+    pub(super) fn after(&self, txid: Txid) -> impl Iterator<Item = &LtxFile> {
+        self.0.iter().filter(move |file| file.max > txid)
+    }
+
+    /// The first transaction of the run of files that lead to each other up to `end`.
+    pub(super) fn run_start(&self, end: &End) -> Result<Txid, Error> {
+        let mut next = end.clone();
+        while let Some(file) = self.before(next.header.min_txid) {
+            match peek(file)? {
+                Some(previous) if leads_to(&previous, &next) => next = previous,
+                _ => break,
+            }
+        }
+        Ok(next.header.min_txid)
+    }
+
+    /// A file among the recent ones that does not lead to the one after it: torn, most likely, and
+    /// the chain only begins after it.
+    pub(super) fn broken_link(&self, end: &End) -> Result<Option<&LtxFile>, Error> {
+        let mut next = end.clone();
+        while let Some(file) = self.before(next.header.min_txid) {
+            if modified(file)? + WRITTEN_BACK < modified(&end.file)? {
+                break;
+            }
+            match peek(file)? {
+                Some(previous) if leads_to(&previous, &next) => next = previous,
+                _ => return Ok(Some(file)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Lays the pages of ever more files, from `end` back, over each of `bases`, until one has the
+    /// checksum that `end` promises. `unexplained` are pages of the WAL; those that are in a file are
+    /// taken out, and files are read on until none is left.
+    pub(super) fn search(
+        &self,
+        end: &End,
+        mut bases: Vec<Image>,
+        unexplained: &mut HashSet<(Pgno, Checksum)>,
+    ) -> Result<Option<Suffix>, Error> {
+        for base in &mut bases {
+            base.resize(end.header.commit)?;
+        }
+        let mut found: Option<Suffix> = None;
+        let (mut covered, mut files) = (HashSet::new(), Vec::new());
+        let mut next: Option<End> = None;
+        let mut file = &end.file;
+        while let Some((this, pages)) = load(file)? {
+            let links = next.as_ref().is_none_or(|next| leads_to(&this, next));
+            if !links || this.header.page_size != end.header.page_size {
+                break;
+            }
+            pages.iter().for_each(|page| _ = unexplained.remove(page));
+            if found.is_none() {
+                let within = pages.into_iter().filter(|(pgno, _)| pgno.0 <= end.header.commit);
+                for (pgno, sum) in within.filter(|(pgno, _)| covered.insert(*pgno)) {
+                    bases.iter_mut().try_for_each(|base| base.set(pgno, sum))?;
+                }
+                files.push(file.clone());
+                let wanted = end.trailer.post_apply;
+                found = bases.iter().position(|base| base.rolling() == wanted).map(|base| Suffix {
+                    base,
+                    image: bases[base].clone(),
+                    whole: bases[base].page_numbers().all(|pgno| covered.contains(&pgno)),
+                    files: files.iter().rev().cloned().collect(),
+                });
+            }
+            let enough = found.is_some() && unexplained.is_empty();
+            let Some(previous) = self.before(file.min).filter(|_| !enough) else {
+                break;
+            };
+            next = Some(this);
+            file = previous;
+        }
+        Ok(found)
+    }
+}
+
+/// Files that bring a database to the end of the chain.
+#[derive(Debug)]
+pub(super) struct Suffix {
+    /// On which of the bases.
+    pub(super) base: usize,
+    /// The result.
+    pub(super) image: Image,
+    /// Whether they hold every page, so that nothing of the base is left.
+    pub(super) whole: bool,
+    /// Oldest first.
+    pub(super) files: Vec<LtxFile>,
+}
+
+fn leads_to(previous: &End, next: &End) -> bool {
+    previous.pos() == next.header.pre_pos()
+}
+
+/// The names in a directory; none if it is missing.
+pub(super) fn names(dir: &Path) -> Result<Vec<String>, Error> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io_error("list directory", dir))?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io_error("list directory", dir))?;
+        names.extend(entry.file_name().into_string());
+    }
+    Ok(names)
+}
+
+fn modified(file: &LtxFile) -> Result<SystemTime, Error> {
+    let modified = fs::metadata(&file.path).and_then(|meta| meta.modified());
+    modified.map_err(io_error("stat ltx file", &file.path))
+}
+
+/// The ends of a file; `None` if they cannot be those of a file of this name.
+pub(super) fn peek(file: &LtxFile) -> Result<Option<End>, Error> {
+    let error = || io_error("read ltx file", &file.path);
+    let source = File::open(&file.path).map_err(error())?;
+    let len = source.metadata().map_err(error())?.len();
+    let (mut header, mut trailer) = ([0; HEADER_SIZE], [0; TRAILER_SIZE]);
+    let Some(trailer_at) = len.checked_sub(TRAILER_SIZE as u64).filter(|at| *at > 100) else {
+        return Ok(None);
+    };
+    source.read_exact_at(&mut header, 0).map_err(error())?;
+    source.read_exact_at(&mut trailer, trailer_at).map_err(error())?;
+    let Ok(header) = Header::decode(&header) else {
+        return Ok(None);
+    };
+    let trailer = Trailer::decode(&trailer, header.commit).ok();
+    Ok(trailer.and_then(|trailer| named(file, header, trailer)))
+}
+
+/// A whole file, verified, with the checksums of its pages; `None` if it is not valid.
+pub(super) fn load(file: &LtxFile) -> Result<Option<(End, Pages)>, Error> {
+    let error = || io_error("read ltx file", &file.path);
+    let source = File::open(&file.path).map_err(error())?;
+    match decode(BufReader::with_capacity(READ_SIZE, source)) {
+        Err(ltx::Error::Read(source)) => Err(error()(source)),
+        Err(_) => Ok(None),
+        Ok((header, trailer, pages)) => Ok(named(file, header, trailer).map(|end| (end, pages))),
+    }
+}
+
+fn decode(source: impl Read) -> Result<(Header, Trailer, Pages), ltx::Error> {
+    let mut decoder = Decoder::new(source)?;
+    let header = *decoder.header();
+    let mut page = vec![0; header.page_size.bytes()];
+    let mut pages = Vec::new();
+    while let Some(pgno) = decoder.next_page(&mut page)? {
+        pages.push((pgno, decoder.page_checksum()));
+    }
+    Ok((header, decoder.finish()?, pages))
+}
+
+/// The file with what it holds, if that is what its name says.
+fn named(file: &LtxFile, header: Header, trailer: Trailer) -> Option<End> {
+    let same = (header.min_txid, header.max_txid) == (file.min, file.max);
+    same.then(|| End { file: file.clone(), header, trailer })
+}

@@ -3,6 +3,9 @@
 #![allow(clippy::disallowed_methods, reason = "tests make files in directories of their own")]
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+// What tests with real processes and mounts share.
+mod support;
+
 // The command line: the real program with real files, no mount.
 mod cli;
 // The API and the replication stream over real sockets on loopback.

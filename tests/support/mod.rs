@@ -1,0 +1,12 @@
+//! What tests with real processes and real mounts share.
+
+#![allow(dead_code, reason = "a helper may be ahead of the tests that need it")]
+
+/// A database as its pages, read past the mount, and as its chain of LTX files.
+pub mod image;
+/// One `litefs mount` process in directories of its own.
+pub mod node;
+/// SQLite, in this process and in others.
+pub mod sqlite;
+/// Waiting for a condition, with a deadline.
+pub mod wait;

@@ -1,0 +1,308 @@
+//! One `litefs mount` process in directories of its own, with a configuration file as a person
+//! would write it. Dropped, it is gone and unmounted; if the test fails, its log is shown.
+
+use std::fs::{self, File, OpenOptions};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::time::Duration;
+
+use litefs::engine::layout::DbDir;
+use ltx::Pos;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{image, wait};
+
+/// What a node says when it is ready and has nothing to run.
+const READY: &str = "waiting for signal";
+
+/// What differs from one test to the other.
+#[derive(Clone, Default)]
+pub struct Settings {
+    /// `fuse.passthrough`; empty for the default.
+    pub passthrough: &'static str,
+    /// More keys of the section `data`, each with a leading comma.
+    pub data: &'static str,
+    /// More keys of the section `lease`, each with a leading comma.
+    pub lease: &'static str,
+    /// More lines.
+    pub lines: &'static str,
+}
+
+/// Which node of a static cluster.
+#[derive(Clone, Copy)]
+pub enum Member<'a> {
+    /// The primary.
+    Primary,
+    /// A replica of the primary at this URL.
+    Replica(&'a str),
+}
+
+/// The longest that one run of a process may last. A node that does not answer would stop a test
+/// in a file call for good; with its process the call fails.
+const RUN_MAX: Duration = Duration::from_secs(120);
+
+/// A process, which is killed after [`RUN_MAX`] unless this is dropped before.
+struct Running {
+    child: Mutex<Child>,
+    _end: mpsc::Sender<()>,
+}
+
+impl Running {
+    fn new(child: Child) -> Running {
+        let (end, ended) = mpsc::channel();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        std::thread::spawn(move || {
+            // The process is waited for only after the sender is gone, so the id is still its own.
+            if ended.recv_timeout(RUN_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("litefs process {pid} runs for too long: killed");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Running { child: Mutex::new(child), _end: end }
+    }
+}
+
+/// A node, running or not.
+pub struct Node {
+    dir: tempfile::TempDir,
+    address: String,
+    child: Option<Running>,
+    /// Where in the log the present run began.
+    run_start: u64,
+}
+
+impl Node {
+    /// A node with its configuration, not started.
+    pub fn new(settings: &Settings, member: Member<'_>) -> Node {
+        let address = free_address();
+        let node = Node { dir: tempfile::tempdir().unwrap(), address, child: None, run_start: 0 };
+        node.configure(settings, member);
+        node
+    }
+
+    /// A primary, ready.
+    pub fn primary(settings: &Settings) -> Node {
+        let mut node = Node::new(settings, Member::Primary);
+        node.start();
+        node
+    }
+
+    /// Writes the configuration, for the next start.
+    pub fn configure(&self, settings: &Settings, member: Member<'_>) {
+        let Settings { passthrough, data, lease, lines } = settings;
+        let (candidate, primary) = match member {
+            Member::Primary => (true, self.url()),
+            Member::Replica(url) => (false, url.to_owned()),
+        };
+        let (root, address) = (self.dir.path().display(), &self.address);
+        let passthrough = if passthrough.is_empty() { "auto" } else { passthrough };
+        let config = format!(
+            "fuse: {{dir: {root}/mnt, passthrough: {passthrough}}}\n\
+             data: {{dir: {root}/data{data}}}\n\
+             http: {{addr: '{address}'}}\n\
+             lease: {{type: static, hostname: primary, advertise-url: '{primary}', \
+             candidate: {candidate}, reconnect-delay: 100ms{lease}}}\n\
+             {lines}\n"
+        );
+        fs::write(self.dir.path().join("litefs.yml"), config).unwrap();
+    }
+
+    /// Starts the process and waits until it is ready.
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.spawn();
+        self.wait_ready();
+    }
+
+    /// Starts the process.
+    #[track_caller]
+    pub fn spawn(&mut self) {
+        assert!(self.child.is_none(), "is running already");
+        self.run_start = fs::metadata(self.log_path()).map_or(0, |meta| meta.len());
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+        command.arg("mount").arg("-config").arg(self.dir.path().join("litefs.yml"));
+        command
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .stdin(File::open("/dev/null").unwrap());
+        self.child = Some(Running::new(command.spawn().unwrap()));
+    }
+
+    /// Waits until the node is primary, or has what its primary has.
+    #[track_caller]
+    pub fn wait_ready(&self) {
+        self.wait_for_log(READY);
+    }
+
+    /// Ends the process as a service manager would.
+    #[track_caller]
+    pub fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        let child = self.child.take().expect("is running").child;
+        let ended = wait::until_or(
+            || format!("end of the node; log:\n{}", self.log()),
+            || child.lock().unwrap().try_wait().unwrap(),
+        );
+        assert!(!is_mounted(&self.mount()), "the mount is still there");
+        ended
+    }
+
+    /// Ends the process as a crash would.
+    pub fn kill(&mut self) {
+        if let Some(Running { child, .. }) = self.child.take() {
+            let mut child = child.into_inner().unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// The running process.
+    pub fn pid(&self) -> Pid {
+        let running = self.child.as_ref().expect("is running");
+        Pid::from_raw(running.child.lock().unwrap().id().cast_signed())
+    }
+
+    /// Whether the process was started and not ended by us.
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// The URL of its API.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The mount.
+    pub fn mount(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// A file of the mount.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.mount().join(name)
+    }
+
+    /// The data directory.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// A place for a test's own files.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory of a database.
+    pub fn db_dir(&self, name: &str) -> DbDir {
+        image::directory(&self.data(), name)
+    }
+
+    /// The databases in the mount.
+    pub fn databases(&self) -> Vec<String> {
+        let is_database = |name: &String| {
+            let suffixes = ["-journal", "-wal", "-shm", "-pos", "-lock"];
+            !name.starts_with('.') && !suffixes.iter().any(|suffix| name.ends_with(suffix))
+        };
+        let names = fs::read_dir(self.mount()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.filter(is_database).collect();
+        names.sort();
+        names
+    }
+
+    /// Where a database stands; zero if there is none.
+    pub fn pos(&self, name: &str) -> Pos {
+        let text = fs::read_to_string(self.file(&format!("{name}-pos"))).unwrap_or_default();
+        text.trim_end().parse().unwrap_or(Pos::ZERO)
+    }
+
+    /// Waits until a database stands at `pos`.
+    #[track_caller]
+    pub fn wait_for_pos(&self, name: &str, pos: Pos) {
+        wait::until_or(
+            || format!("{name} at {pos}; it stands at {}", self.pos(name)),
+            || (self.pos(name) == pos).then_some(()),
+        );
+    }
+
+    /// What the node has said since it was started.
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.log_path()).unwrap_or_default();
+        let run = bytes.get(self.run_start as usize..).unwrap_or_default();
+        String::from_utf8_lossy(run).into_owned()
+    }
+
+    /// How many lines of the log since the start contain `text`.
+    pub fn log_count(&self, text: &str) -> usize {
+        self.log().lines().filter(|line| line.contains(text)).count()
+    }
+
+    /// Waits until the log contains `text`.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str) {
+        wait::until_or(
+            || format!("{text:?} in the log:\n{}", self.log()),
+            || {
+                let found = self.log().contains(text);
+                let running = self.child.as_ref().expect("is running");
+                let ended = running.child.lock().unwrap().try_wait().unwrap();
+                assert!(found || ended.is_none(), "the node has ended:\n{}", self.log());
+                found.then_some(())
+            },
+        );
+    }
+
+    /// Runs a command of the command line against this node; `-url` is added.
+    pub fn litefs(&self, command: &str, arguments: &[&str]) -> Output {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_litefs"));
+        process.arg(command).args(["-url", &self.url()]).args(arguments);
+        process.current_dir(self.dir.path()).output().unwrap()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+        let mount = self.mount();
+        if is_mounted(&mount) {
+            let _ = Command::new("umount").arg("-l").arg(&mount).status();
+        }
+        if std::thread::panicking() {
+            let log = fs::read(self.log_path()).unwrap_or_default();
+            eprintln!("--- log of {}\n{}", self.url(), String::from_utf8_lossy(&log));
+        }
+    }
+}
+
+/// Whether something is mounted there.
+pub fn is_mounted(dir: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let dir = dir.to_str().unwrap();
+    mounts.lines().any(|line| line.split(' ').nth(1) == Some(dir))
+}
+
+/// An address on loopback whose port is free, outside the range that the kernel gives to clients:
+/// a node that is started again must find it free again.
+fn free_address() -> String {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (std::process::id() % 200) as u16 * 100;
+    wait::until("a free port", || {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 2000;
+        let address = format!("127.0.0.1:{port}");
+        TcpListener::bind(&address).is_ok().then_some(address)
+    })
+}

@@ -11,11 +11,11 @@
 //! database that fails for a local reason does not stop the others.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ltx::Pos;
+use ltx::{HEADER_SIZE, Header, Pos};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
@@ -109,6 +109,7 @@ impl Replica<'_> {
             abandoned: abandoned.clone(),
             ready: self.ready.clone(),
             current: Current::Nothing,
+            is_ready: false,
             failed: BTreeSet::new(),
             failing,
         };
@@ -165,12 +166,16 @@ impl Replica<'_> {
 
 /// Moves events from the stream to the worker until either ends.
 async fn pump(mut stream: Stream, queue: mpsc::Sender<Event>) -> Result<(), Error> {
-    while let Some(event) = stream.next().await? {
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event?,
+            () = queue.closed() => return Ok(()), // The worker has ended and says why.
+        };
+        let Some(event) = event else { return Ok(()) };
         if queue.send(event).await.is_err() {
-            return Ok(()); // The worker has ended and says why.
+            return Ok(());
         }
     }
-    Ok(())
 }
 
 /// Waits until a database has failed here, and then [`limits::REPLICA_RETRY`].
@@ -189,6 +194,8 @@ struct Worker {
     abandoned: Arc<AtomicBool>,
     ready: watch::Sender<bool>,
     current: Current,
+    /// The ready frame has come.
+    is_ready: bool,
     /// Databases that failed here: their files are of no use without the one that was lost.
     failed: BTreeSet<String>,
     /// One of them may be well again later.
@@ -198,8 +205,31 @@ struct Worker {
 /// The LTX file that is arriving.
 enum Current {
     Nothing,
-    Receiving { db: DbName, receiver: engine::Receiver },
+    Receiving(Box<Arrival>),
     Skipping,
+}
+
+/// An LTX file of which a part is here.
+struct Arrival {
+    db: DbName,
+    receiver: engine::Receiver,
+    /// The first bytes, as far as they are here.
+    header: [u8; HEADER_SIZE],
+    header_len: usize,
+}
+
+impl Arrival {
+    fn write(&mut self, data: &[u8]) -> io::Result<()> {
+        let head = data.len().min(HEADER_SIZE - self.header_len);
+        self.header[self.header_len..self.header_len + head].copy_from_slice(&data[..head]);
+        self.header_len += head;
+        self.receiver.write_all(data)
+    }
+
+    /// When the transaction was made, in milliseconds since 1970, of a file that verified.
+    fn timestamp_ms(header: &[u8; HEADER_SIZE]) -> Option<i64> {
+        Header::decode(header).ok().map(|header| header.timestamp_ms)
+    }
 }
 
 impl Worker {
@@ -220,7 +250,10 @@ impl Worker {
             Event::Frame(Frame::Ltx { name }) => self.begin(&name)?,
             Event::LtxData(data) => self.data(&data)?,
             Event::LtxEnd => self.finish()?,
-            Event::Frame(Frame::Ready) => self.announce_ready(),
+            Event::Frame(Frame::Ready) => {
+                self.is_ready = true;
+                self.announce_ready();
+            }
             Event::Frame(Frame::End) => return Ok(Some(End::Closed)),
             Event::Frame(Frame::Handoff { lease_id }) => {
                 return Ok(Some(End::Handoff { lease_id }));
@@ -252,32 +285,38 @@ impl Worker {
             }
         };
         match self.engine.receive(&db) {
-            Ok(receiver) => self.current = Current::Receiving { db, receiver },
+            Ok(receiver) => {
+                let arrival = Arrival { db, receiver, header: [0; HEADER_SIZE], header_len: 0 };
+                self.current = Current::Receiving(Box::new(arrival));
+            }
             Err(error) => self.fail(db, error)?,
         }
         Ok(())
     }
 
     fn data(&mut self, data: &[u8]) -> Result<(), Error> {
-        if let Current::Receiving { receiver, .. } = &mut self.current
-            && let Err(source) = receiver.write_all(data)
-            && let Current::Receiving { db, .. } =
-                std::mem::replace(&mut self.current, Current::Skipping)
-        {
-            let path = self.engine.data_dir().to_owned();
-            self.fail(db, engine::Error::Io { what: "store received ltx below", path, source })?;
-        }
-        Ok(())
+        let Current::Receiving(arrival) = &mut self.current else { return Ok(()) };
+        let Err(source) = arrival.write(data) else { return Ok(()) };
+        let db = arrival.db.clone();
+        self.current = Current::Skipping;
+        let path = self.engine.data_dir().to_owned();
+        self.fail(db, engine::Error::Io { what: "store received ltx below", path, source })
     }
 
     fn finish(&mut self) -> Result<(), Error> {
-        match std::mem::replace(&mut self.current, Current::Nothing) {
-            Current::Receiving { db, receiver } => match receiver.finish() {
-                Ok(_) => Ok(()),
-                Err(error) => self.fail(db, error),
-            },
-            Current::Nothing | Current::Skipping => Ok(()),
+        let current = std::mem::replace(&mut self.current, Current::Nothing);
+        let Current::Receiving(arrival) = current else { return Ok(()) };
+        let Arrival { db, receiver, header, .. } = *arrival;
+        if let Err(error) = receiver.finish() {
+            return self.fail(db, error);
         }
+        // Under constant writes LiteFS sends no heartbeats; before ready, this is old news.
+        if self.is_ready
+            && let Some(timestamp_ms) = Arrival::timestamp_ms(&header)
+        {
+            self.engine.heartbeat(timestamp_ms);
+        }
+        Ok(())
     }
 
     /// What the primary sent is wrong: that ends the connection. What this node cannot do is for
@@ -306,7 +345,8 @@ impl Worker {
 }
 
 fn is_from_peer(error: &engine::Error) -> bool {
-    matches!(error, engine::Error::Ltx { .. } | engine::Error::PositionMismatch { .. })
+    use engine::Error;
+    matches!(error, Error::Ltx { .. } | Error::PositionMismatch { .. } | Error::Diverged { .. })
 }
 
 /// Waits until each database stands at its target or has failed.

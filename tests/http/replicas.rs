@@ -176,3 +176,27 @@ async fn a_primary_of_another_cluster_is_refused() {
     check_refused(dir.path(), "LFSCFFFFFFFFFFFFFFFF").await;
     check_refused(dir.path(), "").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_is_news_of_the_primary_once_the_replica_is_ready() {
+    let ready = [0, 0, 0, 2];
+    let files = RAW.windows(ready.len()).rposition(|bytes| bytes == ready).unwrap();
+    let timestamp_ms = {
+        let last = RAW[..files].windows(4).rposition(|bytes| bytes == b"LTX1").unwrap();
+        i64::from_be_bytes(RAW[last + 32..last + 40].try_into().unwrap())
+    };
+    let check = async |stream: Vec<u8>, expected: Option<i64>| {
+        let dir = tempfile::tempdir().unwrap();
+        let primary = peer(move |_| answer(stream.clone(), Then::Silence)).await;
+        let url = format!("http://{}", primary.address());
+        let mut replica = Node::replica(dir.path(), 2, &url).await;
+        replica.wait_ready().await;
+        let applied = || replica.pos("wal.db").txid.0 == 10;
+        wait_until(applied, || "wal.db".to_owned()).await;
+        let told = || replica.engine.lag_timestamp_ms() == expected;
+        wait_until(told, || format!("{expected:?}")).await;
+        replica.stop().await;
+    };
+    check([&RAW[..files], &ready].concat(), None).await;
+    check([&ready, &RAW[..files]].concat(), Some(timestamp_ms)).await;
+}

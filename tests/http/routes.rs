@@ -251,7 +251,8 @@ async fn a_replica_takes_no_import() {
     let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
     replica.wait_ready().await;
     let path = dir.path().join("made.db");
-    make_database(&path, "CREATE TABLE t (x)");
+    // More than any window, so that the answer comes before the end of the upload.
+    make_database(&path, "CREATE TABLE t (x); INSERT INTO t VALUES (zeroblob(40000000));");
     let error = import(&replica.client, &path).await.unwrap_err();
     assert_eq!(error.to_string(), "invalid response: code=503: lease expired");
     replica.stop().await;

@@ -73,7 +73,8 @@ struct Settings {
 pub fn run(flags: Flags) -> Result<u8, Failure> {
     let settings = settings(&flags).map_err(usage)?;
     say(version::text());
-    telemetry::log::init(&settings.config.log)?;
+    let verbose: &[_] = if settings.config.fuse.debug { &["fuse"] } else { &[] };
+    telemetry::log::init(&settings.config.log, verbose)?;
     let runtime = tokio::runtime::Runtime::new().context("start threads")?;
     let code = runtime.block_on(node::run(&settings));
     runtime.shutdown_timeout(THREADS_WAIT);

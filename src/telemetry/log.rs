@@ -17,9 +17,11 @@ use serde::Serializer as _;
 use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::{Log, LogFormat};
@@ -29,20 +31,26 @@ const SECONDS_PER_DAY: u64 = 86_400;
 /// Logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[error("init logger")]
-pub struct InitError(#[source] Box<dyn std::error::Error + Send + Sync>);
+pub struct InitError(#[source] tracing::subscriber::SetGlobalDefaultError);
 
-/// Sends the events of the whole process to stderr. To be called once.
+/// Sends the events of the whole process to stderr; debug events of `verbose` modules in any case.
+/// To be called once.
 ///
 /// # Errors
 /// A logger is there already.
-pub fn init(config: &Log) -> Result<(), InitError> {
-    let level = if config.debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    tracing_subscriber::fmt()
+pub fn init(config: &Log, verbose: &[&str]) -> Result<(), InitError> {
+    let layer = tracing_subscriber::fmt::layer()
         .event_format(Lines::new(config))
-        .with_max_level(level)
         .with_writer(io::stderr)
-        .try_init()
-        .map_err(InitError)
+        .with_filter(levels(config, verbose));
+    let subscriber = tracing_subscriber::registry().with(layer);
+    tracing::subscriber::set_global_default(subscriber).map_err(InitError)
+}
+
+fn levels(config: &Log, verbose: &[&str]) -> Targets {
+    let level = if config.debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    let verbose = verbose.iter().map(|target| (*target, LevelFilter::DEBUG));
+    Targets::new().with_default(level).with_targets(verbose)
 }
 
 /// Turns events into lines.
@@ -267,6 +275,18 @@ mod tests {
         let expected = "{\"time\":\"2026-11-23T07:11:00.890Z\",\"level\":\"WARN\",\
                         \"msg\":\"a\\nb\",\"n\":-1}\n";
         check(lines, || tracing::warn!(n = -1, "a\nb"), expected);
+    }
+
+    #[test]
+    fn one_module_can_be_verbose() {
+        let levels = levels(&Log::default(), &["noisy"]);
+        assert!(levels.would_enable("noisy::part", &Level::DEBUG));
+        assert!(levels.would_enable("litefs::engine", &Level::INFO));
+        assert!(!levels.would_enable("litefs::engine", &Level::DEBUG));
+        assert!(
+            super::levels(&Log { debug: true, ..Log::default() }, &[])
+                .would_enable("litefs::engine", &Level::DEBUG)
+        );
     }
 
     #[test]

@@ -1,14 +1,82 @@
-//! `export`, `import` and `status` where there is nothing to talk to, or nothing to send.
+//! `export`, `import` and `status`, with a node and without one.
 
 use std::fs;
-use std::net::TcpListener;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
 
 use super::litefs;
+use super::node::{Node, free_port};
 
-/// A URL where nobody answers: the port was free a moment ago.
+/// A URL where nobody answers.
 fn nobody() -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    format!("http://127.0.0.1:{port}")
+    format!("http://127.0.0.1:{}", free_port())
+}
+
+fn database(path: &Path, row: i64) {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.execute_batch(&format!("create table t(x); insert into t values ({row})")).unwrap();
+}
+
+fn row(path: &Path) -> i64 {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.query_row("select x from t", [], |row| row.get(0)).unwrap()
+}
+
+#[track_caller]
+fn works(arguments: &[&str]) -> String {
+    let output = litefs(arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert_eq!(stderr, "", "{arguments:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_database_goes_in_and_comes_out_again() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let (url, new, out) = (node.url(), node.path("new.db"), node.path("out.db"));
+    database(&new, 7);
+    let said = works(&["import", "-url", &url, "-name", "app.db", new.to_str().unwrap()]);
+    assert!(said.starts_with("Import of database \"app.db\" in "), "{said}");
+    assert_eq!(row(&node.path("mnt/app.db")), 7);
+
+    // The old file's WAL would be applied to the new one.
+    database(&out, 8);
+    fs::write(node.path("out.db-wal"), "old").unwrap();
+    let said = works(&["export", "-url", &url, "-name", "app.db", out.to_str().unwrap()]);
+    assert!(said.starts_with("Export of database \"app.db\" in "), "{said}");
+    assert!(!node.path("out.db-wal").exists() && !node.path("out.db.tmp").exists());
+    assert_eq!(row(&out), 7);
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
+#[test]
+fn an_unknown_database_is_not_exported() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let out = node.path("out.db");
+    database(&out, 8);
+    fails(
+        &["export", "-url", &node.url(), "-name", "x", out.to_str().unwrap()],
+        "database not found",
+    );
+    assert_eq!(row(&out), 8);
+}
+
+#[test]
+fn status_shows_the_node_and_its_databases() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    database(&node.path("mnt/app.db"), 1);
+    let table = works(&["status", "-url", &node.url()]);
+    assert!(table.contains("\nrole:       primary\n"), "{table}");
+    assert!(table.contains("\napp.db    0000000000000002/"), "{table}");
+    let json = works(&["status", "-json", "-url", &node.url()]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["databases"][0]["name"], "app.db");
 }
 
 #[track_caller]

@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 mod client;
 mod config;
 mod mount;
+mod node;
 mod usage;
 
 /// Runs the program and waits for it. Its working directory and home are `/`, where no

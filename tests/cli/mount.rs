@@ -1,98 +1,11 @@
 //! `mount` with a real mount: the supervised process, signals and exit codes.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-/// Far above what any of these takes on a slow machine.
-const DEADLINE: Duration = Duration::from_secs(30);
-
-/// A running `litefs mount` in directories of its own.
-struct Node {
-    dir: tempfile::TempDir,
-    child: Child,
-    stdout: BufReader<std::process::ChildStdout>,
-}
-
-impl Node {
-    /// A standalone primary by configuration file, with `extra` lines in it.
-    fn start(extra: &str, command: &[&str]) -> Node {
-        let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let root = dir.path().display();
-        let config = format!(
-            "fuse: {{dir: {root}/mnt}}\ndata: {{dir: {root}/data}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n\
-             lease: {{type: static, hostname: a, advertise-url: 'http://127.0.0.1:{port}'}}\n{extra}"
-        );
-        fs::write(dir.path().join("litefs.yml"), config).unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_litefs"));
-        process.arg("mount").args(command).current_dir(dir.path());
-        let mut child = process.stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        Node { dir, child, stdout }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Reads stdout up to a line that begins so.
-    fn wait_for_line(&mut self, begin: &str) {
-        let mut seen = String::new();
-        while !seen.lines().last().is_some_and(|line| line.starts_with(begin)) {
-            assert!(self.stdout.read_line(&mut seen).unwrap() > 0, "{begin} not in:\n{seen}");
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-    }
-
-    /// Waits for the end; the mount must be gone.
-    fn end(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + DEADLINE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "litefs does not end");
-            std::thread::yield_now();
-        };
-        assert!(!is_mounted(&self.path("mnt")), "the mount is still there");
-        status
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // After a failed test; after a good one there is nothing left.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if is_mounted(&self.path("mnt")) {
-            let _ = Command::new("umount").arg("-l").arg(self.path("mnt")).status();
-        }
-    }
-}
-
-fn is_mounted(dir: &Path) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let dir = dir.to_str().unwrap();
-    mounts.lines().any(|line| line.split(' ').nth(1) == Some(dir))
-}
-
-fn wait_for_file(path: &Path) {
-    let deadline = Instant::now() + DEADLINE;
-    while !path.exists() {
-        assert!(Instant::now() < deadline, "{} does not appear", path.display());
-        std::thread::yield_now();
-    }
-}
+use super::node::{Node, free_port, wait_for_file};
 
 #[track_caller]
 fn code(script: &str, expected: i32) {
@@ -174,4 +87,67 @@ fn a_mount_that_somebody_takes_away_ends_the_node() {
     node.wait_for_line("waiting for signal");
     assert!(Command::new("umount").arg(node.path("mnt")).status().unwrap().success());
     assert_eq!(node.end().code(), Some(1));
+}
+
+#[test]
+fn a_signal_has_its_effect_while_the_cluster_is_awaited() {
+    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let lease = format!("lease: {{type: static, candidate: false, advertise-url: '{nobody}'}}\n");
+    let mut node = Node::start_by(&[], free_port(), &lease, &["--", "touch", "started"]);
+    node.wait_for_line("LiteFS mounted to");
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+    assert!(!node.path("started").exists());
+}
+
+#[test]
+fn the_cluster_is_not_awaited_with_skip_sync() {
+    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let config = format!(
+        "lease: {{type: static, candidate: false, advertise-url: '{nobody}'}}\nskip-sync: true\n"
+    );
+    let mut node = Node::start_by(&[], free_port(), &config, &["--", "sh", "-c", "exit 6"]);
+    assert_eq!(node.end().code(), Some(6));
+}
+
+#[test]
+fn a_node_can_stay_after_a_failed_start() {
+    let mut node = Node::start("exit-on-error: false\n", &["--", "/nonexistent/app"]);
+    node.wait_for_line("waiting for a signal");
+    // The node works, so that one can look.
+    let list = fs::read_dir(node.path("mnt")).unwrap();
+    assert!(list.count() > 0);
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(1));
+}
+
+#[test]
+fn a_busy_mount_is_an_error_and_taken_away_all_the_same() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let held = fs::File::create(node.path("mnt/app.db")).unwrap();
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(1));
+    drop(held);
+}
+
+#[test]
+fn a_port_in_use_is_named_before_anything_is_mounted() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut node = Node::start_by(&[], port, "lease: {type: static}\n", &["--"]);
+    assert_eq!(node.end().code(), Some(1));
+    assert!(!node.path("data").exists());
+}
+
+/// In a process namespace of its own, litefs is process 1 and inherits what others leave behind.
+#[test]
+fn process_1_collects_orphans() {
+    let script = "sh -c 'true & echo $! >orphan'; \
+                  while [ -e /proc/$(cat orphan) ]; do :; done; exit 5";
+    let port = free_port();
+    let by = ["unshare", "--pid", "--fork", "--mount-proc"];
+    let config = "lease: {type: static}\n";
+    let mut node = Node::start_by(&by, port, config, &["--", "sh", "-c", script]);
+    assert_eq!(node.end().code(), Some(5));
 }

@@ -253,7 +253,8 @@ impl Db {
         if self.is_followed() {
             // The one writer is our own applier, which moves nothing while it is pinned.
             guard.pin();
-            return self.note_wal();
+            let (view, frame) = self.note_position()?;
+            return Ok((view, self.frozen_wal(frame)?));
         }
         let still = LockSet::one(Lock::Ckpt);
         self.hold(still, LockKind::Exclusive)?;
@@ -263,23 +264,26 @@ impl Db {
         guard.add(mark);
         let write = LockSet::one(Lock::Write);
         self.hold(write, LockKind::Exclusive)?;
-        let noted = self.note_wal();
+        let noted = self.note_position();
         self.release(Owner::READ, write);
-        noted
+        let (view, frame) = noted?;
+        Ok((view, self.frozen_wal(frame)?))
     }
 
-    /// The position and the frames that belong to it.
-    pub(super) fn note_wal(&self) -> Result<(View, FrozenWal)> {
+    /// The position, and the last frame of the WAL that belongs to it.
+    fn note_position(&self) -> Result<(View, u32)> {
         let mut change = self.change.lock().unwrap();
         self.capture_frames(&mut change)?;
-        let frame = change.wal.frame();
-        let view = change.view();
-        drop(change);
+        Ok((change.view(), change.wal.frame()))
+    }
+
+    /// The WAL up to `frame`, which nobody moves or overwrites now.
+    fn frozen_wal(&self, frame: u32) -> Result<FrozenWal> {
         let Some(wal) = self.files.get(FileKind::Wal).filter(|_| frame > 0) else {
-            return Ok((view, None));
+            return Ok(None);
         };
         let map = self.wal_map(&wal.file, Some(frame))?;
-        Ok((view, map.map(|map| (wal.file.clone(), map))))
+        Ok(map.map(|map| (wal.file.clone(), map)))
     }
 
     fn hold(&self, set: LockSet, kind: LockKind) -> Result<()> {

@@ -8,6 +8,8 @@ mod support;
 
 // The command line: the real program with real files, no mount.
 mod cli;
+// Nodes on loopback, each a real process with a real mount: replication, and what breaks it.
+mod cluster;
 // The API and the replication stream over real sockets on loopback.
 mod http;
 // The rules of the source tree that no compiler checks.

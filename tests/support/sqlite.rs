@@ -3,9 +3,9 @@
 //! Connections of one process share their locks: what has to look like another application is run
 //! by the `sqlite3` program.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -57,4 +57,48 @@ fn attempt(path: &Path, sql: &str) -> Output {
 #[track_caller]
 pub fn value<T: rusqlite::types::FromSql>(connection: &Connection, sql: &str) -> T {
     connection.query_row(sql, [], |row| row.get(0)).unwrap_or_else(|error| panic!("{sql}: {error}"))
+}
+
+/// A `sqlite3` process that stays.
+pub struct Session {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Session {
+    /// Opens a database; nothing is read yet.
+    pub fn open(path: &Path) -> Session {
+        // Complaints are part of what is answered.
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec sqlite3 -batch \"$0\" 2>&1"]).arg(path);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stdin = child.stdin.take().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Session { child, stdin, stdout }
+    }
+
+    /// Runs `sql`; what it printed.
+    #[track_caller]
+    pub fn run(&mut self, sql: &str) -> String {
+        const END: &str = "-- end of answer --";
+        writeln!(self.stdin, "{sql}\n.print {END}").unwrap();
+        let mut answer = String::new();
+        loop {
+            let start = answer.len();
+            assert!(self.stdout.read_line(&mut answer).unwrap() > 0, "sqlite3 has ended: {answer}");
+            if answer[start..].trim_end() == END {
+                answer.truncate(start);
+                return answer.trim_end().to_owned();
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }

@@ -12,5 +12,7 @@ mod cli;
 mod cluster;
 // The API and the replication stream over real sockets on loopback.
 mod http;
+// SQLite on the mount of one real primary, and everything that can go wrong there.
+mod mount;
 // The rules of the source tree that no compiler checks.
 mod tidy;

@@ -71,7 +71,12 @@ pub fn now_ms() -> i64 {
 impl Node {
     /// The primary of a static cluster, ready.
     pub async fn primary(dir: &Path, id: u64) -> Node {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).await;
+        Node::primary_at(dir, id, "127.0.0.1:0").await
+    }
+
+    /// The same at a fixed address, to come back there.
+    pub async fn primary_at(dir: &Path, id: u64, address: &str) -> Node {
+        let listener = bind(address.parse().unwrap()).await;
         let url = format!("http://{}", listener.local_addr().unwrap());
         let mut node = Node::start(dir, id, listener, StaticRole::Primary, &url, &[]);
         node.ready.wait_for(|ready| *ready).await.unwrap();

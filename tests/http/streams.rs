@@ -85,6 +85,32 @@ async fn a_replica_that_is_far_behind_catches_up_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_primary_sends_its_files_and_no_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let primary = Node::primary(&dir.path().join("a"), 1).await;
+    let address = primary.client.address();
+    primary.import("a.db", "CREATE TABLE t (x)").await;
+    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+    replica.wait_ready().await;
+    replica.stop().await;
+    for kib in [1, 300, 1, 6000, 1] {
+        primary.import("a.db", &random_rows(kib)).await;
+    }
+    primary.stop().await;
+    let primary = Node::primary_at(&dir.path().join("a"), 3, &address).await;
+    let mut replica = Node::replica(&dir.path().join("b"), 4, &primary.url).await;
+    replica.wait_ready().await;
+    assert_eq!(replica.pos("a.db"), primary.pos("a.db"));
+    let text = primary.client.text("/metrics").await.unwrap();
+    for line in ["type=\"ltx\"} 5\n", "type=\"ltx:snapshot\"} 0\n"] {
+        assert!(text.contains(line), "{line} is missing in:\n{text}");
+    }
+    assert!(replica.export("a.db").await == primary.export("a.db").await);
+    replica.stop().await;
+    primary.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_committed_before_a_stop_is_sent() {
     let dir = tempfile::tempdir().unwrap();
     let primary = Node::primary(&dir.path().join("a"), 1).await;

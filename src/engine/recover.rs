@@ -21,6 +21,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use ltx::{Checksum, Compression, NodeId, PageSize, Pgno, Pos, Txid};
 
@@ -213,7 +214,11 @@ struct Found {
     /// The file's header, if it is a database.
     header: Result<DatabaseHeader, HeaderError>,
     database: Option<File>,
+    /// When the database file was written last.
+    database_time: Option<SystemTime>,
     log: Option<Log>,
+    /// When the WAL was written last.
+    wal_time: Option<SystemTime>,
     /// There is a WAL of another page size, which has no part in anything.
     foreign_wal: bool,
     journal: Journal,
@@ -320,7 +325,9 @@ impl Recovery<'_> {
         let base = self.base(database.as_ref(), page_size)?;
         let foreign_wal = in_log.is_some_and(|in_log| in_log != page_size);
         let log = log.filter(|_| !foreign_wal);
-        Ok(Found { base, header, database, log, foreign_wal, journal })
+        let database_time = modified(&self.dir.database())?;
+        let wal_time = modified(&self.dir.wal())?;
+        Ok(Found { base, header, database, database_time, log, wal_time, foreign_wal, journal })
     }
 
     /// The checksums of the whole database file, saved or computed.
@@ -350,7 +357,7 @@ impl Recovery<'_> {
             return Ok(None);
         }
         let states = States::walk(end, found)?;
-        if states.wal_is_behind(end, found) {
+        if states.wal_is_older(end, found) {
             let plan = Plan::keep(end, states.bare);
             return Ok(Some(Plan { wal: WalUse::SetAside, ..plan }));
         }
@@ -536,8 +543,12 @@ impl Recovery<'_> {
     }
 
     /// The chain is ahead of the database: LTX files are applied to the database with its WAL, or to
-    /// the database alone. What the WAL holds must be in the chain; if it is not, it is newer, and
-    /// nothing tells the pages that it changed from those that a checkpoint did: all are written.
+    /// the database alone.
+    ///
+    /// Unless the WAL is newer than the chain, and a checkpoint put some of it into the database file.
+    /// Then no file explains what the WAL holds, and each page of the database file is that of the end
+    /// of the chain or one of the WAL. If not, the WAL is older than the chain, such as one from before
+    /// a snapshot that was received and not applied yet.
     fn follow_chain(
         &self,
         end: &End,
@@ -550,12 +561,19 @@ impl Recovery<'_> {
         };
         let commits = states.commits();
         let suffix = self.files.search(end, states.into_bases(), &mut unexplained)?;
-        if !unexplained.is_empty() && found.header.is_ok() {
+        let explained = unexplained.is_empty();
+        let Some(suffix) = suffix else {
             let max = Txid(end.pos().txid.0 + commits as u64);
-            return self.continue_with_all(end, max, found);
+            return if explained { Ok(None) } else { self.continue_with_all(end, max, found) };
+        };
+        if let (false, Some(log)) = (explained, &found.log)
+            && is_backfilled(found, &suffix.image, log)
+        {
+            return Ok(Some(self.continue_in_one(end, found, 0)?));
         }
-        Ok(suffix.map(|suffix| Plan {
-            wal: if suffix.base == 0 { WalUse::Checkpoint } else { WalUse::SetAside },
+        let set_aside = suffix.base != 0 || (suffix.bare_fits && !explained);
+        Ok(Some(Plan {
+            wal: if set_aside { WalUse::SetAside } else { WalUse::Checkpoint },
             database: match suffix.whole && found.header.is_err() {
                 true => DatabaseUse::SetAside,
                 false => DatabaseUse::Keep,
@@ -852,17 +870,20 @@ impl States {
             .or_else(|| self.after.iter().rposition(|state| *state == wanted))
     }
 
-    /// Whether the database file is at the end of the chain, and the chain's last transaction stood
-    /// behind the end of this WAL: a power loss took the rest, and what is left of it is older than
-    /// the file.
-    fn wal_is_behind(&self, end: &End, found: &Found) -> bool {
-        let Some(log) = found.log.as_ref().filter(|log| same_run(end, log)) else {
+    /// Whether the database file is at the end of the chain, and the WAL is older than that: a power
+    /// loss took its end, in which the chain's last transaction stood; or an LTX file was applied to
+    /// the database file under all locks, and a crash came before the WAL was emptied.
+    fn wal_is_older(&self, end: &End, found: &Found) -> bool {
+        let wanted = (end.header.commit, end.trailer.post_apply);
+        let only_bare = self.after.iter().rposition(|state| *state == wanted) == Some(0);
+        let Some(log) = found.log.as_ref().filter(|log| only_bare && log.commits() > 0) else {
             return false;
         };
-        let wanted = (end.header.commit, end.trailer.post_apply);
-        let cut = end.header.wal_offset.saturating_add(end.header.wal_size);
-        let cut = u64::try_from(cut).is_ok_and(|cut| cut > log.end(log.commits()));
-        cut && self.after[0] == wanted && self.after[self.commits()] != wanted
+        if same_run(end, log) {
+            let cut = end.header.wal_offset.saturating_add(end.header.wal_size);
+            return u64::try_from(cut).is_ok_and(|cut| cut > log.end(log.commits()));
+        }
+        !next_run(end, log) && found.database_time > found.wal_time
     }
 
     /// How many transactions of the WAL the chain has, by the place in the WAL that its last file
@@ -897,6 +918,23 @@ fn same_run(end: &End, log: &Log) -> bool {
     (end.header.wal_salt1, end.header.wal_salt2) == (salts.0, salts.1)
 }
 
+/// Whether the WAL was restarted right after the last transaction of the chain.
+fn next_run(end: &End, log: &Log) -> bool {
+    let was_in_wal = end.header.wal_size > 0;
+    was_in_wal && end.header.wal_salt1.wrapping_add(1) == log.header().salts.0
+}
+
+/// Whether the database file can be that of `image`, the end of the chain, with frames of the WAL in
+/// it that a checkpoint moved.
+fn is_backfilled(found: &Found, image: &Image, log: &Log) -> bool {
+    let frames = log.frames();
+    let fits = |pgno: Pgno| {
+        let sum = found.base.get(pgno);
+        sum == image.get(pgno) || frames.contains(&(pgno, sum))
+    };
+    image.page_numbers().all(fits)
+}
+
 /// Pages of a database, ascending and without the lock page, with where they stand.
 fn page_sources(
     image: &Image,
@@ -910,6 +948,14 @@ fn page_sources(
 /// The size of a database without a WAL, in pages: what its header says, but no more than the file.
 fn database_pages(found: &Found, header: &DatabaseHeader) -> u32 {
     header.page_count().map_or(found.base.pages(), |pages| pages.min(found.base.pages()))
+}
+
+/// When a file was written last; none if it is missing.
+fn modified(path: &Path) -> Result<Option<SystemTime>, Error> {
+    match std::fs::metadata(path).and_then(|meta| meta.modified()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        modified => modified.map(Some).map_err(io_error("stat", path)),
+    }
 }
 
 fn open_if_present(path: &Path) -> io::Result<Option<File>> {

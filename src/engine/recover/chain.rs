@@ -135,8 +135,10 @@ impl Files {
                 }
                 files.push(file.clone());
                 let wanted = end.trailer.post_apply;
-                found = bases.iter().position(|base| base.rolling() == wanted).map(|base| Suffix {
+                let fits = |base: &Image| base.rolling() == wanted;
+                found = bases.iter().position(fits).map(|base| Suffix {
                     base,
+                    bare_fits: bases.last().is_some_and(fits),
                     image: bases[base].clone(),
                     whole: bases[base].page_numbers().all(|pgno| covered.contains(&pgno)),
                     files: files.iter().rev().cloned().collect(),
@@ -158,6 +160,8 @@ impl Files {
 pub(super) struct Suffix {
     /// On which of the bases.
     pub(super) base: usize,
+    /// Whether the last of the bases gives the same result.
+    pub(super) bare_fits: bool,
     /// The result.
     pub(super) image: Image,
     /// Whether they hold every page, so that nothing of the base is left.

@@ -1,7 +1,7 @@
 //! The WAL as start-up finds it: every valid commit frame counts, whoever wrote it.
 //! (SQLite's own recovery rule.)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::ops::Range;
@@ -96,6 +96,11 @@ impl Log {
     /// The pages of `latest` with their checksums.
     pub(super) fn sums(&self, latest: &Latest) -> impl Iterator<Item = (Pgno, Checksum)> {
         latest.iter().map(|(pgno, frame)| (*pgno, self.frames[*frame].1))
+    }
+
+    /// All images of all pages.
+    pub(super) fn frames(&self) -> HashSet<(Pgno, Checksum)> {
+        self.frames.iter().copied().collect()
     }
 
     /// Reads the page of a frame.

@@ -277,7 +277,11 @@ fn copy_dir(from: &Path, to: &Path) {
         let target = to.join(entry.file_name());
         match entry.file_type().unwrap().is_dir() {
             true => copy_dir(&entry.path(), &target),
-            false => _ = fs::copy(entry.path(), target).unwrap(),
+            false => {
+                fs::copy(entry.path(), &target).unwrap();
+                let time = entry.metadata().unwrap().modified().unwrap();
+                File::open(target).unwrap().set_modified(time).unwrap();
+            }
         }
     }
 }
@@ -524,6 +528,46 @@ fn a_chain_that_is_ahead_of_a_cut_wal_is_applied() {
         }
         target.check(&source, last, source.pos(last));
     }
+}
+
+#[test]
+fn a_received_snapshot_wins_over_an_older_wal() {
+    let mut own = Source::wal();
+    own.insert(3);
+    let mut primary = Source::wal();
+    primary.insert(9);
+    let last = primary.last();
+    // Not begun to apply, half applied, and applied but for the WAL.
+    for applied in [0, 5, u32::MAX] {
+        let target = Target::of(&own);
+        target.put(&primary, 1, last);
+        backfill(&target, &primary, last, |pgno| pgno <= applied);
+        let wal = File::open(target.dir.wal()).unwrap();
+        wal.set_modified(SystemTime::now() - std::time::Duration::from_secs(1)).unwrap();
+        target.check_crashes(&primary, last, primary.pos(last));
+        let recovered = target.recover().unwrap();
+        assert_eq!((recovered.pos, recovered.rebuilt.len()), (primary.pos(last), 0));
+        assert!(fs::read(target.dir.database()).unwrap() == primary.states[last as usize]);
+        assert_eq!(target.lost(), ["wal"]);
+    }
+}
+
+#[test]
+fn a_size_that_no_file_can_have_is_refused() {
+    use crate::sqlite::wal::{Frame, WalCursor, WalHeader};
+    let mut source = Source::wal();
+    source.insert(1);
+    let last = source.last();
+    let target = Target::of(&source).with(&source, 1..=last);
+    let bytes = fs::read(target.dir.wal()).unwrap();
+    let header = WalHeader::parse(&bytes).unwrap();
+    let mut cursor = WalCursor::start(&header);
+    let mut wal = header.encode().to_vec();
+    let page = [0; PAGE_SIZE];
+    cursor.encode(&Frame { pgno: Pgno(1), commit: Some(u32::MAX - 1), page: &page }, &mut wal);
+    fs::write(target.dir.wal(), &wal).unwrap();
+    assert!(matches!(target.recover(), Err(Error::Size { .. })));
+    assert_eq!(fs::read(target.dir.wal()).unwrap(), wal);
 }
 
 #[test]

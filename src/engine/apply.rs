@@ -33,6 +33,9 @@ use follow::Follower;
 /// How long the thread of a database waits for more before it ends.
 const LINGER: Duration = Duration::from_secs(5);
 
+/// How long a full queue may stand still before the stream goes on without the database.
+const FULL_WAIT: Duration = Duration::from_secs(1);
+
 /// How long after a failed apply it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -41,6 +44,8 @@ pub struct Inbox {
     state: Mutex<State>,
     /// Something was queued, taken, or the end is near.
     changed: Condvar,
+    /// The applier waits for readers of the database to finish.
+    waits_for_readers: AtomicBool,
     /// The wal-index is being replaced behind the kernel's page cache.
     rewriting_index: AtomicBool,
     /// The replica's hold on a WAL database.
@@ -251,6 +256,7 @@ impl Inbox {
         Inbox {
             state: Mutex::new(state),
             changed: Condvar::new(),
+            waits_for_readers: AtomicBool::new(false),
             rewriting_index: AtomicBool::new(false),
             follower: Mutex::default(),
             pins: AtomicUsize::new(0),
@@ -298,7 +304,13 @@ impl Db {
         let pos = received.pos();
         let mut state = self.inbox.state.lock().unwrap();
         while state.queue_bytes > limits::INBOX_BYTES && !state.stop {
-            state = self.inbox.changed.wait(state).unwrap();
+            let (guard, waited) = self.inbox.changed.wait_timeout(state, FULL_WAIT).unwrap();
+            state = guard;
+            // A queue that moves only needs time; one behind readers must not stop other databases.
+            if waited.timed_out() && self.inbox.waits_for_readers.load(Ordering::SeqCst) {
+                received.discard();
+                return Err(Error::Busy { db: self.name.clone(), what: "readers do not finish" });
+            }
         }
         if !state.running && state.queue.is_empty() && !state.received.is_zero() {
             state.received = self.pos();

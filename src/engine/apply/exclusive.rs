@@ -45,7 +45,10 @@ impl Db {
     }
 
     fn apply_alone(&self, received: &Arc<Received>) -> Result<()> {
-        let _locks = self.lock_everything()?;
+        self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
+        let locks = self.lock_everything();
+        self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
+        let _locks = locks?;
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
         let stale = self.apply_locked(&mut change, received)?;

@@ -9,6 +9,8 @@ use crate::support::image::{self, Image};
 use crate::support::node::{Node, Settings};
 use crate::support::sqlite;
 
+/// A node that is killed while applications write.
+mod crash;
 /// Every journal mode, page size and way of the bytes, through the life of a database.
 mod table;
 

@@ -6,6 +6,8 @@
 pub mod image;
 /// One `litefs mount` process in directories of its own.
 pub mod node;
+/// A `sqlite3` program that is told step by step what to do.
+pub mod shell;
 /// SQLite, in this process and in others.
 pub mod sqlite;
 /// Waiting for a condition, with a deadline.

@@ -1,0 +1,134 @@
+//! A node that is killed while applications write. Whatever SQLite acknowledged must be there after
+//! the next start, one transaction a commit.
+
+use std::process::{Child, Command, Stdio};
+
+use ltx::Txid;
+use test_case::test_case;
+
+use super::{DB, Node, check_chain, check_integrity, check_stopped, sqlite, strict};
+use crate::support::node::Settings;
+use crate::support::shell::Shell;
+use crate::support::wait;
+
+/// How often the node is killed.
+const ROUNDS: u64 = 5;
+/// Applications that write at the same time.
+const WRITERS: u64 = 2;
+
+/// A program that commits one row after the other, and says the number of each that was
+/// acknowledged.
+struct Writer {
+    child: Child,
+    who: u64,
+}
+
+impl Writer {
+    /// Begins to write rows from the number `first` on.
+    fn start(node: &Node, who: u64, setup: &str, first: u64) -> Writer {
+        let script = node.scratch(&format!("script-{who}-{first}"));
+        let mut sql = format!(".timeout 2000\n{setup};\n");
+        for n in first..first + 20_000 {
+            sql += &format!(
+                "begin immediate; insert into t values ({who}, {n}, hex(randomblob({size}))); \
+                 update t set b = 'shorter' where who = {who} and n = {n} - 5; commit; select 'committed', {n};\n",
+                size = n * 37 % 900,
+            );
+        }
+        std::fs::write(&script, sql).unwrap();
+        let mut command = Command::new("sqlite3");
+        command.args(["-batch", "-bail"]).arg(node.file(DB));
+        command.stdin(std::fs::File::open(script).unwrap()).stdout(Stdio::piped());
+        Writer { child: command.stderr(Stdio::null()).spawn().unwrap(), who }
+    }
+
+    /// The last number that was acknowledged, once the program has ended.
+    fn acknowledged(self) -> u64 {
+        let output = self.child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let last = text.lines().filter_map(|line| line.strip_prefix("committed|")).next_back();
+        last.map_or(0, |number| number.parse().unwrap())
+    }
+}
+
+#[test_case("wal", "normal", "auto")]
+#[test_case("wal", "full", "auto")]
+#[test_case("wal", "normal", "off")]
+#[test_case("delete", "full", "auto")]
+#[test_case("delete", "full", "off")]
+#[test_case("truncate", "full", "auto")]
+#[test_case("persist", "normal", "auto")]
+fn what_sqlite_acknowledged_survives_a_killed_node(
+    mode: &str,
+    synchronous: &str,
+    passthrough: &'static str,
+) {
+    let mut node = Node::primary(&Settings { passthrough, ..Settings::default() });
+    let setup = format!(
+        "pragma journal_mode={mode}; pragma synchronous={synchronous}; \
+         pragma wal_autocheckpoint=20"
+    );
+    sqlite::run(&node.file(DB), &format!("{setup}; create table t(who, n, b);"));
+    let before = node.pos(DB).txid.0;
+    for round in 0..ROUNDS {
+        let writers: Vec<Writer> =
+            (0..WRITERS).map(|who| Writer::start(&node, who, &setup, next(&node, who))).collect();
+        let start = node.pos(DB).txid.0;
+        let enough = Txid(start + 10 + 23 * round);
+        wait::until_or(
+            || format!("transaction {enough}, stands at {}", node.pos(DB)),
+            || (node.pos(DB).txid >= enough).then_some(()),
+        );
+        node.kill();
+        let acknowledged: Vec<_> =
+            writers.into_iter().map(|writer| (writer.who, writer.acknowledged())).collect();
+        node.start();
+        let db = sqlite::open(&node.file(DB));
+        check_integrity(&db);
+        for (who, last) in acknowledged {
+            let found = next(&node, who) - 1;
+            assert!(found >= last, "{last} was acknowledged to {who}, {found} is the last");
+            let count = format!("select count(*) from t where who = {who}");
+            assert_eq!(sqlite::value::<u64>(&db, &count), found, "rows of {who} without a gap");
+        }
+        let rows: u64 = sqlite::value(&db, "select count(*) from t");
+        assert_eq!(node.pos(DB).txid, Txid(before + rows), "one transaction a commit");
+        check_chain(&node.db_dir(DB), node.pos(DB));
+    }
+    let pos = node.pos(DB);
+    node.stop();
+    assert_eq!(check_stopped(&node.db_dir(DB)), pos);
+    assert!(!node.db_dir(DB).lost_found().exists(), "nothing had to be set aside");
+}
+
+/// The number after the last row of `who`.
+fn next(node: &Node, who: u64) -> u64 {
+    let sql = format!("select coalesce(max(n), 0) + 1 from t where who = {who}");
+    sqlite::value(&sqlite::open(&node.file(DB)), &sql)
+}
+
+#[test_case("wal", "auto")]
+#[test_case("delete", "auto")]
+#[test_case("delete", "off")]
+fn an_application_survives_the_node_and_opens_its_database_again(
+    mode: &str,
+    passthrough: &'static str,
+) {
+    let mut node = strict(passthrough);
+    let file = node.file(DB);
+    let mut shell = Shell::open(&file);
+    shell.run(&format!("pragma journal_mode={mode}; create table t(x); insert into t values (1)"));
+    shell.run("begin immediate; insert into t values (2)");
+    node.kill();
+    shell.attempt("insert into t values (3)");
+    shell.attempt("select sum(x) from t");
+    shell.attempt("rollback");
+    shell.refused("begin immediate");
+    node.start();
+    shell.refused("begin immediate");
+    shell.reopen(&file);
+    shell.run("insert into t values (4)");
+    assert_eq!(shell.run("select group_concat(x) from t"), "1,4");
+    shell.close();
+    check_chain(&node.db_dir(DB), node.pos(DB));
+}

@@ -45,7 +45,7 @@ quick:
 
 bench:
 	@.ci/packages test
-	cargo bench -p litefs --benches
+	cargo bench --workspace --bench "*"
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz

@@ -169,3 +169,23 @@ fn anyhow_stays_at_the_command_line() {
     let broken = code(&sources, outside).filter(|l| has_word(l.1.1, "anyhow"));
     refuse("only main and cli name anyhow", broken);
 }
+
+#[test]
+fn only_os_changes_files() {
+    let sources = sources();
+    let outside = |source: &Source| source.is_in(&["src/"]) && !source.is_in(&["src/os.rs"]);
+    // The functions of std::fs are in clippy.toml.
+    let calls = ["File::create", "OpenOptions", ".set_len(", ".write_all_at("];
+    let broken = code(&sources, outside)
+        .filter(program)
+        .filter(|l| calls.iter().any(|call| l.1.1.contains(call)));
+    refuse("a call that changes a file has a label, in src/os.rs", broken);
+}
+
+#[test]
+fn only_the_kernels_side_is_unsafe() {
+    let sources = sources();
+    let outside = |source: &Source| source.is_in(&["src/", "ltx/src/"]);
+    let broken = code(&sources, outside).filter(program).filter(|l| has_word(l.1.1, "unsafe"));
+    refuse("unsafe stands in fuse/src", broken);
+}

@@ -135,9 +135,13 @@ impl Chain {
     }
 
     /// The transaction of the last [`Chain::write_now`] has become part of the chain.
+    /// A snapshot, which must be durable, takes the place of all files before it.
     pub fn confirm(&self, transaction: Arc<Transaction>) {
         let path = self.dir.ltx_file(transaction.min, transaction.max);
         let size = fs::metadata(&path).map_or(0, |meta| meta.len());
+        if transaction.min == Txid(1) {
+            self.forget_all_but(&path);
+        }
         let mut inner = self.inner.lock().unwrap();
         inner.add_file(LtxFile {
             min: transaction.min,
@@ -465,6 +469,17 @@ impl Chain {
             .map_err(Error::io("sync ltx dir", &self.dir.ltx()))
     }
 
+    /// Removes what the durable snapshot `keep` replaces. What cannot be removed is only room lost.
+    fn forget_all_but(&self, keep: &Path) {
+        let _files = self.files.lock().unwrap();
+        if let Err(error) = self.clear(keep, Replaced::Remove) {
+            tracing::warn!(db = %self.db, error = chain_text(&error), "remove old ltx files");
+        }
+        let mut inner = self.inner.lock().unwrap();
+        inner.unsynced.clear();
+        inner.forget_recent();
+    }
+
     /// Empties the directory of the chain, but for the snapshot `keep`.
     fn clear(&self, keep: &Path, replaced: Replaced) -> Result<()> {
         let old = std::mem::take(&mut self.inner.lock().unwrap().files);
@@ -544,13 +559,11 @@ impl Inner {
         self.recent_bytes = 0;
     }
 
-    /// The recent transaction `txid`; they are contiguous, so its place is known.
+    /// The recent transaction, or range of them, that begins with `txid`. A snapshot is one of all
+    /// transactions up to its last.
     fn recent_at(&self, txid: Txid) -> Option<Arc<Transaction>> {
-        let first = self.recent.front()?.min;
-        let index = usize::try_from(txid.0.checked_sub(first.0)?).ok()?;
-        let found = self.recent.get(index)?;
-        debug_assert_eq!(found.min, txid, "recent transactions are contiguous");
-        Some(found.clone())
+        let index = self.recent.partition_point(|transaction| transaction.max < txid);
+        self.recent.get(index).filter(|transaction| transaction.min == txid).cloned()
     }
 
     fn add_file(&mut self, file: LtxFile) {
@@ -567,7 +580,7 @@ impl Inner {
 
 fn list(dir: &DbDir) -> Result<BTreeMap<Txid, LtxFile>> {
     let path = dir.ltx();
-    let mut files = BTreeMap::new();
+    let mut files = Vec::new();
     for entry in fs::read_dir(&path).map_err(Error::io("list ltx dir", &path))? {
         let entry = entry.map_err(Error::io("list ltx dir", &path))?;
         let Some((min, max)) = entry.file_name().to_str().and_then(ltx::parse_file_name) else {
@@ -575,7 +588,11 @@ fn list(dir: &DbDir) -> Result<BTreeMap<Txid, LtxFile>> {
         };
         let meta = entry.metadata().map_err(Error::io("stat ltx file", &entry.path()))?;
         let mtime = meta.modified().map_err(Error::io("stat ltx file", &entry.path()))?;
-        files.insert(min, LtxFile { min, max, size: meta.len(), mtime });
+        files.push(LtxFile { min, max, size: meta.len(), mtime });
     }
-    Ok(files)
+    // What a crash kept from being removed when a snapshot took its place.
+    let snapshots = files.iter().filter(|file| file.min == Txid(1));
+    let begin = snapshots.map(|file| file.max).max().unwrap_or_default();
+    files.retain(|file| file.max > begin || (file.max == begin && file.min == Txid(1)));
+    Ok(files.into_iter().map(|file| (file.min, file)).collect())
 }

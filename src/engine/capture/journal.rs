@@ -144,8 +144,11 @@ impl Db {
             let encoded = transaction.encoded(self.shared.compression);
             encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
         }
-        let durability =
-            if change.journal.synced { Durability::Synced } else { Durability::Unsynced };
+        // A snapshot replaces all files before it, so it must be there for certain.
+        let durability = match change.journal.synced || resized {
+            true => Durability::Synced,
+            false => Durability::Unsynced,
+        };
         self.chain.flush()?;
         self.chain.write_now(&transaction, durability)?;
         Ok(Some(Pending { transaction, mode: found.mode }))

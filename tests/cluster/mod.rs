@@ -13,6 +13,8 @@ use crate::support::sqlite;
 
 /// What an application does on the primary, and what its replica has then.
 mod follow;
+/// Nodes that come late, come back, or do not belong.
+mod join;
 /// Readers on a replica.
 mod readers;
 /// Writes on a replica.

@@ -19,6 +19,9 @@ use super::{image, wait};
 /// What a node says when it is ready and has nothing to run.
 const READY: &str = "waiting for signal";
 
+/// How many lines of a log are shown when a test fails.
+const LOG_LINES: usize = 100;
+
 /// What differs from one test to the other.
 #[derive(Clone, Default)]
 pub struct Settings {
@@ -283,7 +286,9 @@ impl Drop for Node {
         }
         if std::thread::panicking() {
             let log = fs::read(self.log_path()).unwrap_or_default();
-            eprintln!("--- log of {}\n{}", self.url(), String::from_utf8_lossy(&log));
+            let log = String::from_utf8_lossy(&log);
+            let last = log.lines().skip(log.lines().count().saturating_sub(LOG_LINES));
+            eprintln!("--- log of {}\n{}", self.url(), last.collect::<Vec<_>>().join("\n"));
         }
     }
 }

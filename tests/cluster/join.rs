@@ -1,0 +1,253 @@
+//! Nodes that come late, come back, or do not belong: a replica ends with what its primary has, and
+//! what only it had is kept.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use test_case::test_case;
+
+use super::Cluster;
+use crate::support::image;
+use crate::support::node::{Member, Node, Settings};
+use crate::support::{sqlite, wait};
+
+const ROWS: &str = "with recursive n(i) as (select 1 union all select i + 1 from n where i < 200)
+                    insert into t select randomblob(300) from n";
+
+fn create(node: &Node, name: &str, mode: &str) {
+    let setup = format!("pragma journal_mode = {mode}; create table t(x); {ROWS}");
+    sqlite::run(&node.file(name), &setup);
+}
+
+/// One transaction for each of `rows`.
+fn write(node: &Node, name: &str, rows: std::ops::Range<u32>) {
+    let rows = rows.map(|row| format!("insert into t values ('row {row}');")).collect::<String>();
+    sqlite::run(&node.file(name), &rows);
+}
+
+fn snapshots(primary: &Node) -> usize {
+    primary.log_count("snapshot sent")
+}
+
+/// LTX files that were set aside.
+fn lost_and_found(node: &Node, name: &str) -> Vec<String> {
+    let entries = fs::read_dir(node.db_dir(name).lost_found()).into_iter().flatten();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test_case("auto")]
+#[test_case("off")]
+fn a_late_replica_gets_everything(passthrough: &'static str) {
+    let settings = Settings { passthrough, ..Settings::default() };
+    let mut cluster = Cluster::with(1, &settings);
+    for (name, mode) in [("a.db", "delete"), ("b.db", "wal"), ("c.db", "persist")] {
+        create(cluster.primary(), name, mode);
+        write(cluster.primary(), name, 0..20);
+    }
+    sqlite::run(&cluster.file("empty.db"), "create table t(x); drop table t; vacuum");
+    let writer = sqlite::open(&cluster.file("b.db"));
+    writer.execute_batch("insert into t values ('in the log')").unwrap();
+    cluster.add(&settings).start();
+    writer.execute_batch("insert into t values ('after it came')").unwrap();
+    assert!(snapshots(cluster.primary()) >= 4);
+    drop(writer);
+    cluster.check();
+}
+
+#[test_case("delete")]
+#[test_case("wal")]
+fn a_replica_that_was_away_gets_what_it_missed(mode: &str) {
+    let mut cluster = Cluster::of(2);
+    create(cluster.primary(), "app.db", mode);
+    cluster.sync("app.db");
+    let before = snapshots(cluster.primary());
+    for round in 0..3 {
+        assert!(cluster.nodes[1].stop().success());
+        write(cluster.primary(), "app.db", round * 10..round * 10 + 10);
+        cluster.nodes[1].start();
+        cluster.sync("app.db");
+    }
+    assert_eq!(snapshots(cluster.primary()), before, "it needed no snapshot");
+    cluster.check();
+}
+
+#[test_case("delete")]
+#[test_case("wal")]
+fn a_replica_away_for_longer_than_the_retention_gets_a_snapshot(mode: &str) {
+    let data = ", retention: 100ms, retention-monitor-interval: 50ms";
+    let mut cluster = Cluster::with(2, &Settings { data, ..Settings::default() });
+    create(cluster.primary(), "app.db", mode);
+    let pos = cluster.sync("app.db");
+    cluster.nodes[1].kill();
+    write(cluster.primary(), "app.db", 0..10);
+    let mut row = 10;
+    wait::until_true("old files to go", || {
+        write(cluster.primary(), "app.db", row..row + 1);
+        row += 1;
+        let files = image::chain_files(&cluster.primary().db_dir("app.db"));
+        files[0].0.0 > pos.txid.0 + 1
+    });
+    // It would serve what is still in its memory.
+    cluster.nodes[0].stop();
+    cluster.nodes[0].start();
+    cluster.nodes[1].start();
+    cluster.sync("app.db");
+    assert_eq!(snapshots(cluster.primary()), 1);
+    assert!(lost_and_found(cluster.replica(), "app.db").is_empty(), "nothing was lost");
+    cluster.check();
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}
+
+/// The primary goes back to an old copy of its data, and makes `rows` of its own.
+fn set_back(mode: &str, rows: u32) -> Cluster {
+    let mut cluster = Cluster::of(2);
+    create(cluster.primary(), "app.db", mode);
+    cluster.sync("app.db");
+    cluster.nodes[0].stop();
+    let (data, old) = (cluster.primary().data(), cluster.primary().scratch("old"));
+    copy(&data, &old);
+    cluster.nodes[0].start();
+    write(cluster.primary(), "app.db", 0..5);
+    let ahead = cluster.sync("app.db");
+    cluster.nodes[0].stop();
+    copy(&old, &data);
+    cluster.nodes[0].start();
+    write(cluster.primary(), "app.db", 100..100 + rows);
+    assert_ne!(cluster.primary().pos("app.db"), ahead);
+    cluster
+}
+
+#[test_case("delete", 0)]
+#[test_case("wal", 0)]
+#[test_case("delete", 2)]
+#[test_case("wal", 2)]
+#[test_case("delete", 5; "delete, same txid")]
+#[test_case("wal", 5; "wal, same txid")]
+fn a_replica_ahead_of_its_primary_keeps_what_it_had_and_follows(mode: &str, rows: u32) {
+    let cluster = set_back(mode, rows);
+    cluster.sync("app.db");
+    let kept = lost_and_found(cluster.replica(), "app.db");
+    assert!(!kept.is_empty(), "nothing is kept");
+    cluster.replica().wait_for_log("kept in lost+found");
+    write(cluster.primary(), "app.db", 200..205);
+    cluster.check();
+}
+
+#[test_case("delete", 0)]
+#[test_case("delete", 3)]
+#[test_case("delete", 30)]
+#[test_case("wal", 0)]
+#[test_case("wal", 3)]
+#[test_case("wal", 30)]
+fn a_former_primary_keeps_what_nobody_else_has(mode: &str, rows: u32) {
+    let mut cluster = Cluster::of(2);
+    create(cluster.primary(), "app.db", mode);
+    let common = cluster.sync("app.db");
+    cluster.nodes[1].kill();
+    write(cluster.primary(), "app.db", 0..4);
+    let alone = cluster.primary().pos("app.db");
+    cluster.nodes[0].kill();
+    cluster.nodes.swap(0, 1);
+    let settings = Settings::default();
+    cluster.nodes[0].configure(&settings, Member::Primary);
+    cluster.nodes[0].start();
+    assert_eq!(cluster.primary().pos("app.db"), common);
+    write(cluster.primary(), "app.db", 100..100 + rows);
+    let url = cluster.primary().url();
+    cluster.nodes[1].configure(&settings, Member::Replica(&url));
+    cluster.nodes[1].start();
+    cluster.sync("app.db");
+
+    let former = cluster.replica();
+    let kept = lost_and_found(former, "app.db");
+    let last = |name: &String| ltx::parse_file_name(name).map(|(_, max)| max);
+    assert_eq!(kept.iter().filter_map(last).max(), Some(alone.txid), "{kept:?}");
+    former.wait_for_log("kept in lost+found");
+    let status = String::from_utf8(former.litefs("status", &["-json"]).stdout).unwrap();
+    assert!(status.contains(&format!("\"lostFound\": {}", kept.len())), "{status}");
+    write(cluster.primary(), "app.db", 200..203);
+    cluster.check();
+}
+
+#[test]
+fn a_node_of_another_cluster_keeps_its_data_and_does_not_follow() {
+    let mut ours = Cluster::of(2);
+    create(ours.primary(), "app.db", "wal");
+    let pos = ours.sync("app.db");
+    ours.nodes[1].stop();
+    let theirs = Cluster::of(1);
+    create(theirs.primary(), "app.db", "wal");
+    write(theirs.primary(), "app.db", 0..10);
+
+    let (settings, url) = (Settings::default(), theirs.primary().url());
+    ours.nodes[1].configure(&settings, Member::Replica(&url));
+    ours.nodes[1].spawn();
+    ours.replica().wait_for_log("cluster id mismatch");
+    wait::until_true("more than one attempt", || {
+        ours.replica().log_count("cluster id mismatch") > 1
+    });
+    ours.replica().wait_for_pos("app.db", pos);
+    assert!(!ours.replica().log().contains("ready"), "it must not become ready");
+    ours.nodes[1].stop();
+    ours.nodes[1].configure(&settings, Member::Replica(&ours.nodes[0].url()));
+    ours.nodes[1].start();
+    write(ours.primary(), "app.db", 0..1);
+    ours.check();
+    theirs.check();
+}
+
+#[test_case("delete", "delete")]
+#[test_case("wal", "wal")]
+#[test_case("wal", "delete")]
+#[test_case("delete", "wal")]
+fn a_database_is_dropped_and_made_again(first: &str, second: &str) {
+    let mut cluster = Cluster::of(2);
+    create(cluster.primary(), "app.db", first);
+    let before = cluster.sync("app.db");
+    fs::remove_file(cluster.file("app.db")).unwrap();
+    let dropped = cluster.sync("app.db");
+    assert_eq!(dropped.txid, before.txid.next());
+    assert!(!cluster.replica().file("app.db").exists());
+    cluster.check();
+    let start = format!("pragma page_size = 1024; pragma journal_mode = {second}");
+    sqlite::run(&cluster.file("app.db"), &format!("{start}; create table t(y); {ROWS}"));
+    assert!(cluster.sync("app.db").txid > dropped.txid, "numbers go on");
+    cluster.check();
+
+    // And again while the replica is away.
+    cluster.nodes[1].stop();
+    fs::remove_file(cluster.file("app.db")).unwrap();
+    create(cluster.primary(), "app.db", first);
+    cluster.nodes[1].start();
+    cluster.check();
+    cluster.nodes[1].stop();
+    fs::remove_file(cluster.file("app.db")).unwrap();
+    cluster.nodes[1].start();
+    cluster.check();
+    assert!(!cluster.replica().file("app.db").exists());
+}
+
+#[test_case("auto")]
+#[test_case("off")]
+fn a_page_size_change_reaches_the_replica_and_its_readers(passthrough: &'static str) {
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    create(cluster.primary(), "app.db", "delete");
+    cluster.sync("app.db");
+    let path = cluster.replica().file("app.db");
+    let mut reader = sqlite::Session::open(&path);
+    for page_size in [512, 65536, 1024, 4096] {
+        assert_eq!(reader.run("select count(*) from t;"), "200");
+        let sql = format!("pragma page_size = {page_size}; vacuum; pragma page_size;");
+        assert_eq!(sqlite::run(&cluster.file("app.db"), &sql), page_size.to_string());
+        cluster.sync("app.db");
+        assert_eq!(sqlite::run(&path, "pragma page_size"), page_size.to_string());
+        assert_eq!(reader.run("select count(*) from t;"), "200");
+    }
+    drop(reader);
+    cluster.check();
+}

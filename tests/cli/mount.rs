@@ -140,6 +140,14 @@ fn a_port_in_use_is_named_before_anything_is_mounted() {
     assert!(!node.path("data").exists());
 }
 
+#[test]
+fn a_replica_without_the_primarys_url_does_not_start() {
+    let lease = "lease: {type: static, candidate: false, advertise-url: 'a:20202'}\n";
+    let mut node = Node::start_by(&[], free_port(), lease, &["--"]);
+    assert_eq!(node.end().code(), Some(1));
+    assert!(!node.path("data").exists());
+}
+
 /// In a process namespace of its own, litefs is process 1 and inherits what others leave behind.
 #[test]
 fn process_1_collects_orphans() {

@@ -29,6 +29,7 @@ use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
 use crate::engine::{self, Engine, PrimaryInfo};
+use crate::http::client::Client;
 use crate::http::server::{Api, Options as ApiOptions};
 use crate::os;
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
@@ -59,6 +60,9 @@ pub async fn run(settings: &Settings) -> anyhow::Result<u8> {
         closed = node.close() => closed,
         () = quit(&mut signals) => Err(anyhow::anyhow!("closing was interrupted by a signal")),
     };
+    if let (Err(_), Err(error)) = (&ended, &closed) {
+        tracing::error!("close: {}", chain(error.as_ref()));
+    }
     let ending = ended?;
     closed?;
     if let Ending::Signal(_) = ending {
@@ -297,6 +301,11 @@ fn leaser(config: &Config) -> anyhow::Result<Leaser> {
         advertise_url: lease.advertise_url.clone(),
     };
     let role = if lease.candidate { StaticRole::Primary } else { StaticRole::Replica };
+    if role == StaticRole::Replica {
+        Client::new(&lease.advertise_url).with_context(|| {
+            format!("lease.advertise-url must be the primary's URL, got {:?}", lease.advertise_url)
+        })?;
+    }
     Ok(Leaser::Static { role, primary })
 }
 

@@ -28,6 +28,7 @@ mod follow;
 mod index;
 pub mod wal;
 
+pub(super) use exclusive::Stale;
 use follow::Follower;
 
 /// How long the thread of a database waits for more before it ends.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use ltx::{Checksum, Encoder, Header, PageSize, Pgno, Pos, Txid};
 
-use super::apply::Received;
+use super::apply::{Received, Stale};
 use super::capture::Change;
 use super::capture::resync::{WalMap, read_page};
 use super::db::{Db, DbState, Guard, View};
@@ -137,10 +137,12 @@ impl Db {
         let spool = self.dir.ltx().join("import.ltx.tmp");
         os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
         let received = self.encode_import(&change, &file, source, spool)?;
-        let stale = self.apply_locked(&mut change, &Arc::new(received))?;
+        let mut stale = Stale::default();
+        let applied = self.apply_locked(&mut change, &Arc::new(received), &mut stale);
         let pos = change.pos;
         drop(change);
         self.drop_cached(stale);
+        applied?;
         self.reset_received(pos);
         Ok(pos)
     }

@@ -67,6 +67,16 @@ pub struct WalSpan {
     pub salt: (u32, u32),
 }
 
+impl WalSpan {
+    /// The place of all transactions from this one to `last`; nowhere if they were not in one WAL.
+    fn to(&self, last: &WalSpan) -> WalSpan {
+        if self.salt != last.salt || self.size == 0 || last.size == 0 {
+            return WalSpan::default();
+        }
+        WalSpan { size: last.offset + last.size - self.offset, ..*self }
+    }
+}
+
 /// What a transaction is made from; see the fields of [`Transaction`].
 #[derive(Debug)]
 pub struct Parts {
@@ -169,7 +179,7 @@ impl Transaction {
             source: last.source.clone(),
             timestamp_ms: last.timestamp_ms,
             node_id: last.node_id,
-            wal: WalSpan::default(),
+            wal: first.wal.to(&last.wal),
             encoded: Mutex::new(None),
         }
     }

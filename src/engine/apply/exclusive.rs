@@ -28,10 +28,8 @@ const RANGES_MAX: usize = 256;
 /// What the kernel must no longer take for current.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Stale {
-    /// The database file, whose pages in `ranges` changed, or all if there are none.
-    database: Option<u64>,
-    /// Offsets and lengths in bytes.
-    ranges: Vec<(u64, u64)>,
+    /// Ranges of the database file that changed: inode number, offset and length in bytes.
+    ranges: Vec<(u64, u64, u64)>,
     /// Files of which everything changed.
     pub(super) files: Vec<u64>,
 }
@@ -51,26 +49,29 @@ impl Db {
         let _locks = locks?;
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
-        let stale = self.apply_locked(&mut change, received)?;
+        let mut stale = Stale::default();
+        let applied = self.apply_locked(&mut change, received, &mut stale);
         // The kernel may have to finish a request of a worker that waits for the right to change.
         drop(change);
         self.drop_cached(stale);
-        Ok(())
+        applied
     }
 
     /// Applies one LTX file; the caller holds all locks of the database, gives up the right to
-    /// change, and then drops what is stale in the kernel's caches.
+    /// change, and then drops what is `stale` in the kernel's caches, also after an error.
     pub(in crate::engine) fn apply_locked(
         &self,
         change: &mut Change,
         received: &Arc<Received>,
-    ) -> Result<Stale> {
+        stale: &mut Stale,
+    ) -> Result<()> {
         self.check_outcome(change, received)?;
+        // Before the LTX file is there, so that a WAL found beside it is never older than it.
+        self.retire_wal(change, stale)?;
         self.store(change, received)?;
-        let stale = self.write_pages(change, received)?;
+        self.write_pages(change, received, stale)?;
         self.finish_apply(change, received);
-        self.verify_if_strict(change)?;
-        Ok(stale)
+        self.verify_if_strict(change)
     }
 
     /// The database would have the checksum that the file promises, and the file follows.
@@ -136,18 +137,24 @@ impl Db {
         self.chain.adopt(path, header.min_txid, header.max_txid, replaced)
     }
 
-    fn write_pages(&self, change: &mut Change, received: &Received) -> Result<Stale> {
+    fn write_pages(
+        &self,
+        change: &mut Change,
+        received: &Received,
+        stale: &mut Stale,
+    ) -> Result<()> {
         let header = &received.header;
-        let mut stale = Stale::default();
         let mode = if header.commit == 0 {
             self.remove_files()?;
             change.wal.clear();
             self.shared.names_changed(self.name.as_str());
             JournalMode::Rollback
         } else {
-            let mode = self.write_database_pages(change, received, &mut stale)?;
+            let mode = self.write_database_pages(received, stale)?;
             match mode {
-                JournalMode::Wal => self.empty_wal(change, header, &mut stale)?,
+                JournalMode::Wal => {
+                    self.empty_wal(change, header.page_size, header.commit, stale)?;
+                }
                 JournalMode::Rollback => self.remove_wal_files(change)?,
             }
             mode
@@ -156,25 +163,20 @@ impl Db {
             change.sums = PageSums::default();
         }
         change.mode = mode;
-        Ok(stale)
+        Ok(())
     }
 
     /// Writes the pages to the database file and drops what the kernel cached of them; the journal
     /// mode that the file says now.
-    fn write_database_pages(
-        &self,
-        change: &mut Change,
-        received: &Received,
-        stale: &mut Stale,
-    ) -> Result<JournalMode> {
+    fn write_database_pages(&self, received: &Received, stale: &mut Stale) -> Result<JournalMode> {
         let header = &received.header;
         if self.files.get(FileKind::Database).is_none() {
             self.shared.names_changed(self.name.as_str());
         }
         let database = self.files.get_or_create(FileKind::Database)?;
         let path = self.files.path(FileKind::Database);
-        if change.mode == JournalMode::Wal && !header.is_snapshot() {
-            self.checkpoint_fully(change)?;
+        if header.is_snapshot() || received.sums.len() > RANGES_MAX {
+            stale.files.push(database.ino);
         }
         let mut decoder =
             received.open().map_err(|e| self.ltx_error("read received ltx file", e))?;
@@ -184,7 +186,11 @@ impl Db {
             let Some(pgno) = next.map_err(|e| self.ltx_error("read received ltx file", e))? else {
                 break;
             };
-            os::write_at("apply:database", &database.file, &page, header.page_size.offset(pgno))
+            let offset = header.page_size.offset(pgno);
+            if stale.files.is_empty() {
+                stale.ranges.push((database.ino, offset, page.len() as u64));
+            }
+            os::write_at("apply:database", &database.file, &page, offset)
                 .map_err(Error::io("write database", &path))?;
         }
         let len = header.page_size.offset(Pgno(header.commit + 1));
@@ -195,11 +201,9 @@ impl Db {
             os::sync("apply:database", &database.file)
                 .map_err(Error::io("sync database", &path))?;
         }
-        stale.database = Some(database.ino);
-        if !header.is_snapshot() && received.sums.len() <= RANGES_MAX {
-            let size = u64::from(header.page_size.get());
-            let offset = |pgno| header.page_size.offset(pgno);
-            stale.ranges = received.sums.iter().map(|(pgno, _)| (offset(*pgno), size)).collect();
+        if received.sums.is_empty() {
+            // Only shorter.
+            stale.files.push(database.ino);
         }
         let found = self.read_header(&database.file)?;
         Ok(found.map_or(JournalMode::Rollback, |(header, _)| header.journal_mode))
@@ -208,14 +212,8 @@ impl Db {
     /// Makes the kernel's caches current. Not with the right to change in hand.
     pub(in crate::engine) fn drop_cached(&self, stale: Stale) {
         if let Some(cache) = self.shared.page_cache() {
-            match stale.database {
-                Some(ino) if stale.ranges.is_empty() => cache.file_changed(ino),
-                Some(ino) => {
-                    for (offset, len) in stale.ranges {
-                        cache.pages_changed(ino, offset, len);
-                    }
-                }
-                None => {}
+            for (ino, offset, len) in stale.ranges {
+                cache.pages_changed(ino, offset, len);
             }
             for ino in stale.files {
                 cache.file_changed(ino);

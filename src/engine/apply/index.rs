@@ -8,7 +8,7 @@
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
-use ltx::{Header, PageSize, Pgno};
+use ltx::{PageSize, Pgno};
 
 use super::exclusive::Stale;
 
@@ -23,18 +23,34 @@ use crate::sqlite::wal_index::{
 };
 
 impl Db {
+    /// Moves what the WAL holds into the database file and empties it, durably. Everybody is locked
+    /// out, and the chain holds all of it.
+    pub(super) fn retire_wal(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
+        let Some(page_size) = change.page_size.filter(|_| change.wal.frame() > 0) else {
+            return Ok(());
+        };
+        if let Some(database) = self.files.get(FileKind::Database) {
+            stale.files.push(database.ino);
+        }
+        self.checkpoint_fully(change)?;
+        self.empty_wal(change, page_size, change.pages(), stale)
+    }
+
     /// Empties the WAL, whose content is in the database file, and gives readers an empty index over
-    /// the database that `header` leads to.
+    /// a database of `pages` pages.
     pub(super) fn empty_wal(
         &self,
         change: &mut Change,
-        header: &Header,
+        page_size: PageSize,
+        pages: u32,
         stale: &mut Stale,
     ) -> Result<()> {
         change.wal.clear();
         if let Some(wal) = self.files.get(FileKind::Wal) {
             let path = self.files.path(FileKind::Wal);
-            os::truncate("apply:wal", &wal.file, 0).map_err(Error::io("truncate wal", &path))?;
+            os::truncate("apply:wal", &wal.file, 0)
+                .and_then(|()| os::sync("apply:wal", &wal.file))
+                .map_err(Error::io("truncate wal", &path))?;
             stale.files.push(wal.ino);
         }
         let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(()) };
@@ -43,7 +59,7 @@ impl Db {
             self.inbox.rewriting_index.store(true, Ordering::SeqCst);
             stale.files.push(shm.ino);
         }
-        self.write_empty_index(&shm.file, header.page_size, header.commit)
+        self.write_empty_index(&shm.file, page_size, pages)
             .map_err(Error::io("write wal-index", &self.files.path(FileKind::Shm)))
     }
 

@@ -27,6 +27,8 @@ use crate::{limits, os};
 
 pub use writer::{Waker, Writer};
 
+#[cfg(test)]
+mod tests;
 mod writer;
 
 /// Called once: `Ok` when what was asked for is durable, or why it cannot be.
@@ -86,6 +88,9 @@ pub enum Successor {
     Recent(Arc<Transaction>),
     /// An opened file that contains the next transaction.
     File(File, LtxFile),
+    /// It waits to be written, and is too large or too old for the transactions in memory:
+    /// [`Chain::flush`] makes it a file.
+    Queued,
     /// The chain does not reach back that far.
     Gone,
 }
@@ -248,10 +253,19 @@ impl Chain {
         inner.queue.len() > limits::CHAIN_QUEUE_LEN || inner.queue_bytes > limits::CHAIN_QUEUE_BYTES
     }
 
-    /// What contains the transaction after `pos.txid`.
+    /// What contains the transaction after `pos.txid`. One that would be too large in memory is to
+    /// be read from its file.
     pub fn successor(&self, pos: Pos) -> Result<Successor> {
-        let recent = self.inner.lock().unwrap().recent_at(pos.txid.next());
-        recent.map_or_else(|| self.file_after(pos), |found| Ok(Successor::Recent(found)))
+        let next = pos.txid.next();
+        let (recent, is_queued) = {
+            let inner = self.inner.lock().unwrap();
+            (inner.recent_at(next), inner.is_queued(next))
+        };
+        match recent.filter(|found| found.size_hint() <= limits::ENCODE_IN_MEMORY) {
+            Some(found) => Ok(Successor::Recent(found)),
+            None if is_queued => Ok(Successor::Queued),
+            None => self.file_after(pos),
+        }
     }
 
     /// The file that contains the transaction after `pos.txid`.
@@ -564,6 +578,12 @@ impl Inner {
     fn recent_at(&self, txid: Txid) -> Option<Arc<Transaction>> {
         let index = self.recent.partition_point(|transaction| transaction.max < txid);
         self.recent.get(index).filter(|transaction| transaction.min == txid).cloned()
+    }
+
+    /// Whether `txid` waits to be written.
+    fn is_queued(&self, txid: Txid) -> bool {
+        let (first, last) = (self.queue.front(), self.queue.back());
+        first.is_some_and(|first| first.min <= txid) && last.is_some_and(|last| txid <= last.max)
     }
 
     fn add_file(&mut self, file: LtxFile) {

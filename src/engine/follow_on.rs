@@ -8,7 +8,7 @@ use ltx::{Pos, Txid};
 
 use super::chain::{LtxFile, Successor};
 use super::db::Db;
-use super::error::chain_text;
+use super::error::{Result, chain_text};
 use super::transaction::Transaction;
 use crate::{limits, os};
 
@@ -48,6 +48,7 @@ pub enum Overlap {
 impl Db {
     /// What a peer at `pos` needs next. A position that is not one of this database's history, or of
     /// which the chain does not know any more, needs a snapshot; so does one whose file is damaged.
+    /// Blocks while a transaction that is not small is written to its file.
     pub fn next_after(&self, pos: Pos, overlap: Overlap) -> Next {
         let present = self.pos();
         if pos == present || present.is_zero() {
@@ -56,14 +57,25 @@ impl Db {
         if pos.is_zero() || pos.txid >= present.txid {
             return Next::Snapshot;
         }
-        match self.chain.successor(pos) {
+        match self.successor(pos) {
             Ok(Successor::Recent(transaction)) => self.recent(pos, &transaction, overlap),
             Ok(Successor::File(file, info)) => self.filed(pos, file, info, overlap),
-            Ok(Successor::Gone) => Next::Snapshot,
+            Ok(Successor::Gone | Successor::Queued) => Next::Snapshot,
             Err(error) => {
                 tracing::error!(db = %self.name, %pos, error = chain_text(&error), "find ltx file");
                 Next::Snapshot
             }
+        }
+    }
+
+    /// What contains the transaction after `pos`, written to its file if need be.
+    fn successor(&self, pos: Pos) -> Result<Successor> {
+        match self.chain.successor(pos)? {
+            Successor::Queued => {
+                self.chain.flush()?;
+                self.chain.file_after(pos)
+            }
+            found => Ok(found),
         }
     }
 

@@ -390,7 +390,7 @@ impl Filler {
             Ok(Successor::Recent(transaction)) => {
                 transaction.size_hint() <= limits::BODY_PIECE_BYTES
             }
-            Ok(Successor::File(..) | Successor::Gone) | Err(_) => false,
+            Ok(Successor::File(..) | Successor::Queued | Successor::Gone) | Err(_) => false,
         }
     }
 

@@ -1,0 +1,67 @@
+//! What a chain gives to streams while its transactions are on their way to files.
+
+use super::*;
+use crate::engine::layout::DataDir;
+use crate::engine::transaction::{PageRef, Parts, WalSpan, ZERO_PAGE};
+use ltx::{Checksum, PageSize, Pgno};
+
+/// Pages of a transaction that is larger than all transactions in memory may be.
+const MANY: u32 = 3000;
+
+/// A transaction of so many pages of zeros.
+fn transaction(txid: u64, pages: u32) -> Arc<Transaction> {
+    let page_size = PageSize::new(4096).unwrap();
+    let sum = |pgno| ltx::page_checksum(pgno, &[0; 4096]);
+    let page = |pgno| PageRef { pgno, sum: sum(pgno), offset: ZERO_PAGE };
+    Arc::new(Transaction::new(Parts {
+        txid: Txid(txid),
+        pre: Checksum::flagged(txid),
+        post: Checksum::flagged(txid + 1),
+        page_size,
+        commit: MANY,
+        pages: (1..=pages).map(Pgno).map(page).collect(),
+        source: Arc::new(tempfile::tempfile().unwrap()),
+        timestamp_ms: 1,
+        node_id: NodeId(1),
+        wal: WalSpan::default(),
+    }))
+}
+
+fn after(txid: u64) -> Pos {
+    Pos { txid: Txid(txid), checksum: Checksum::flagged(txid + 1) }
+}
+
+/// A chain of files up to transaction 1, then two large transactions and a small one.
+fn chain(dir: &Path) -> Chain {
+    let dir = DataDir::new(dir).database("db");
+    os::create_dirs("test:dir", &dir.ltx()).unwrap();
+    let chain = Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap();
+    for (txid, pages) in [(2, MANY), (3, MANY), (4, 1)] {
+        chain.push(transaction(txid, pages));
+    }
+    chain
+}
+
+#[test]
+fn what_waits_to_be_written_is_not_gone() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain(temp.path());
+    for txid in [1, 2] {
+        assert!(matches!(chain.successor(after(txid)), Ok(Successor::Queued)));
+    }
+    assert!(matches!(chain.successor(after(3)), Ok(Successor::Recent(_))));
+    assert!(matches!(chain.successor(after(4)), Ok(Successor::Gone)));
+}
+
+#[test]
+fn what_was_written_is_read_from_its_file() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain(temp.path());
+    chain.flush().unwrap();
+    for txid in [1, 2] {
+        let found = chain.successor(after(txid));
+        let Ok(Successor::File(_, file)) = found else { panic!("no file after {txid}") };
+        assert!(file.min.0 <= txid + 1 && txid < file.max.0);
+    }
+    assert!(matches!(chain.successor(after(4)), Ok(Successor::Gone)));
+}

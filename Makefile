@@ -43,9 +43,10 @@ quick:
 	cargo test --workspace --lib
 	cargo test --test main -- engine:: tidy::
 
+# ROUNDS=5 SCALE=1 ONLY="wal reads" TRANSPORT=auto PASSTHROUGH=auto: see benches/numbers/main.rs.
 bench:
-	@.ci/packages test
-	cargo bench --workspace --bench "*"
+	@.ci/packages build
+	cargo bench -p litefs --bench numbers
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz

@@ -19,7 +19,7 @@ use crate::engine::files::{Backing, FileKind, next_ino};
 use crate::engine::locks::{self, Request};
 use crate::engine::name::is_super_journal;
 use crate::engine::{DbName, Engine, PageCache, Role};
-use crate::sqlite::lock_byte::{LockFile, LockSet};
+use crate::sqlite::lock_byte::{Lock, LockFile, LockSet};
 
 mod plain;
 mod text;
@@ -68,6 +68,13 @@ pub struct OpenFile {
     node: Node,
     /// The content of `.primary` and `.lag`, made at the first read.
     text: OnceLock<String>,
+}
+
+impl OpenFile {
+    /// Whether its file was removed: what its name stands for now is another file, or none.
+    fn is_stale(&self) -> bool {
+        matches!(&self.node, Node::File(db, backing) if !db.files().is_current(backing))
+    }
 }
 
 /// A name, taken apart.
@@ -426,7 +433,11 @@ impl fuse::Volume for EngineVolume {
         if let Node::File(db, backing) = &handle.node
             && let Some(file) = lock_file(backing.kind)
         {
-            db.flush(locks::Owner::client(owner.0), LockSet::file(file));
+            match db.files().is_current(backing) {
+                true => db.flush(locks::Owner::client(owner.0), LockSet::file(file)),
+                // Its owner may have locked the file that has its name now.
+                false => db.release_handle(handle.id),
+            }
         }
         reply.send(Ok(()));
     }
@@ -457,6 +468,9 @@ impl fuse::Volume for EngineVolume {
         kind: LockKind,
     ) -> Result<Option<Conflict>, Errno> {
         let (db, call) = self.call(handle, owner, range, kind)?;
+        if handle.is_stale() {
+            return Ok(None);
+        }
         Ok(db.query(&call).map(|conflict| {
             let (start, end) = conflict.lock.range();
             let kind = match conflict.kind {
@@ -480,6 +494,9 @@ impl fuse::Volume for EngineVolume {
             Ok(found) => found,
             Err(errno) => return reply.send(Err(errno)),
         };
+        if handle.is_stale() {
+            return reply.send(stale_lock(&call));
+        }
         if kind == LockKind::Unlock {
             db.unlock(call.owner, call.set);
             return reply.send(Ok(()));
@@ -547,6 +564,13 @@ fn lock_file(kind: FileKind) -> Option<LockFile> {
         FileKind::Shm => Some(LockFile::Shm),
         FileKind::Journal | FileKind::Wal => None,
     }
+}
+
+/// A lock on a removed file: nobody else can have one on it. What would be committed to a removed WAL
+/// would be lost, so nobody may write one; of a removed database file SQLite finds out by itself.
+fn stale_lock(call: &Request) -> Result<(), Errno> {
+    let writes = call.set.contains(Lock::Write) && call.kind == locks::LockKind::Exclusive;
+    if writes { Err(Errno::EAGAIN) } else { Ok(()) }
 }
 
 /// The errno of a refused call.

@@ -358,6 +358,16 @@ impl Db {
         self.settle_wal(&mut change)?;
         self.files.remove(FileKind::Wal)?;
         change.wal.clear();
+        self.note_mode(&mut change)
+    }
+
+    /// Without a WAL the journal mode is what page 1 says.
+    fn note_mode(&self, change: &mut Change) -> Result<(), Refusal> {
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
+        if let Some((header, _)) = self.read_header(&database.file)? {
+            change.mode = header.journal_mode;
+            *self.view.lock().unwrap() = change.view();
+        }
         Ok(())
     }
 

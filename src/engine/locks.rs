@@ -275,6 +275,14 @@ impl<W> LockTable<W> {
         self.wake()
     }
 
+    /// Gives up everything that the owners for whom `is_it` holds have locked.
+    pub fn release_all(&mut self, is_it: impl Fn(Owner) -> bool) -> Woken<W> {
+        for state in &mut self.locks {
+            state.retain(|holder| !is_it(holder.owner));
+        }
+        self.wake()
+    }
+
     /// Takes a grant back: its owner holds what it held before, as far as it has not given that up
     /// since. A downgrade stays.
     pub fn undo(&mut self, grant: Grant) -> Woken<W> {

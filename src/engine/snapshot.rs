@@ -148,7 +148,8 @@ impl Db {
     }
 
     /// The LTX file of an import. The counters of page 1 by which SQLite notices a change are set
-    /// back, so that no connection takes its cached pages for current.
+    /// back, so that no connection takes its cached pages for current. Connections that have a WAL
+    /// open stay in that mode, so page 1 must say it too.
     fn encode_import(
         &self,
         change: &Change,
@@ -186,6 +187,9 @@ impl Db {
             }
             if pgno == Pgno(1) {
                 header::set_counters(&mut page, 0, 0);
+                if change.mode == JournalMode::Wal && self.has_clients() {
+                    header::set_wal(&mut page);
+                }
             }
             let sum = encoder.page(pgno, &page).map_err(ltx)?;
             post = post.toggle(sum);

@@ -118,6 +118,12 @@ pub fn set_counters(page: &mut [u8], change_counter: u32, schema_cookie: u32) {
     put_be_u32(page, SCHEMA_COOKIE_AT, schema_cookie);
 }
 
+/// Has page 1 say that the journal mode is WAL; the caller has parsed the header of `page`.
+pub fn set_wal(page: &mut [u8]) {
+    page[WRITE_VERSION_AT] = VERSION_WAL;
+    page[READ_VERSION_AT] = VERSION_WAL;
+}
+
 fn page_size(page: &[u8]) -> Option<PageSize> {
     match u16::from_be_bytes([page[PAGE_SIZE_AT], page[PAGE_SIZE_AT + 1]]) {
         1 => Some(PageSize::MAX),

@@ -94,13 +94,39 @@ impl Db {
         Ok(())
     }
 
-    /// All locks of the database for the applier, waiting for readers to go.
+    /// The database for the applier alone, waiting for readers to go.
+    ///
+    /// A connection that has the WAL open holds SHARED for as long as it is open, also when it reads
+    /// nothing: what tells of its reads are READ0 to READ4. So in WAL mode those are taken, and
+    /// SHARED and DMS are only shared.
     pub(in crate::engine) fn lock_everything(&self) -> Result<Guard<'_>> {
+        loop {
+            let mode = self.view().mode;
+            let guard = self.lock_everything_in(mode)?;
+            if self.view().mode == mode {
+                return Ok(guard);
+            }
+        }
+    }
+
+    fn lock_everything_in(&self, mode: JournalMode) -> Result<Guard<'_>> {
+        let dms = LockSet::one(Lock::Dms);
+        let (shared, exclusive) = match mode {
+            JournalMode::Rollback => (LockSet::EMPTY, [LockSet::DATABASE, LockSet::SHM]),
+            JournalMode::Wal => {
+                (dms.with(Lock::Shared), [LockSet::EMPTY, LockSet::SHM.without(dms)])
+            }
+        };
         let mut guard = self.guard(Owner::APPLY, LockSet::EMPTY);
-        for step in [LockSet::one(Lock::Pending), LockSet::DATABASE, LockSet::SHM] {
-            // A failed upgrade leaves what a replica holds all the time.
-            self.take(Owner::APPLY, step, LockKind::Exclusive, limits::LOCK_WAIT)?;
-            guard.add(step);
+        let mut take = |set, kind| -> Result<()> {
+            self.take(Owner::APPLY, set, kind, limits::LOCK_WAIT)?;
+            guard.add(set);
+            Ok(())
+        };
+        take(LockSet::one(Lock::Pending), LockKind::Exclusive)?;
+        take(shared, LockKind::Shared)?;
+        for set in exclusive {
+            take(set, LockKind::Exclusive)?;
         }
         Ok(guard)
     }
@@ -146,11 +172,19 @@ impl Db {
         let header = &received.header;
         let mode = if header.commit == 0 {
             self.remove_files()?;
+            // Who still has the files open goes on with them alone.
+            self.forget_clients();
             change.wal.clear();
             self.shared.names_changed(self.name.as_str());
             JournalMode::Rollback
         } else {
-            let mode = self.write_database_pages(received, stale)?;
+            let found = self.write_database_pages(received, stale)?;
+            // SQLite takes a WAL that is there for the journal mode, whatever page 1 says. So who has
+            // it open goes on with it, until nobody has.
+            let mode = match change.mode {
+                JournalMode::Wal if self.has_clients() => JournalMode::Wal,
+                _ => found,
+            };
             match mode {
                 JournalMode::Wal => {
                     self.empty_wal(change, header.page_size, header.commit, stale)?;

@@ -93,14 +93,15 @@ impl Db {
         self.let_go(&mut change);
     }
 
-    /// Whether a transaction can be appended to the WAL.
+    /// Whether a transaction can be appended to the WAL. One of a rollback journal can as long as
+    /// clients have the WAL open, which they do not leave.
     pub(super) fn fits_wal(&self, change: &Change, received: &Received) -> bool {
         let header = &received.header;
         self.is_followed()
             && !header.is_snapshot()
             && header.commit > 0
             && change.page_size == Some(header.page_size)
-            && received.mode.is_none_or(|mode| mode == JournalMode::Wal)
+            && (received.mode.is_none_or(|mode| mode == JournalMode::Wal) || self.has_clients())
     }
 
     /// Appends transactions to the WAL and makes them visible at once. Those before one that fails

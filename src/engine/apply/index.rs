@@ -17,7 +17,7 @@ use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::os;
-use crate::sqlite::wal::{ByteOrder, Salts, WalChecksum};
+use crate::sqlite::wal::{ByteOrder, Salts, WalChecksum, WalHeader};
 use crate::sqlite::wal_index::{
     CKPT_AT, CheckpointInfo, HEADER_COPY_SIZE, HEADER_SIZE, IndexHeader,
 };
@@ -37,7 +37,8 @@ impl Db {
     }
 
     /// Empties the WAL, whose content is in the database file, and gives readers an empty index over
-    /// a database of `pages` pages.
+    /// a database of `pages` pages. The WAL keeps a header: SQLite takes an empty file for none, and
+    /// page 1 may say that there is none.
     pub(super) fn empty_wal(
         &self,
         change: &mut Change,
@@ -46,9 +47,17 @@ impl Db {
         stale: &mut Stale,
     ) -> Result<()> {
         change.wal.clear();
+        let index = self.next_index(page_size, pages)?;
         if let Some(wal) = self.files.get(FileKind::Wal) {
             let path = self.files.path(FileKind::Wal);
+            let empty = WalHeader {
+                order: index.order,
+                page_size: index.page_size,
+                sequence: 0,
+                salts: index.salts,
+            };
             os::truncate("apply:wal", &wal.file, 0)
+                .and_then(|()| os::write_at("apply:wal", &wal.file, &empty.encode(), 0))
                 .and_then(|()| os::sync("apply:wal", &wal.file))
                 .map_err(Error::io("truncate wal", &path))?;
             stale.files.push(wal.ino);
@@ -59,8 +68,34 @@ impl Db {
             self.inbox.rewriting_index.store(true, Ordering::SeqCst);
             stale.files.push(shm.ino);
         }
-        self.write_empty_index(&shm.file, page_size, pages)
+        let copy = index.encode();
+        let mut bytes = [0; HEADER_SIZE];
+        bytes[..HEADER_COPY_SIZE].copy_from_slice(&copy);
+        bytes[HEADER_COPY_SIZE..CKPT_AT].copy_from_slice(&copy);
+        bytes[CKPT_AT..].copy_from_slice(&CheckpointInfo::EMPTY.encode());
+        os::write_at("apply:index", &shm.file, &bytes, 0)
             .map_err(Error::io("write wal-index", &self.files.path(FileKind::Shm)))
+    }
+
+    /// The header of an empty wal-index over a database of `pages` pages, different from the present
+    /// one.
+    fn next_index(&self, page_size: PageSize, pages: u32) -> Result<IndexHeader> {
+        let mut old = [0; HEADER_COPY_SIZE];
+        if let Some(shm) = self.files.get(FileKind::Shm) {
+            os::read_up_to(&shm.file, &mut old, 0)
+                .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
+        }
+        let before = IndexHeader::parse(&old);
+        let random = super::random_u32();
+        Ok(IndexHeader {
+            change: before.map_or(1, |header| header.change.wrapping_add(1)),
+            order: before.map_or(ByteOrder::NATIVE, |header| header.order),
+            page_size,
+            mx_frame: 0,
+            pages,
+            frame_checksum: WalChecksum(0, 0),
+            salts: before.map_or(Salts(random, random), |header| header.salts.next(random)),
+        })
     }
 
     /// Removes the WAL and the wal-index of a database that is in rollback mode now.
@@ -96,32 +131,5 @@ impl Db {
         os::truncate("checkpoint:database", &database.file, page_size.offset(Pgno(map.commit + 1)))
             .and_then(|()| os::sync("checkpoint:database", &database.file))
             .map_err(Error::io("sync database", &path))
-    }
-
-    fn write_empty_index(
-        &self,
-        shm: &std::fs::File,
-        page_size: PageSize,
-        pages: u32,
-    ) -> std::io::Result<()> {
-        let mut old = [0; HEADER_COPY_SIZE];
-        os::read_up_to(shm, &mut old, 0)?;
-        let before = IndexHeader::parse(&old);
-        let random = super::random_u32();
-        let header = IndexHeader {
-            change: before.map_or(1, |header| header.change.wrapping_add(1)),
-            order: before.map_or(ByteOrder::NATIVE, |header| header.order),
-            page_size,
-            mx_frame: 0,
-            pages,
-            frame_checksum: WalChecksum(0, 0),
-            salts: before.map_or(Salts(random, random), |header| header.salts.next(random)),
-        };
-        let copy = header.encode();
-        let mut bytes = [0; HEADER_SIZE];
-        bytes[..HEADER_COPY_SIZE].copy_from_slice(&copy);
-        bytes[HEADER_COPY_SIZE..CKPT_AT].copy_from_slice(&copy);
-        bytes[CKPT_AT..].copy_from_slice(&CheckpointInfo::EMPTY.encode());
-        os::write_at("apply:index", shm, &bytes, 0)
     }
 }

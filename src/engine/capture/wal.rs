@@ -62,6 +62,10 @@ impl WalState {
 
     /// A write through us at `offset`, bytes into the file.
     pub fn note_write(&mut self, offset: u64) {
+        if offset == 0 {
+            // Another header, with a checksum of its own that the first frame continues.
+            self.clear();
+        }
         self.overwritten |=
             offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
     }

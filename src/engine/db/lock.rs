@@ -239,6 +239,20 @@ impl Db {
         self.locks.lock().unwrap().held(Lock::Dms).is_some()
     }
 
+    /// Whether a client is connected in WAL mode, or reads in rollback mode.
+    pub(in crate::engine) fn has_clients(&self) -> bool {
+        let locks = self.locks.lock().unwrap();
+        let mut holders = locks.holders(Lock::Shared).chain(locks.holders(Lock::Dms));
+        holders.any(|(owner, _)| matches!(owner, Owner::Client(_)))
+    }
+
+    /// The files that clients have locked are gone: nothing of their locks is left.
+    pub(in crate::engine) fn forget_clients(&self) {
+        let is_client = |owner| matches!(owner, Owner::Client(_));
+        let woken = self.locks.lock().unwrap().release_all(is_client);
+        self.wake(woken);
+    }
+
     /// Takes locks for the engine, waiting at most `limit`; an error if that was not enough.
     pub(in crate::engine) fn take(
         &self,

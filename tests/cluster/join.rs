@@ -232,6 +232,39 @@ fn a_database_is_dropped_and_made_again(first: &str, second: &str) {
     assert!(!cluster.replica().file("app.db").exists());
 }
 
+/// Readers on the replica that stay open through everything.
+#[test_case("auto")]
+#[test_case("off")]
+fn open_readers_of_a_replica_see_the_journal_mode_change(passthrough: &'static str) {
+    const COUNT: &str = "select count(*) from t";
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    create(cluster.primary(), "app.db", "delete");
+    cluster.sync("app.db");
+    let path = cluster.replica().file("app.db");
+    let inside = sqlite::open(&path);
+    let mut outside = sqlite::Session::open(&path);
+    outside.run(".timeout 10000");
+    let mut rows = 200;
+    let modes = ["wal", "delete", "wal", "truncate", "wal", "persist", "delete"];
+    for (turn, mode) in modes.into_iter().enumerate() {
+        assert_eq!(sqlite::value::<i64>(&inside, COUNT), rows, "before {mode}");
+        assert_eq!(outside.run(&format!("{COUNT};")), rows.to_string(), "before {mode}");
+        let switch = format!("pragma journal_mode = {mode}");
+        assert_eq!(sqlite::run(&cluster.file("app.db"), &format!("{switch};")), mode);
+        write(cluster.primary(), "app.db", 0..turn as u32 + 1);
+        rows += turn as i64 + 1;
+        cluster.sync("app.db");
+        assert_eq!(sqlite::value::<i64>(&inside, COUNT), rows, "after {mode}");
+        assert_eq!(outside.run(&format!("{COUNT};")), rows.to_string(), "after {mode}");
+    }
+    drop((inside, outside));
+    // Nobody has the log open any more.
+    write(cluster.primary(), "app.db", 0..1);
+    cluster.sync("app.db");
+    assert_eq!(sqlite::run(&path, "pragma journal_mode"), "delete");
+    cluster.check();
+}
+
 #[test_case("auto")]
 #[test_case("off")]
 fn a_page_size_change_reaches_the_replica_and_its_readers(passthrough: &'static str) {
@@ -249,5 +282,88 @@ fn a_page_size_change_reaches_the_replica_and_its_readers(passthrough: &'static 
         assert_eq!(reader.run("select count(*) from t;"), "200");
     }
     drop(reader);
+    cluster.check();
+}
+
+/// Connections in WAL mode hold locks also while they read nothing.
+#[test_case("auto")]
+#[test_case("off")]
+fn idle_connections_do_not_hold_up_a_snapshot(passthrough: &'static str) {
+    const COUNT: &str = "select count(*) from t";
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    create(cluster.primary(), "app.db", "wal");
+    cluster.sync("app.db");
+    let connections = cluster.nodes.iter().map(|node| {
+        let path = node.file("app.db");
+        (sqlite::open(&path), sqlite::Session::open(&path))
+    });
+    let mut connections: Vec<_> = connections.collect();
+    let mut check = |rows: i64| {
+        for (inside, outside) in &mut connections {
+            assert_eq!(sqlite::value::<i64>(inside, COUNT), rows);
+            assert_eq!(
+                outside.run(&format!("{COUNT}; pragma integrity_check;")),
+                format!("{rows}\nok")
+            );
+        }
+    };
+    check(200);
+    let file = cluster.primary().scratch("other.db");
+    for (page_size, mode, rows) in
+        [(4096, "delete", 3), (1024, "delete", 4), (8192, "wal", 7), (8192, "wal", 900)]
+    {
+        let _ = fs::remove_file(&file);
+        let pragmas = format!("pragma page_size = {page_size}; pragma journal_mode = {mode}");
+        sqlite::run(&file, &format!("{pragmas}; create table t(x)"));
+        let one = "insert into t values (randomblob(500));".repeat(rows);
+        sqlite::run(&file, &format!("begin; {one} commit"));
+        let output =
+            cluster.primary().litefs("import", &["-name", "app.db", file.to_str().unwrap()]);
+        assert!(output.status.success(), "{output:?}");
+        cluster.sync("app.db");
+        check(rows as i64);
+        write(cluster.primary(), "app.db", 0..2);
+        cluster.sync("app.db");
+        check(rows as i64 + 2);
+    }
+    // What a connection of the primary that was open all the time writes counts too.
+    connections[0].0.execute_batch("insert into t values ('from within')").unwrap();
+    connections[0].1.run("insert into t values ('from outside');");
+    cluster.sync("app.db");
+    assert_eq!(sqlite::value::<i64>(&connections[1].0, COUNT), 904);
+    drop(connections);
+    cluster.check();
+}
+
+#[test_case("auto")]
+#[test_case("off")]
+fn idle_connections_do_not_hold_up_a_drop(passthrough: &'static str) {
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    create(cluster.primary(), "app.db", "wal");
+    cluster.sync("app.db");
+    let path = cluster.replica().file("app.db");
+    let inside = sqlite::open(&path);
+    let mut outside = sqlite::Session::open(&path);
+    let count =
+        |inside: &rusqlite::Connection| sqlite::value::<i64>(inside, "select count(*) from t");
+    assert_eq!(count(&inside), 200);
+    assert_eq!(outside.run("select count(*) from t;"), "200");
+    for mode in ["delete", "wal"] {
+        fs::remove_file(cluster.file("app.db")).unwrap();
+        cluster.sync("app.db");
+        // As with any file that was removed: who has it open goes on with it.
+        assert_eq!(count(&inside), 200);
+        sqlite::run(
+            &cluster.file("app.db"),
+            &format!("pragma journal_mode = {mode}; create table t(x)"),
+        );
+        write(cluster.primary(), "app.db", 0..5);
+        cluster.sync("app.db");
+        assert_eq!(count(&inside), 200);
+        assert_eq!(outside.run("select count(*) from t;"), "200");
+        assert_eq!(sqlite::run(&path, "select count(*) from t"), "5");
+    }
+    drop((inside, outside));
+    write(cluster.primary(), "app.db", 0..5);
     cluster.check();
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use ltx::{Compression, NodeId, Pos, Txid};
 
-use self::layout::DataDir;
+use self::layout::{DataDir, DbDir};
 use self::shared::Shared;
 use crate::os;
 
@@ -138,6 +138,8 @@ impl Engine {
             os::create_dirs("engine:dir", &path)
                 .map_err(Error::io("create data directory", &path))?;
         }
+        os::sync_dir("engine:dir", dir.path())
+            .map_err(Error::io("sync data directory", dir.path()))?;
         let writer = chain::Writer::start();
         let shared = Arc::new(Shared::new(shared::Settings {
             compression: options.compression,
@@ -231,6 +233,10 @@ impl Engine {
         }
         self.lag_timestamp_ms.store(if primary { 0 } else { -1 }, Ordering::SeqCst);
         self.shared.set_writable(primary);
+        if primary {
+            // Also of what an applier took hold of before it could see this.
+            self.databases().iter().for_each(|db| db.stop_following());
+        }
         *current = role.clone();
         drop(current);
         self.follow_all();
@@ -295,6 +301,11 @@ impl Engine {
         let db = open_database(&self.dir, &self.shared, name)?;
         databases.insert(name.clone(), db.clone());
         Ok(db)
+    }
+
+    /// Makes the names of all files durable that were made or removed.
+    pub fn sync_names(&self) -> Result<()> {
+        self.databases.read().unwrap().values().try_for_each(|db| db.files().sync_names())
     }
 
     /// Where each database stands, as a replica tells its primary.
@@ -446,8 +457,7 @@ fn open_databases(dir: &DataDir, shared: &Arc<Shared>) -> Result<BTreeMap<DbName
 /// untouched.
 fn open_database(dir: &DataDir, shared: &Arc<Shared>, name: &DbName) -> Result<Arc<Db>> {
     let db_dir = dir.database(name.as_str());
-    let path = db_dir.ltx();
-    os::create_dirs("engine:dir", &path).map_err(Error::io("create database directory", &path))?;
+    make_directory(dir, &db_dir)?;
     let options = recover::Options {
         compression: shared.compression,
         node_id: shared.node_id,
@@ -468,6 +478,18 @@ fn open_database(dir: &DataDir, shared: &Arc<Shared>, name: &DbName) -> Result<A
         db.fail_for_good(&error);
     }
     Ok(db)
+}
+
+/// Makes the directories of a database, for good: what is synced in them must be found again.
+fn make_directory(dir: &DataDir, db_dir: &DbDir) -> Result<()> {
+    let path = db_dir.ltx();
+    if path.is_dir() {
+        return Ok(());
+    }
+    os::create_dirs("engine:dir", &path)
+        .and_then(|()| os::sync_dir("engine:dir", db_dir.path()))
+        .and_then(|()| os::sync_dir("engine:dir", &dir.databases()))
+        .map_err(Error::io("create database directory", &path))
 }
 
 /// The state of a database that could not be recovered: nothing is known of it.

@@ -457,7 +457,7 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn fsync_dir(&self, reply: Reply<()>) {
-        reply.send(Ok(()));
+        reply.send(self.engine.sync_names().map_err(|error| refused(error.into())));
     }
 
     fn getlk(

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::error::{Error, Result};
@@ -74,12 +74,14 @@ pub struct Files {
     dir: DbDir,
     /// The incarnation of each file that exists now, by `FileKind as usize`.
     slots: Mutex<[Option<Arc<Backing>>; 4]>,
+    /// A name was made or removed since the directory was synced.
+    names_changed: AtomicBool,
 }
 
 impl Files {
     /// The files that stand in `dir` now.
     pub fn open(dir: DbDir) -> Result<Files> {
-        let files = Files { dir, slots: Mutex::default() };
+        let files = Files { dir, slots: Mutex::default(), names_changed: AtomicBool::new(false) };
         for kind in FileKind::ALL {
             let path = kind.path(&files.dir);
             match os::open("files:open", &path) {
@@ -107,6 +109,7 @@ impl Files {
         let path = kind.path(&self.dir);
         let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
         self.set(kind, Some(file));
+        self.names_changed.store(true, Ordering::SeqCst);
         Ok(self.get(kind).expect("it was just put there"))
     }
 
@@ -124,7 +127,20 @@ impl Files {
         os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
         let existed = self.get(kind).is_some();
         self.set(kind, None);
+        self.names_changed.fetch_or(existed, Ordering::SeqCst);
         Ok(existed)
+    }
+
+    /// Makes the names durable, if any changed: what SQLite asks for by a sync of the directory once
+    /// it has made a journal or a WAL.
+    pub fn sync_names(&self) -> Result<()> {
+        if !self.names_changed.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        os::sync_dir("files:dir", self.dir.path()).map_err(|error| {
+            self.names_changed.store(true, Ordering::SeqCst);
+            Error::io("sync database directory", self.dir.path())(error)
+        })
     }
 
     /// Looks again which files exist, after something else made or removed them.

@@ -55,6 +55,10 @@ impl Db {
         self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limits::LOCK_WAIT)?;
         guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
+        if self.may_write() {
+            // The node became primary meanwhile; it lets go of what it finds only once.
+            return Ok(());
+        }
         let follower = self.open_follower(page_size, view.pages)?;
         change.wal.resume(follower.writer.cursor());
         *self.inbox.follower.lock().unwrap() = Some(follower);

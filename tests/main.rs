@@ -10,6 +10,8 @@ mod support;
 mod cli;
 // Nodes on loopback, each a real process with a real mount: replication, and what breaks it.
 mod cluster;
+// Calls on an engine, without a mount and without a network.
+mod engine;
 // The API and the replication stream over real sockets on loopback.
 mod http;
 // SQLite on the mount of one real primary, and everything that can go wrong there.

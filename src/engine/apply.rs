@@ -309,17 +309,13 @@ impl Db {
             state = guard;
             // A queue that moves only needs time; one behind readers must not stop other databases.
             if waited.timed_out() && self.inbox.waits_for_readers.load(Ordering::SeqCst) {
-                received.discard();
                 return Err(Error::Busy { db: self.name.clone(), what: "readers do not finish" });
             }
         }
         if !state.running && state.queue.is_empty() && !state.received.is_zero() {
             state.received = self.pos();
         }
-        if let Err(error) = self.check_follows(state.received, &received) {
-            received.discard();
-            return Err(error);
-        }
+        self.check_follows(state.received, &received)?;
         state.received = pos;
         state.queue_bytes += received.size();
         state.queue.push_back(Arc::new(received));
@@ -424,9 +420,7 @@ impl Db {
         if matches!(error, Error::Diverged { .. } | Error::Ltx { .. }) {
             tracing::error!(db = %self.name, error = chain_text(error), "apply transaction: asking the primary for a snapshot");
             let mut state = self.inbox.state.lock().unwrap();
-            for gone in state.queue.drain(..) {
-                gone.discard();
-            }
+            state.queue.clear();
             state.queue_bytes = 0;
             state.received = Pos::ZERO;
             self.inbox.changed.notify_all();
@@ -454,14 +448,16 @@ impl Db {
     }
 }
 
-impl Received {
-    /// Removes its temporary file.
-    fn discard(&self) {
+impl Drop for Received {
+    /// Removes its temporary file, unless the chain has adopted it under another name.
+    fn drop(&mut self) {
         if let Body::Spool(path, ..) = &self.body {
             let _ = os::remove_if_present("receive:spool", path);
         }
     }
+}
 
+impl Received {
     /// The last transaction it replaces all others up to, if it is a snapshot.
     fn snapshot_of(&self) -> Option<Txid> {
         self.header.is_snapshot().then_some(self.header.max_txid)

@@ -131,8 +131,13 @@ impl Chain {
         debug_assert!(self.inner.lock().unwrap().queue.is_empty(), "journal commit after wal ones");
         let (file, _) = self.write_file(transaction)?;
         if durability == Durability::Synced {
-            os::sync("chain:ltx", &file).map_err(Error::io("sync ltx file", &self.dir.ltx()))?;
-            self.sync_dir()?;
+            let synced = os::sync("chain:ltx", &file)
+                .map_err(Error::io("sync ltx file", &self.dir.ltx()))
+                .and_then(|()| self.sync_dir());
+            if synced.is_err() {
+                self.remove_unconfirmed(transaction);
+                return synced;
+            }
         } else {
             self.inner.lock().unwrap().unsynced.push((transaction.min, transaction.max));
         }
@@ -161,6 +166,24 @@ impl Chain {
             inner.remember(transaction);
         } else {
             inner.forget_recent();
+        }
+    }
+
+    /// The transaction of the last [`Chain::write_now`] was rolled back. At the next start its file
+    /// would be taken for the newest transaction.
+    pub fn withdraw(&self, transaction: &Transaction) {
+        let _files = self.files.lock().unwrap();
+        self.inner.lock().unwrap().unsynced.retain(|(min, _)| *min != transaction.min);
+        self.remove_unconfirmed(transaction);
+    }
+
+    fn remove_unconfirmed(&self, transaction: &Transaction) {
+        let path = self.dir.ltx_file(transaction.min, transaction.max);
+        let removed = os::remove_if_present("chain:withdraw", &path)
+            .map_err(Error::io("remove ltx file", &path))
+            .and_then(|()| self.sync_dir());
+        if let Err(error) = removed {
+            tracing::error!(db = %self.db, error = chain_text(&error), "take transaction back");
         }
     }
 

@@ -288,7 +288,9 @@ impl Db {
         match backing.kind {
             FileKind::Journal => self.journal_synced(),
             // In locking_mode=EXCLUSIVE no lock is released after a commit; a sync is a good moment.
-            FileKind::Wal if self.is_locked_exclusively() => self.capture_wal(),
+            FileKind::Wal if self.is_locked_exclusively() => {
+                self.capture_wal();
+            }
             _ => {}
         }
         let path = self.files.path(backing.kind);
@@ -459,23 +461,42 @@ impl Db {
         }
     }
 
-    /// Puts the database into the failed state.
+    /// Puts the database into the failed state; one that is lost stays so, for the first reason.
     pub(super) fn fail(&self, error: &Error) {
         let reason = chain_text(error);
         let mut failure = self.failure.lock().unwrap();
+        if failure.as_ref().is_some_and(|old| old.for_good) {
+            return;
+        }
         if failure.as_ref().is_none_or(|old| old.reason != reason) {
             tracing::error!(db = %self.name, reason, "database failed, writers are refused");
         }
         *failure = Some(Failure { reason, tried: Instant::now(), for_good: false });
     }
 
-    /// Puts the database into the failed state until a snapshot or a restart.
+    /// Puts the database into the failed state until a snapshot, an import or a restart: its files
+    /// are not known to be one state, so nothing is made of them, and none is removed.
     pub(super) fn fail_for_good(&self, error: &Error) {
         self.fail(error);
         if let Some(failure) = &mut *self.failure.lock().unwrap() {
             failure.for_good = true;
         }
         self.reset_received(Pos::ZERO);
+    }
+
+    /// Whether it is in the failed state for good.
+    pub(super) fn is_lost(&self) -> bool {
+        self.failure.lock().unwrap().as_ref().is_some_and(|failure| failure.for_good)
+    }
+
+    /// An error if the database is lost.
+    pub(super) fn refuse_lost(&self) -> Result<()> {
+        match &*self.failure.lock().unwrap() {
+            Some(Failure { reason, for_good: true, .. }) => {
+                Err(Error::Failed { db: self.name.clone(), reason: reason.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The database works.

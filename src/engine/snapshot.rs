@@ -131,19 +131,28 @@ impl Db {
             return Err(Error::NotPrimary);
         }
         let file = File::open(source).map_err(Error::io("open import", source))?;
-        let _locks = self.lock_everything()?;
+        let mut locks = self.lock_everything()?;
         let mut change = self.change.lock().unwrap();
-        self.settle_wal(&mut change)?;
+        if !self.is_lost() {
+            self.settle_wal(&mut change)?;
+        }
         let spool = self.dir.ltx().join("import.ltx.tmp");
         os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
         let received = self.encode_import(&change, &file, source, spool)?;
         let mut stale = Stale::default();
-        let applied = self.apply_locked(&mut change, &Arc::new(received), &mut stale);
+        let received = Arc::new(received);
+        let applied = self.apply_locked(&mut locks, &mut change, &received, &mut stale);
+        if let (Err(error), true) = (&applied, locks.is_left()) {
+            // Everybody stays locked out; the chain has it, so a restart brings it to its end.
+            self.fail_for_good(error);
+        }
         let pos = change.pos;
+        drop(received); // With its temporary file, whose name the next import uses.
         drop(change);
         self.drop_cached(stale);
         applied?;
         self.reset_received(pos);
+        self.mend();
         Ok(pos)
     }
 

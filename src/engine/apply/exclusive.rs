@@ -12,6 +12,7 @@ use ltx::{Header, Pgno};
 
 use super::{Body, Received};
 use crate::engine::capture::Change;
+use crate::engine::capture::journal::JournalState;
 use crate::engine::chain::Replaced;
 use crate::engine::checksum::PageSums;
 use crate::engine::db::{Db, Guard};
@@ -46,21 +47,26 @@ impl Db {
         self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
         let locks = self.lock_everything();
         self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
-        let _locks = locks?;
+        let mut locks = locks?;
         let mut change = self.change.lock().unwrap();
-        self.settle_wal(&mut change)?;
+        if !self.is_lost() {
+            self.settle_wal(&mut change)?;
+        }
         let mut stale = Stale::default();
-        let applied = self.apply_locked(&mut change, received, &mut stale);
+        let applied = self.apply_locked(&mut locks, &mut change, received, &mut stale);
         // The kernel may have to finish a request of a worker that waits for the right to change.
         drop(change);
         self.drop_cached(stale);
         applied
     }
 
-    /// Applies one LTX file; the caller holds all locks of the database, gives up the right to
-    /// change, and then drops what is `stale` in the kernel's caches, also after an error.
+    /// Applies one LTX file; the caller holds all `locks` of the database, gives up the right to
+    /// change, and then drops what is `stale` in the kernel's caches, also after an error. If it
+    /// fails half-way the locks stay with [`Owner::APPLY`], so that nobody sees that, until another
+    /// attempt or a restart.
     pub(in crate::engine) fn apply_locked(
         &self,
+        locks: &mut Guard<'_>,
         change: &mut Change,
         received: &Arc<Received>,
         stale: &mut Stale,
@@ -69,7 +75,7 @@ impl Db {
         // Before the LTX file is there, so that a WAL found beside it is never older than it.
         self.retire_wal(change, stale)?;
         self.store(change, received)?;
-        self.write_pages(change, received, stale)?;
+        self.write_pages(change, received, stale).inspect_err(|_| locks.leave())?;
         self.finish_apply(change, received);
         self.verify_if_strict(change)
     }
@@ -134,23 +140,22 @@ impl Db {
     /// Puts the LTX file into the chain, durable.
     fn store(&self, change: &Change, received: &Arc<Received>) -> Result<()> {
         let header = &received.header;
-        if self.chain.contains(header.max_txid) && !header.is_snapshot() {
-            // An earlier attempt got this far.
-            return Ok(());
-        }
+        let stored = self.chain.contains(header.max_txid);
         let path = match &received.body {
+            // An earlier attempt got this far.
+            Body::Memory(_) if stored && !header.is_snapshot() => return Ok(()),
+            Body::Spool(path, ..) if stored && !path.exists() => return Ok(()),
             Body::Spool(path, file, _) => {
                 os::sync("receive:spool", file).map_err(Error::io("sync ltx file", path))?;
                 path.clone()
             }
             Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
         };
-        if !path.exists() && self.chain.contains(header.max_txid) {
-            return Ok(());
-        }
         let replaced = match received.snapshot_of() {
             Some(txid)
-                if change.pos.txid >= txid || self.chain.has_own(&self.shared.own_nodes)? =>
+                if change.pos.txid >= txid
+                    || self.is_lost()
+                    || self.chain.has_own(&self.shared.own_nodes)? =>
             {
                 tracing::warn!(
                     db = %self.name, pos = %change.pos, snapshot = %received.pos(),
@@ -170,6 +175,10 @@ impl Db {
         stale: &mut Stale,
     ) -> Result<()> {
         let header = &received.header;
+        self.void_journal(change, stale)?;
+        if self.is_lost() {
+            self.void_wal()?;
+        }
         let mode = if header.commit == 0 {
             self.remove_files()?;
             // Who still has the files open goes on with them alone.
@@ -198,6 +207,31 @@ impl Db {
         }
         change.mode = mode;
         Ok(())
+    }
+
+    /// Makes a journal that a client left half-way count for nothing: its former pages must not be
+    /// played back over new ones. It is cut and not removed, for others may have it open.
+    fn void_journal(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
+        if let Some(journal) = self.files.get(FileKind::Journal) {
+            let path = self.files.path(FileKind::Journal);
+            os::truncate("apply:journal", &journal.file, 0)
+                .and_then(|()| os::sync("apply:journal", &journal.file))
+                .map_err(Error::io("cut journal", &path))?;
+            stale.files.push(journal.ino);
+            stale.files.extend(self.files.get(FileKind::Database).map(|database| database.ino));
+        }
+        change.journal = JournalState::default();
+        Ok(())
+    }
+
+    /// Makes the WAL of a lost database count for nothing, for good, before a snapshot is written:
+    /// after a crash half-way its frames would look newer than the snapshot.
+    fn void_wal(&self) -> Result<()> {
+        let Some(wal) = self.files.get(FileKind::Wal) else { return Ok(()) };
+        let path = self.files.path(FileKind::Wal);
+        os::truncate("apply:wal", &wal.file, 0)
+            .and_then(|()| os::sync("apply:wal", &wal.file))
+            .map_err(Error::io("truncate wal", &path))
     }
 
     /// Writes the pages to the database file and drops what the kernel cached of them; the journal

@@ -56,12 +56,11 @@ impl Db {
     /// Removes the journal, which commits what was written under it. An error leaves the journal as
     /// it is: SQLite rolls the transaction back.
     pub fn remove_journal(&self) -> Result<(), Refusal> {
+        self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         self.refuse_strangers(&change)?;
         let pending = self.prepare_commit(&mut change)?;
-        self.files.remove(FileKind::Journal)?;
-        self.finish_commit(&mut change, pending);
-        Ok(())
+        self.end_journal(&mut change, pending, || self.files.remove(FileKind::Journal).map(drop))
     }
 
     /// Cuts the journal to `len` bytes; to nothing, that commits.
@@ -71,6 +70,7 @@ impl Db {
             os::truncate("journal:truncate", &journal.file, len)
                 .map_err(Error::io("truncate journal", &path))
         };
+        self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
         if len > 0 || !change.journal.active {
@@ -78,9 +78,7 @@ impl Db {
         }
         self.refuse_strangers(&change)?;
         let pending = self.prepare_commit(&mut change)?;
-        truncate()?;
-        self.finish_commit(&mut change, pending);
-        Ok(())
+        self.end_journal(&mut change, pending, truncate)
     }
 
     /// Writes to the journal; zeros over its header commit.
@@ -93,6 +91,7 @@ impl Db {
         if !self.may_write() {
             return Err(Refusal::ReadOnly);
         }
+        self.refuse_lost()?;
         let path = self.files.path(FileKind::Journal);
         let write = || {
             os::write_at("journal:write", &journal.file, data, offset)
@@ -105,9 +104,7 @@ impl Db {
             return Ok(());
         }
         let pending = self.prepare_commit(&mut change)?;
-        write()?;
-        self.finish_commit(&mut change, pending);
-        Ok(())
+        self.end_journal(&mut change, pending, write)
     }
 
     /// A journal that covers written pages is ended only by who holds a write lock: anything else
@@ -152,6 +149,24 @@ impl Db {
         self.chain.flush()?;
         self.chain.write_now(&transaction, durability)?;
         Ok(Some(Pending { transaction, mode: found.mode }))
+    }
+
+    /// Ends the journal, which makes count what was prepared. If that fails SQLite rolls back, and
+    /// the transaction must not come back at the next start.
+    fn end_journal(
+        &self,
+        change: &mut Change,
+        pending: Option<Pending>,
+        end: impl FnOnce() -> Result<()>,
+    ) -> Result<(), Refusal> {
+        if let Err(error) = end() {
+            if let Some(Pending { transaction, .. }) = &pending {
+                self.chain.withdraw(transaction);
+            }
+            return Err(error.into());
+        }
+        self.finish_commit(change, pending);
+        Ok(())
     }
 
     /// The journal is gone: what was prepared counts.
@@ -247,6 +262,7 @@ impl Db {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
+        self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         if change.journal.active {
             change.mark_dirty(offset, data.len());
@@ -266,6 +282,9 @@ impl Db {
         let current = self.files.is_current(backing);
         if current && !self.may_write() {
             return Err(Refusal::ReadOnly);
+        }
+        if current {
+            self.refuse_lost()?;
         }
         let change = self.change.lock().unwrap();
         let committed = change.page_size.map_or(0, |size| size.offset(Pgno(change.pages() + 1)));

@@ -36,6 +36,9 @@ impl Db {
             return Err(self.corrupt("compare pages", "the wal has no valid header"));
         };
         let page_size = map.cursor.page_size();
+        if change.page_size.is_some_and(|known| known != page_size) {
+            return Err(self.corrupt("compare pages", "the wal's page size is not the database's"));
+        }
         let Some(database) = self.files.get(FileKind::Database) else {
             return Err(self.corrupt("compare pages", "the database file is missing"));
         };

@@ -42,6 +42,15 @@ enum End {
     LastCommit,
 }
 
+/// Whether the chain has all that is committed to the WAL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Captured {
+    /// It has, or will as soon as it is written.
+    All,
+    /// Frames may be missing; the database is in the failed state.
+    Failed,
+}
+
 impl WalState {
     /// The last captured frame; 0 for none.
     pub fn frame(&self) -> u32 {
@@ -74,16 +83,23 @@ impl WalState {
 impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
     /// SQLite ignores the result of the unlock that this is called for.
-    pub(crate) fn capture_wal(&self) {
+    pub(crate) fn capture_wal(&self) -> Captured {
         let mut change = self.change.lock().unwrap();
         match self.capture_frames(&mut change) {
-            Ok(()) => self.mend(),
-            Err(error) => self.fail(&error),
+            Ok(()) => {
+                self.mend();
+                Captured::All
+            }
+            Err(error) => {
+                self.fail(&error);
+                Captured::Failed
+            }
         }
     }
 
     /// Captures the new transactions of the WAL.
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
+        self.refuse_lost()?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
         let Some((end, salts)) = self.committed_end(&backing.file)? else { return Ok(()) };
         let same_wal = change.wal.cursor.is_some_and(|cursor| cursor.salts() == salts);

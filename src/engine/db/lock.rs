@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::{Db, Refusal};
+use crate::engine::capture::wal::Captured;
 use crate::engine::chain::Waiting;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::next_ino;
@@ -51,7 +52,17 @@ impl Guard<'_> {
 
     /// Leaves the locks to their owner.
     pub(in crate::engine) fn keep(mut self) {
+        self.leave();
+    }
+
+    /// As [`Guard::keep`], for a guard that somebody else holds.
+    pub(in crate::engine) fn leave(&mut self) {
         self.set = LockSet::EMPTY;
+    }
+
+    /// Whether the locks were left to their owner.
+    pub(in crate::engine) fn is_left(&self) -> bool {
+        self.set.is_empty()
     }
 
     /// Also holds `set`, which was taken for the same owner.
@@ -174,9 +185,16 @@ impl Db {
         if !client || !self.is_barrier(&grant) {
             return (waiter.answer)(Ok(()));
         }
-        if !grant.request().set.contains(Lock::Write) {
+        let set = grant.request().set;
+        if !set.contains(Lock::Write) {
             // What an exclusive connection committed without ever releasing WRITE.
-            self.capture_wal();
+            let captured = self.capture_wal();
+            // RECOVER goes with a new wal-index, which may be what capture needs; it moves no frame.
+            if captured == Captured::Failed && !set.contains(Lock::Recover) {
+                let woken = self.locks.lock().unwrap().undo(grant);
+                (waiter.answer)(Err(Refusal::WouldBlock));
+                return self.wake(woken);
+            }
         }
         let me = self.me.clone();
         let done = Box::new(move |result: Result<(), String>| match (result, me.upgrade()) {

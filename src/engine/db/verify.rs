@@ -70,6 +70,10 @@ impl Db {
     /// and the page checksums are saved, so that the next start has nothing to compute.
     pub(in crate::engine) fn close(&self) -> Result<()> {
         self.stop_applier();
+        if self.is_lost() {
+            // What could not be brought to one state stays as it is for the next start.
+            return Ok(());
+        }
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
         self.let_go(&mut change);

@@ -1,8 +1,17 @@
 //! litefs replicates SQLite databases between machines through a FUSE file system.
 //!
-//! A kernel request comes in through `fuse`, [`volume`] turns it into a call on one database of the
-//! [`engine`]: locks, capture, checksum, chain, feed. [`http`] streams the chain to the replicas,
-//! [`cluster`] says who is primary and applies what comes from there.
+//! ```text
+//! kernel -> fuse -> volume -> engine: locks -> capture -> checksum -> chain -> feed     primary
+//!                                                                      |
+//!                                               http: stream -> wire -> client
+//!                                                                      |
+//! kernel <- fuse <- volume <- engine: feed <- chain <- apply <- cluster: replica        replica
+//! ```
+//!
+//! The end of a transaction is a lock given up or a journal ended. [`volume`] turns the kernel's
+//! requests into calls on one database of the [`engine`], [`http`] streams the LTX files of its chain,
+//! [`cluster`] says who is primary and takes in what comes from there. `docs/ARCHITECTURE.md` has the
+//! map, `docs/SEMANTICS.md` what an application may rely on.
 
 pub mod cli;
 pub mod cluster;

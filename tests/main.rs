@@ -16,5 +16,7 @@ mod engine;
 mod http;
 // SQLite on the mount of one real primary, and everything that can go wrong there.
 mod mount;
+// Each promise of docs/SEMANTICS.md, quoted above its test.
+mod semantics;
 // The rules of the source tree that no compiler checks.
 mod tidy;

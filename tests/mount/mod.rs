@@ -11,6 +11,8 @@ use crate::support::sqlite;
 
 /// A node that is killed while applications write.
 mod crash;
+/// What shells and scripts do to files.
+mod files;
 /// Journal modes, page sizes, locking modes, attached databases.
 mod modes;
 /// Every journal mode, page size and way of the bytes, through the life of a database.

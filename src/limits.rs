@@ -114,8 +114,10 @@ pub const LTX_BATCH_LEN: usize = 1024;
 /// Bytes of transactions in one merged LTX file, so that one file never holds up the stream.
 pub const LTX_BATCH_BYTES: usize = 8 << 20;
 
-/// How long the LTX writer rests after a round: the commits of that time go into one file.
-pub const WRITER_REST: Duration = Duration::from_millis(10);
+/// How long the LTX writer rests after a round: the commits of that time go into one file. Each file
+/// costs an inode for as long as it is kept, and a sync at the next checkpoint, so that ten a second
+/// are the most; streams read what is in memory, and who waits for durability wakes the writer.
+pub const WRITER_REST: Duration = Duration::from_millis(100);
 
 /// Transactions kept for the streams: one second of a busy database.
 pub const RECENT_LEN: usize = 8192;

@@ -216,8 +216,9 @@ impl Engine {
 
     /// Changes what this node is. From here on, or until here, it grants write locks.
     pub fn set_role(&self, role: Role) {
-        let mut current = self.role.lock().unwrap();
-        if *current == role {
+        // Not locked all the time: this waits for appliers, which may wait for the kernel, whose
+        // requests ask for the role. One task alone sets it.
+        if *self.role.lock().unwrap() == role {
             return;
         }
         let primary = role == Role::Primary;
@@ -237,8 +238,7 @@ impl Engine {
             // Also of what an applier took hold of before it could see this.
             self.databases().iter().for_each(|db| db.stop_following());
         }
-        *current = role.clone();
-        drop(current);
+        *self.role.lock().unwrap() = role.clone();
         self.follow_all();
         self.attributes_changed();
         self.shared.feed.emit(&Event::PrimaryChange {

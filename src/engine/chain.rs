@@ -62,6 +62,8 @@ struct Inner {
     /// Written files that are not durable yet, by first and last transaction: names rather than open
     /// files, of which a node with many databases would run out.
     unsynced: Vec<(Txid, Txid)>,
+    /// Files are being synced that are no longer in `unsynced`.
+    syncing: bool,
     /// Who waits for which transaction to be durable.
     waiters: Vec<(Txid, Durable)>,
     /// Why the last attempt to write failed; cleared by the next success.
@@ -159,7 +161,7 @@ impl Chain {
             size,
             mtime: SystemTime::now(),
         });
-        if inner.unsynced.is_empty() {
+        if inner.unsynced.is_empty() && !inner.syncing {
             inner.synced = transaction.max;
         }
         if transaction.encoded_if_any().is_some() {
@@ -264,10 +266,11 @@ impl Chain {
         inner.error.as_ref().map(|error| format!("ltx files cannot be written: {error}"))
     }
 
-    /// Whether a sync is due: somebody waits for it, or many files have gathered.
+    /// Whether a sync is due: somebody waits for it, one has failed, or many files have gathered.
     pub fn wants_sync(&self) -> bool {
         let inner = self.inner.lock().unwrap();
-        !inner.waiters.is_empty() || inner.unsynced.len() >= limits::SYNC_FILES
+        let failed = inner.error.is_some() && !inner.unsynced.is_empty();
+        failed || !inner.waiters.is_empty() || inner.unsynced.len() >= limits::SYNC_FILES
     }
 
     /// Whether so much is queued that committing has to wait for the writer.
@@ -471,6 +474,7 @@ impl Chain {
                 inner.synced = inner.written;
                 return Ok(());
             }
+            inner.syncing = true;
             (std::mem::take(&mut inner.unsynced), inner.written)
         };
         let result = self
@@ -478,8 +482,12 @@ impl Chain {
             .map_err(Error::io("sync ltx files", &self.dir.ltx()))
             .and_then(|()| self.sync_dir());
         let mut inner = self.inner.lock().unwrap();
+        inner.syncing = false;
         match &result {
-            Ok(()) => inner.synced = written,
+            Ok(()) => {
+                inner.synced = written;
+                inner.error = None;
+            }
             Err(error) => {
                 inner.error = Some(chain_text(error));
                 inner.unsynced.extend(unsynced);
@@ -513,7 +521,8 @@ impl Chain {
             tracing::warn!(db = %self.db, error = chain_text(&error), "remove old ltx files");
         }
         let mut inner = self.inner.lock().unwrap();
-        inner.unsynced.clear();
+        // The first transaction of a database is one too, and not always durable yet.
+        inner.unsynced.retain(|(min, max)| self.dir.ltx_file(*min, *max) == keep);
         inner.forget_recent();
     }
 

@@ -511,7 +511,7 @@ impl Db {
         let due = {
             let mut failure = self.failure.lock().unwrap();
             match &mut *failure {
-                None => return self.chain.refusal().is_some() || self.chain.is_congested(),
+                None => return self.chain_refuses(),
                 Some(failure) if failure.for_good || failure.tried.elapsed() < MEND_INTERVAL => {
                     return true;
                 }
@@ -525,6 +525,15 @@ impl Db {
             self.capture_wal();
         }
         self.failure.lock().unwrap().is_some()
+    }
+
+    /// Whether the chain takes no more transactions; then the writer tries again what failed.
+    fn chain_refuses(&self) -> bool {
+        let failed = self.chain.refusal().is_some();
+        if failed {
+            self.shared.writer.queued(&self.chain);
+        }
+        failed || self.chain.is_congested()
     }
 
     pub(super) fn corrupt(&self, what: &'static str, detail: &str) -> Error {

@@ -249,3 +249,23 @@ fn a_large_transaction_leaves_no_temporary_file_on_a_replica() {
     assert_eq!(left.filter(|path| path.ends_with(".tmp")).count(), 0);
     assert!(file(&db, FileKind::Database).file.metadata().unwrap().len() > 1 << 20);
 }
+
+#[test]
+fn writers_are_let_in_again_after_a_sync_that_failed_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    let content = image(3);
+    lock(&db, super::write_locks(), LockKind::Exclusive).unwrap();
+    let journal = file(&db, FileKind::Journal);
+    db.write_journal(&journal, 0, &[1; 512]).unwrap(); // And not synced.
+    db.write_database(&file(&db, FileKind::Database), 0, &content).unwrap();
+    db.remove_journal().unwrap();
+    unlock_all(&db);
+    fail("chain:ltx", 0);
+    db.chain().sync().unwrap_err();
+    let reserved = LockSet::one(Lock::Reserved);
+    wait::until_true("a write lock", || lock(&db, reserved, LockKind::Exclusive).is_ok());
+    assert_eq!(db.state(), DbState::Ready);
+    assert!(db.chain().is_durable(Txid(1)));
+}

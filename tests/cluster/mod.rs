@@ -11,6 +11,12 @@ use crate::support::image::{self, Image};
 use crate::support::node::{Member, Node, Settings};
 use crate::support::sqlite;
 
+/// Databases copied in and out by the command line.
+mod copies;
+/// Nodes that are killed.
+mod crash;
+/// Damage on the way and in files.
+mod damage;
 /// What an application does on the primary, and what its replica has then.
 mod follow;
 /// Nodes that come late, come back, or do not belong.

@@ -1,14 +1,16 @@
 //! How long a lock call on a mounted file takes: F_SETLK there and back, from another process.
 //!
-//! `cargo bench -p fuse` prints, for each number of workers and each placement of client and
-//! server on the CPUs, the best, middle and worst of several runs in microseconds per call. The volume
+//! `cargo bench -p fuse` prints median, mean and 99th percentile in microseconds for each transport
+//! and each placement of client and workers on the CPUs, of all calls of several runs. The volume
 //! answers at once, so what is measured is the transport. Beside it stands the same on a file
-//! of the bare file system, where a lock call is one system call.
+//! of the bare file system, where a lock call is one system call; and an fsync(2) of a page just
+//! written, bare and through the mount.
 
 #![allow(clippy::unwrap_used, reason = "a step that fails ends the benchmark")]
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -23,13 +25,23 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-/// Lock calls of one run.
-const CALLS: u32 = 40_000;
+/// Calls of one run.
+const LOCKS: usize = 20_000;
+const SYNCS: usize = 300;
 /// Runs of one placement.
-const RUNS: usize = 5;
+const RUNS: usize = 3;
 
-/// One empty file, on which every lock is granted.
-struct Grants;
+/// What the client does over and over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Lock,
+    Sync,
+}
+
+/// One file, on which every lock is granted.
+struct Grants {
+    file: File,
+}
 
 fn attr(ino: u64, file_type: FileType) -> Attr {
     Attr {
@@ -76,6 +88,7 @@ impl Volume for Grants {
         Ok(0)
     }
     fn write(&self, (): &(), write: Write<'_>, reply: Reply<u32>) {
+        self.file.write_all_at(write.data, write.offset).unwrap();
         reply.send(Ok(write.data.len() as u32));
     }
     fn flush(&self, (): &(), _: Owner, reply: Reply<()>) {
@@ -83,6 +96,7 @@ impl Volume for Grants {
     }
     fn release(&self, (): ()) {}
     fn fsync(&self, (): &(), _: bool, reply: Reply<()>) {
+        self.file.sync_all().unwrap();
         reply.send(Ok(()));
     }
     fn fsync_dir(&self, reply: Reply<()>) {
@@ -122,8 +136,8 @@ fn cpus() -> usize {
     online.unwrap().unwrap() as usize
 }
 
-/// The client's process: locks and unlocks, and prints nanoseconds per call.
-fn client(path: &str, place: Place) {
+/// The client's process: does its work, and prints the nanoseconds of each call.
+fn client(path: &str, work: Work, place: Place) {
     pin(place);
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let lock = |kind: i32| {
@@ -136,40 +150,59 @@ fn client(path: &str, place: Place) {
         };
         fcntl(&file, FcntlArg::F_SETLK(&lock)).unwrap();
     };
-    let start = Instant::now();
-    for _ in 0..CALLS / 2 {
-        lock(libc::F_WRLCK);
-        lock(libc::F_UNLCK);
-    }
-    println!("{}", start.elapsed().as_nanos() / u128::from(CALLS));
+    let calls = if work == Work::Lock { LOCKS } else { SYNCS };
+    let times = (0..calls).map(|call| {
+        if work == Work::Sync {
+            file.write_all_at(&[call as u8; 4096], 0).unwrap();
+        }
+        let start = Instant::now();
+        match work {
+            Work::Sync => file.sync_all().unwrap(),
+            Work::Lock if call % 2 == 0 => lock(libc::F_WRLCK),
+            Work::Lock => lock(libc::F_UNLCK),
+        }
+        start.elapsed().as_nanos()
+    });
+    let times: Vec<String> = times.map(|nanos| nanos.to_string()).collect();
+    println!("{}", times.join(" "));
 }
 
-/// Best, middle and worst of the runs, in microseconds.
-fn measure(path: &Path, place: Place) -> [f64; 3] {
-    let mut runs: Vec<f64> = (0..RUNS)
-        .map(|_| {
-            let place = place.map_or("any".to_owned(), |cpu| cpu.to_string());
-            let output = Command::new(std::env::current_exe().unwrap())
-                .args(["client", path.to_str().unwrap(), &place])
-                .output()
-                .unwrap();
-            let nanos = String::from_utf8(output.stdout).unwrap();
-            nanos.trim().parse::<f64>().unwrap() / 1000.0
-        })
-        .collect();
-    runs.sort_by(f64::total_cmp);
-    [runs[0], runs[RUNS / 2], runs[RUNS - 1]]
+/// Median, mean and 99th percentile in microseconds.
+fn measure(path: &Path, work: Work, place: Place) -> [f64; 3] {
+    let mut times: Vec<f64> = (0..RUNS).flat_map(|_| run_client(path, work, place)).collect();
+    times.sort_by(f64::total_cmp);
+    let mean = times.iter().sum::<f64>() / times.len() as f64;
+    [times[times.len() / 2], mean, times[times.len() * 99 / 100]]
 }
 
-fn run(transport: Transport, workers: usize, server: Place, client: Place) -> [f64; 3] {
+fn run_client(path: &Path, work: Work, place: Place) -> Vec<f64> {
+    let place = place.map_or("any".to_owned(), |cpu| cpu.to_string());
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["client", path.to_str().unwrap(), &format!("{work:?}"), &place])
+        .output()
+        .unwrap();
+    let times = String::from_utf8(output.stdout).unwrap();
+    times.split_whitespace().map(|nanos| nanos.parse::<f64>().unwrap() / 1000.0).collect()
+}
+
+/// Where the workers may run, and where the client.
+#[derive(Debug, Clone, Copy)]
+struct Placement {
+    server: Place,
+    client: Place,
+}
+
+fn run(transport: Transport, workers: usize, work: Work, placement: Placement) -> [f64; 3] {
     let temp = tempfile::tempdir().unwrap();
     // Threads inherit the place, and so do the workers.
-    pin(server);
+    pin(placement.server);
     let mut options = MountOptions::new(temp.path(), tempfile::tempfile().unwrap());
     options.transport = transport;
     options.workers = workers;
-    let mount = fuse::mount(Arc::new(Grants), options).unwrap();
-    let times = measure(&temp.path().join("db-shm"), client);
+    let backing = tempfile::NamedTempFile::new().unwrap();
+    let volume = Grants { file: backing.reopen().unwrap() };
+    let mount = fuse::mount(Arc::new(volume), options).unwrap();
+    let times = measure(&temp.path().join("db-shm"), work, placement.client);
     mount.unmount().unwrap();
     pin(None);
     times
@@ -177,25 +210,47 @@ fn run(transport: Transport, workers: usize, server: Place, client: Place) -> [f
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, role, path, place] = arguments.as_slice()
+    if let [_, role, path, work, place] = arguments.as_slice()
         && role == "client"
     {
-        client(path, place.parse().ok());
+        let work = if work == "Sync" { Work::Sync } else { Work::Lock };
+        client(path, work, place.parse().ok());
         return;
     }
-    let temp = tempfile::tempdir().unwrap();
-    let bare = temp.path().join("bare");
-    File::create(&bare).unwrap();
-    println!("us per lock call      best  middle   worst");
-    report("bare file system", measure(&bare, None));
-    for workers in [1, 2, 4] {
-        let name = |placement: &str| format!("dev x{workers} {placement}");
-        report(&name("anywhere"), run(Transport::Dev, workers, None, None));
-        report(&name("one cpu"), run(Transport::Dev, workers, Some(0), Some(0)));
-        report(&name("two cpus"), run(Transport::Dev, workers, Some(1), Some(0)));
+    println!("us per call                median    mean     p99");
+    bare();
+    let (anywhere, together) =
+        (Placement { server: None, client: None }, Placement { server: Some(0), client: Some(0) });
+    let apart = Placement { server: Some(1), client: Some(0) };
+    for workers in [1, 2] {
+        let name = |placement: &str| format!("lock, dev x{workers}, {placement}");
+        report(&name("anywhere"), run(Transport::Dev, workers, Work::Lock, anywhere));
+        report(&name("one cpu"), run(Transport::Dev, workers, Work::Lock, together));
+        report(&name("two cpus"), run(Transport::Dev, workers, Work::Lock, apart));
     }
+    report("sync, dev x2", run(Transport::Dev, 2, Work::Sync, anywhere));
+    if !fuse::uring_enabled() {
+        println!("io_uring is not enabled: /sys/module/fuse/parameters/enable_uring");
+        return;
+    }
+    // Its threads choose their own CPUs.
+    report("lock, uring, anywhere", run(Transport::Uring, 0, Work::Lock, anywhere));
+    for cpu in [0, 1] {
+        let placement = Placement { server: None, client: Some(cpu) };
+        let name = format!("lock, uring, on cpu {cpu}");
+        report(&name, run(Transport::Uring, 0, Work::Lock, placement));
+    }
+    report("sync, uring", run(Transport::Uring, 0, Work::Sync, anywhere));
 }
 
-fn report(name: &str, [best, middle, worst]: [f64; 3]) {
-    println!("{name:18} {best:7.1} {middle:7.1} {worst:7.1}");
+fn bare() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("bare");
+    File::create(&path).unwrap();
+    report("lock, bare file system", measure(&path, Work::Lock, None));
+    report("sync, bare file system", measure(&path, Work::Sync, None));
+}
+
+fn report(name: &str, [median, mean, p99]: [f64; 3]) {
+    println!("{name:24} {median:8.1} {mean:7.1} {p99:7.1}");
 }

@@ -197,7 +197,28 @@ wire! {
 
     /// `fuse_backing_map`
     BackingMap { fd: i32, flags: u32, padding: u64, }
+
+    /// `fuse_uring_ent_in_out`
+    RingEntry { flags: u64, commit_id: u64, payload_sz: u32, padding: u32, reserved: u64, }
+    /// `fuse_uring_cmd_req`, in the command area of a submission
+    RingCommand { flags: u64, commit_id: u64, qid: u16, padding: [u8; 6], }
 }
+
+/// `fuse_uring_req_header`: the fixed parts of a request, and of its answer, over io_uring.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RingHeader {
+    /// An [`InHeader`] on the way in, an [`OutHeader`] on the way out.
+    pub in_out: [u8; 128],
+    /// The fixed struct of the opcode.
+    pub op_in: [u8; 128],
+    pub entry: RingEntry,
+}
+
+/// FUSE_IO_URING_CMD_REGISTER
+pub const RING_REGISTER: u32 = 1;
+/// FUSE_IO_URING_CMD_COMMIT_AND_FETCH
+pub const RING_COMMIT_AND_FETCH: u32 = 2;
 
 /// `enum fuse_opcode`
 pub mod op {
@@ -248,6 +269,7 @@ pub mod init {
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub const PASSTHROUGH: u64 = 1 << 37;
+    pub const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// `fuse_setattr_in.valid`
@@ -316,6 +338,9 @@ mod tests {
             ("fuse_notify_inval_entry_out", size_of::<NotifyInvalEntry>(), 16),
             ("fuse_notify_delete_out", size_of::<NotifyDelete>(), 24),
             ("fuse_backing_map", size_of::<BackingMap>(), 16),
+            ("fuse_uring_ent_in_out", size_of::<RingEntry>(), 32),
+            ("fuse_uring_cmd_req", size_of::<RingCommand>(), 24),
+            ("fuse_uring_req_header", size_of::<RingHeader>(), 288),
         ];
         for (name, actual, expected) in sizes {
             assert_eq!(actual, expected, "{name}");
@@ -341,5 +366,9 @@ mod tests {
         assert_eq!(offset_of!(LkIn, lk_flags), 40);
         assert_eq!(offset_of!(FlushIn, lock_owner), 16);
         assert_eq!(offset_of!(WriteIn, write_flags), 20);
+        assert_eq!(offset_of!(RingCommand, qid), 16);
+        assert_eq!(offset_of!(RingHeader, op_in), 128);
+        assert_eq!(offset_of!(RingHeader, entry), 256);
+        assert_eq!(offset_of!(RingEntry, payload_sz), 16);
     }
 }

@@ -175,6 +175,12 @@ impl Source {
         }
     }
 
+    /// A source that only waits, at the first channel itself.
+    pub fn waiting(session: &Arc<Channel>) -> Source {
+        let waiting = session.clone();
+        Source { waiting, asking: None, served: Instant::now(), is_busy: false }
+    }
+
     /// The next request: through which channel it came, and how long it is.
     fn next(&mut self, buffer: &mut [u8]) -> Result<(&Arc<Channel>, usize), Errno> {
         if self.is_busy

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 
 use crate::abi;
-use crate::interrupt::Waits;
+use crate::disk::Disk;
+use crate::interrupt::{Client, Waits};
 use crate::nodes::{Handles, Nodes};
 use crate::passthrough::{Way, Ways};
 use crate::reply::{self, Delivery, Responder};
@@ -31,6 +32,7 @@ pub(crate) enum Trace {
 pub(crate) struct Session<V: Volume> {
     pub volume: Arc<V>,
     pub waits: Arc<Waits>,
+    disk: Arc<Disk>,
     nodes: Nodes<V::Node>,
     files: Handles<File<V::Handle>>,
     directories: Handles<Directory>,
@@ -49,10 +51,11 @@ type Directory = Arc<Mutex<Option<Vec<DirEntry>>>>;
 
 impl<V: Volume> Session<V> {
     /// A session that knows only the root.
-    pub fn new(volume: Arc<V>, ways: Ways, trace: Trace) -> Session<V> {
+    pub fn new(volume: Arc<V>, ways: Ways, disk: Arc<Disk>, trace: Trace) -> Session<V> {
         Session {
             volume,
             waits: Arc::default(),
+            disk,
             nodes: Nodes::new(),
             files: Handles::new(),
             directories: Handles::new(),
@@ -121,7 +124,7 @@ impl<V: Volume> Session<V> {
             Operation::Fsyncdir => self.volume.fsync_dir(empty(to)),
             Operation::Getlk(lock) => self.getlk(lock, to),
             Operation::Setlk(lock) => self.setlk(lock, to),
-            Operation::Setlkw(lock) => self.setlkw(header.unique, lock, to),
+            Operation::Setlkw(lock) => self.setlkw(header, lock, to),
             Operation::Interrupt { unique } => {
                 to.without_answer();
                 self.waits.interrupt(unique, &*self.volume);
@@ -202,7 +205,13 @@ impl<V: Volume> Session<V> {
         let reply = Reply::new(move |result| {
             to.attr(result);
         });
-        self.volume.setattr(&node, handle.as_ref(), change, reply);
+        if change.size.is_none() {
+            self.volume.setattr(&node, handle.as_ref(), change, reply);
+            return;
+        }
+        // The end of a truncated journal is a commit.
+        let volume = self.volume.clone();
+        self.disk.call(move || volume.setattr(&node, handle.as_ref(), change, reply));
     }
 
     fn unlink(&self, parent: u64, name: &OsStr, to: Responder) {
@@ -217,7 +226,9 @@ impl<V: Volume> Session<V> {
                 Err(errno) => to.refuse(errno),
             };
         });
-        self.volume.unlink(name, reply);
+        // The end of a deleted journal is a commit.
+        let (volume, name) = (self.volume.clone(), name.to_owned());
+        self.disk.call(move || volume.unlink(&name, reply));
     }
 
     fn open(&self, id: u64, flags: i32, to: Responder) {
@@ -336,7 +347,10 @@ impl<V: Volume> Session<V> {
 
     fn fsync(&self, fh: u64, data_only: bool, to: Responder) {
         match self.handle(fh) {
-            Some(handle) => self.volume.fsync(&handle, data_only, empty(to)),
+            Some(handle) => {
+                let (volume, reply) = (self.volume.clone(), empty(to));
+                self.disk.call(move || volume.fsync(&handle, data_only, reply));
+            }
             None => {
                 to.error(Errno::ESTALE);
             }
@@ -413,8 +427,9 @@ impl<V: Volume> Session<V> {
         }
     }
 
-    /// A lock call that may wait. Giving up a lock never does, however it is asked for.
-    fn setlkw(&self, unique: u64, lock: Lock, to: Responder) {
+    /// A lock call that may wait. Giving up a lock never does, however it is asked for. Where
+    /// waiting calls would leave no room for others, it fails with ENOLCK instead.
+    fn setlkw(&self, header: &abi::InHeader, lock: Lock, to: Responder) {
         if lock.kind == LockKind::Unlock {
             self.setlk(lock, to);
             return;
@@ -423,19 +438,37 @@ impl<V: Volume> Session<V> {
             to.error(Errno::ESTALE);
             return;
         };
-        self.waits.begin(unique);
+        let Lock { owner, range, kind, .. } = lock;
+        if to.is_crowded() {
+            let reply = Reply::new(move |result: Result<(), Errno>| {
+                to.empty(result.map_err(|errno| match errno {
+                    Errno::EAGAIN => Errno::ENOLCK,
+                    other => other,
+                }));
+            });
+            self.volume.setlk(&handle, owner, range, kind, Wait::No, reply);
+            return;
+        }
+        let unique = header.unique;
+        let unsure = to.may_lose_interrupts().then_some(Client(header.pid));
+        self.waits.begin(unique, unsure);
         let waits = self.waits.clone();
         let reply = Reply::new(move |result| {
             waits.end(unique);
             to.empty(result);
         });
-        let Lock { owner, range, kind, .. } = lock;
         self.volume.setlk(&handle, owner, range, kind, Wait::Yes(WaitId(unique)), reply);
         self.waits.begun(unique, &*self.volume);
     }
 
     fn handle(&self, fh: u64) -> Option<V::Handle> {
         self.files.get(fh, |file| file.handle.clone())
+    }
+}
+
+impl<V: Volume> Drop for Session<V> {
+    fn drop(&mut self) {
+        self.disk.stop();
     }
 }
 

@@ -76,6 +76,12 @@ pub enum Error {
         /// Its minor version.
         minor: u32,
     },
+    /// The io_uring transport was wanted and is not to be had.
+    #[error("use fuse over io_uring (see /sys/module/fuse/parameters/enable_uring)")]
+    Uring {
+        /// What the system said; EOPNOTSUPP if the kernel does not offer it.
+        source: Errno,
+    },
     /// Talking to the kernel failed.
     #[error("{doing}")]
     Session {

@@ -12,12 +12,14 @@ use nix::errno::Errno;
 
 use crate::abi::{self, init};
 use crate::error::Error;
-use crate::mount::PassthroughMode;
+use crate::mount::{PassthroughMode, Transport};
 
 /// The most bytes that one read or write request carries.
 pub(crate) const TRANSFER_MAX: usize = 1 << 20;
-/// The same in pages, which are at least 4 KiB.
-const TRANSFER_PAGES: u16 = 256;
+/// The same over io_uring, where each slot of each CPU's queue has room for it.
+pub(crate) const RING_TRANSFER_MAX: usize = 256 << 10;
+/// The smallest page; a request's limit is also one of pages.
+const PAGE: usize = 4096;
 /// How far the kernel reads ahead: enough for a scan of a database, little for single pages.
 const READAHEAD_MAX: u32 = 128 << 10;
 /// How many requests nobody waits for (read-ahead, release, pages of a mapping) may be under way.
@@ -28,20 +30,30 @@ const BACKGROUND_MAX: u16 = 64;
 pub(crate) struct Agreed {
     pub answer: abi::InitOut,
     pub passthrough: bool,
+    pub uring: bool,
+}
+
+/// What this side is ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ready {
+    pub passthrough: PassthroughMode,
+    pub transport: Transport,
 }
 
 /// What to answer to the kernel's offer.
-pub(crate) fn agree(offer: &abi::InitIn, mode: PassthroughMode) -> Result<Agreed, Error> {
+pub(crate) fn agree(offer: &abi::InitIn, ready: Ready) -> Result<Agreed, Error> {
     let version = (offer.major, offer.minor);
     if version < (abi::MAJOR, abi::MINOR_MIN) {
         return Err(Error::KernelTooOld { major: offer.major, minor: offer.minor });
     }
-    let flags = (u64::from(offer.flags2) << 32 | u64::from(offer.flags)) & wanted(mode);
+    let flags = (u64::from(offer.flags2) << 32 | u64::from(offer.flags)) & wanted(ready);
     let required = init::POSIX_LOCKS | init::INIT_EXT;
     if flags & required != required {
         return Err(Error::Session { doing: "negotiate fuse features", source: Errno::ENOTSUP });
     }
     let passthrough = flags & init::PASSTHROUGH != 0;
+    let uring = flags & init::OVER_IO_URING != 0;
+    let transfer = if uring { RING_TRANSFER_MAX } else { TRANSFER_MAX };
     let answer = abi::InitOut {
         major: abi::MAJOR,
         minor: if offer.major > abi::MAJOR {
@@ -54,16 +66,16 @@ pub(crate) fn agree(offer: &abi::InitIn, mode: PassthroughMode) -> Result<Agreed
         flags2: (flags >> 32) as u32,
         max_background: BACKGROUND_MAX,
         congestion_threshold: BACKGROUND_MAX / 4 * 3,
-        max_write: TRANSFER_MAX as u32,
+        max_write: transfer as u32,
         time_gran: 1,
-        max_pages: TRANSFER_PAGES,
+        max_pages: (transfer / PAGE) as u16,
         max_stack_depth: u32::from(passthrough),
         ..abi::InitOut::default()
     };
-    Ok(Agreed { answer, passthrough })
+    Ok(Agreed { answer, passthrough, uring })
 }
 
-fn wanted(mode: PassthroughMode) -> u64 {
+fn wanted(ready: Ready) -> u64 {
     let always = init::ASYNC_READ
         | init::POSIX_LOCKS
         | init::BIG_WRITES
@@ -73,10 +85,15 @@ fn wanted(mode: PassthroughMode) -> u64 {
         | init::HANDLE_KILLPRIV_V2
         | init::INIT_EXT
         | init::DIRECT_IO_ALLOW_MMAP;
-    match mode {
-        PassthroughMode::Auto => always | init::PASSTHROUGH,
-        PassthroughMode::Off => always,
-    }
+    let passthrough = match ready.passthrough {
+        PassthroughMode::Auto => init::PASSTHROUGH,
+        PassthroughMode::Off => 0,
+    };
+    let uring = match ready.transport {
+        Transport::Uring => init::OVER_IO_URING,
+        Transport::Auto | Transport::Dev => 0,
+    };
+    always | passthrough | uring
 }
 
 #[cfg(test)]
@@ -94,23 +111,27 @@ mod tests {
         }
     }
 
+    const AUTO: Ready = Ready { passthrough: PassthroughMode::Auto, transport: Transport::Dev };
+
     #[test]
     fn only_what_is_offered_and_wanted_is_agreed() {
-        let agreed = agree(&offer(45, u64::MAX), PassthroughMode::Auto).unwrap();
+        let agreed = agree(&offer(45, u64::MAX), AUTO).unwrap();
         assert!(agreed.passthrough);
         assert_eq!(agreed.answer.max_stack_depth, 1);
         assert_eq!(agreed.answer.flags & (1 << 16), 0, "write-back cache");
-        let agreed = agree(&offer(45, u64::MAX), PassthroughMode::Off).unwrap();
-        assert!(!agreed.passthrough);
+        let ready = Ready { passthrough: PassthroughMode::Off, transport: Transport::Uring };
+        let agreed = agree(&offer(45, u64::MAX), ready).unwrap();
+        assert!(!agreed.passthrough && agreed.uring);
+        assert_eq!((agreed.answer.max_write, agreed.answer.max_pages), (256 << 10, 64));
         let old = init::INIT_EXT | init::POSIX_LOCKS;
-        let agreed = agree(&offer(36, old), PassthroughMode::Auto).unwrap();
+        let agreed = agree(&offer(36, old), AUTO).unwrap();
         assert!(!agreed.passthrough);
         assert_eq!((agreed.answer.minor, agreed.answer.flags2), (36, 0));
     }
 
     #[test]
     fn a_kernel_that_is_too_old_is_named() {
-        let error = agree(&offer(31, u64::MAX), PassthroughMode::Auto).unwrap_err();
+        let error = agree(&offer(31, u64::MAX), AUTO).unwrap_err();
         assert!(matches!(error, Error::KernelTooOld { major: 7, minor: 31 }));
     }
 }

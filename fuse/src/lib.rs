@@ -1,14 +1,16 @@
 //! FUSE requests as calls on one trait, [`Volume`].
 //!
-//! The crate speaks the kernel's protocol itself. A transport (`dev`) reads a request,
+//! The crate speaks the kernel's protocol itself. A transport (`dev`, `uring`) takes a request,
 //! `request` decodes it, `dispatch` makes one call on the volume, `reply` encodes the answer, and
 //! the transport carries it back. `nodes` and `passthrough` hold what the kernel has looked up and
 //! opened; `notify` tells it what is stale; `mount` begins and ends it all.
 //!
-//! `unsafe` stands in `ioctl` and where a descriptor is received, and nowhere else.
+//! `unsafe` stands in `ioctl`, where a descriptor is received, and in `uring` for the memory shared
+//! with the kernel.
 
 mod abi;
 mod dev;
+mod disk;
 mod dispatch;
 mod error;
 mod init;
@@ -21,12 +23,14 @@ mod notify;
 mod passthrough;
 mod reply;
 mod request;
+mod uring;
 mod volume;
 
 pub use error::Error;
 pub use mount::{Mount, MountOptions, PassthroughMode, Transport, mount};
 pub use nix::errno::Errno;
 pub use notify::Notifier;
+pub use uring::{enable_uring, uring_enabled};
 pub use volume::{
     Attr, Conflict, Created, DirEntry, Entry, FileType, LockKind, Lookup, OpenMode, Opened, Owner,
     ROOT, Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -15,15 +16,17 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::dev::{self, Buffer, Channel, Source};
+use crate::disk::Disk;
 use crate::dispatch::{Session, Trace};
 use crate::error::Error;
-use crate::init;
+use crate::init::{self, Agreed, Ready};
 use crate::interrupt::Waits;
 use crate::mount_point;
 use crate::notify::{Notifier, Shared};
 use crate::passthrough::{self, Ways};
 use crate::reply::Responder;
 use crate::request::{Operation, Parts};
+use crate::uring::{self, Queues};
 use crate::volume::Volume;
 use crate::{Kernel, abi};
 
@@ -40,9 +43,11 @@ pub enum PassthroughMode {
 /// How requests travel between the kernel and this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Transport {
-    /// The best one that works here.
+    /// Over io_uring where the kernel offers it and lets this process, else over `/dev/fuse`.
     #[default]
     Auto,
+    /// Over io_uring, or not at all. See [`crate::enable_uring`].
+    Uring,
     /// By read(2) and write(2) on `/dev/fuse`.
     Dev,
 }
@@ -64,7 +69,9 @@ pub struct MountOptions {
     pub debug: bool,
     /// How requests travel.
     pub transport: Transport,
-    /// How many workers read `/dev/fuse`; zero for the default.
+    /// Have the kernel offer io_uring to all mounts of this machine first; needs root.
+    pub enable_uring: bool,
+    /// How many workers read `/dev/fuse`; zero for the default. Over io_uring it is one.
     pub workers: usize,
 }
 
@@ -79,6 +86,7 @@ impl MountOptions {
             skip_unmount_stale: false,
             debug: false,
             transport: Transport::Auto,
+            enable_uring: false,
             workers: 0,
         }
     }
@@ -88,6 +96,7 @@ impl MountOptions {
 #[derive(Debug)]
 pub struct Mount {
     dir: PathBuf,
+    transport: Transport,
     notifier: Notifier,
     end: Arc<End>,
 }
@@ -103,12 +112,58 @@ const UNMOUNT_WAIT: Duration = Duration::from_secs(5);
 /// Mounts `volume` as `options` say.
 pub fn mount<V: Volume>(volume: Arc<V>, options: MountOptions) -> Result<Mount, Error> {
     let dir = mount_point::prepare(&options.dir, options.skip_unmount_stale)?;
-    let device = mount_point::mount(&dir, options.allow_other)?;
-    let mut guard = UnmountOnError { dir: Some(&dir) };
-    let channel = Arc::new(Channel::new(device));
-    let mount = start(volume, &options, dir.clone(), channel)?;
+    let is_optional = options.transport == Transport::Auto;
+    if options.enable_uring && options.transport != Transport::Dev {
+        match uring::enable_uring() {
+            Err(error) if is_optional => tracing::warn!(%error, "no fuse over io_uring"),
+            other => other?,
+        }
+    }
+    let attempt =
+        rings(options.transport).and_then(|rings| attempt(&volume, &options, &dir, rings));
+    match attempt {
+        Err(Error::Uring { source }) if is_optional => {
+            tracing::warn!(error = %source, "fuse over io_uring failed, using /dev/fuse");
+            self::attempt(&volume, &options, &dir, None)
+        }
+        other => other,
+    }
+}
+
+/// The rings to serve, if any. They are made before the mount, which could not do without them.
+fn rings(transport: Transport) -> Result<Option<Queues>, Error> {
+    let is_offered = uring::uring_enabled();
+    match transport {
+        Transport::Dev => Ok(None),
+        Transport::Auto if !is_offered => Ok(None),
+        Transport::Uring if !is_offered => Err(Error::Uring { source: Errno::EOPNOTSUPP }),
+        _ => Queues::new().map(Some).map_err(|source| Error::Uring { source }),
+    }
+}
+
+fn attempt<V: Volume>(
+    volume: &Arc<V>,
+    options: &MountOptions,
+    dir: &Path,
+    rings: Option<Queues>,
+) -> Result<Mount, Error> {
+    let device = mount_point::mount(dir, options.allow_other)?;
+    let mut guard = UnmountOnError { dir: Some(dir) };
+    let mount = start(volume.clone(), options, dir, device, rings)?;
     guard.dir = None;
+    log_transport(mount.transport);
     Ok(mount)
+}
+
+fn log_transport(transport: Transport) {
+    match transport {
+        Transport::Uring => tracing::info!("fuse requests come over io_uring"),
+        _ if uring::uring_enabled() => tracing::info!("fuse requests come over /dev/fuse"),
+        _ => tracing::info!(
+            "fuse requests come over /dev/fuse; io_uring is faster: \
+             echo Y > /sys/module/fuse/parameters/enable_uring"
+        ),
+    }
 }
 
 /// Takes a half-made mount away again.
@@ -127,33 +182,65 @@ impl Drop for UnmountOnError<'_> {
 fn start<V: Volume>(
     volume: Arc<V>,
     options: &MountOptions,
-    dir: PathBuf,
-    channel: Arc<Channel>,
+    dir: &Path,
+    device: OwnedFd,
+    rings: Option<Queues>,
 ) -> Result<Mount, Error> {
-    let offered = handshake(&channel, options.passthrough)?;
-    let passthrough = offered && try_backing(&channel, &options.probe);
+    let channel = Arc::new(Channel::new(device));
+    let transport = if rings.is_some() { Transport::Uring } else { Transport::Dev };
+    let agreed = handshake(&channel, Ready { passthrough: options.passthrough, transport })?;
+    let passthrough = agreed.passthrough && try_backing(&channel, &options.probe);
+    let rings = match rings {
+        Some(rings) if agreed.uring => rings.register(&channel),
+        Some(_) => Err(Errno::EOPNOTSUPP),
+        None => Ok(Vec::new()),
+    };
+    let rings = rings.map_err(|source| Error::Uring { source })?;
+
     let (notifier, posts) = Notifier::connected(channel.clone());
     let ways = Ways::new(channel.clone(), passthrough);
     let trace = if options.debug { Trace::On } else { Trace::Off };
-    let session = Arc::new(Session::new(volume.clone(), ways, trace));
+    let disk = Disk::start()
+        .map_err(|source| Error::Session { doing: "start fuse disk threads", source })?;
+    let session = Arc::new(Session::new(volume.clone(), ways, disk, trace));
     volume.mounted(Kernel { passthrough, notifier: notifier.clone() });
 
-    let workers = if options.workers == 0 { WORKERS } else { options.workers };
+    let sources = sources(&channel, transport, options.workers);
+    let workers = sources.len() + rings.len();
     let end = Arc::new(End::new(workers, posts.clone(), session.waits.clone()));
     spawn("fuse-notify", move || posts.carry_out())?;
     let repeater = session.clone();
     spawn("fuse-interrupt", move || repeater.waits.clone().repeat(repeater.volume.clone()))?;
-    for index in 0..workers {
-        let source = Source::new(&channel);
+    for (index, source) in sources.into_iter().enumerate() {
         let (session, end) = (session.clone(), end.clone());
         spawn(&format!("fuse-{index}"), move || {
-            if let Err(error) = dev::work(&session, source) {
-                tracing::error!(%error, "fuse worker ended");
-            }
-            end.one_less(|| session.end());
+            finish(dev::work(&session, source), &session, &end);
         })?;
     }
-    Ok(Mount { dir, notifier, end })
+    for ring in rings {
+        let (session, end) = (session.clone(), end.clone());
+        let serve = Box::new(move |runner| finish(uring::work(&session, runner), &session, &end));
+        // A thread that is gone has been counted as a worker all the same: the mount cannot be.
+        ring.send(serve).map_err(|_| Error::Uring { source: Errno::EPIPE })?;
+    }
+    Ok(Mount { dir: dir.to_owned(), transport, notifier, end })
+}
+
+/// The last thing that a worker does.
+fn finish<V: Volume>(result: Result<(), Error>, session: &Session<V>, end: &End) {
+    if let Err(error) = result {
+        tracing::error!(%error, "fuse worker ended");
+    }
+    end.one_less(|| session.end());
+}
+
+/// Where each worker of `/dev/fuse` takes its requests from. Beside rings little comes this way.
+fn sources(channel: &Arc<Channel>, transport: Transport, workers: usize) -> Vec<Source> {
+    match (transport, workers) {
+        (Transport::Uring, _) => vec![Source::waiting(channel)],
+        (_, 0) => (0..WORKERS).map(|_| Source::new(channel)).collect(),
+        (_, workers) => (0..workers).map(|_| Source::new(channel)).collect(),
+    }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
@@ -164,8 +251,8 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     })
 }
 
-/// Answers INIT; whether the kernel can do passthrough.
-fn handshake(channel: &Arc<Channel>, mode: PassthroughMode) -> Result<bool, Error> {
+/// Answers INIT; what both sides have.
+fn handshake(channel: &Arc<Channel>, ready: Ready) -> Result<Agreed, Error> {
     let failed = |source| Error::Session { doing: "read fuse init", source };
     let mut buffer = Buffer::new();
     let len = loop {
@@ -179,7 +266,7 @@ fn handshake(channel: &Arc<Channel>, mode: PassthroughMode) -> Result<bool, Erro
         return Err(failed(Errno::EPROTO));
     };
     let responder = Responder::new(channel.clone(), parts.header.unique);
-    let agreed = init::agree(&offer, mode)?;
+    let agreed = init::agree(&offer, ready)?;
     tracing::debug!(
         minor = offer.minor,
         flags = agreed.answer.flags,
@@ -187,7 +274,7 @@ fn handshake(channel: &Arc<Channel>, mode: PassthroughMode) -> Result<bool, Erro
         "fuse session"
     );
     responder.value::<abi::InitOut>(&agreed.answer);
-    Ok(agreed.passthrough)
+    Ok(agreed)
 }
 
 fn try_backing(channel: &Channel, file: &File) -> bool {
@@ -204,6 +291,11 @@ impl Mount {
     /// Where it is mounted.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// How requests travel: over io_uring, or over the device.
+    pub fn transport(&self) -> Transport {
+        self.transport
     }
 
     /// How to tell the kernel of changes.

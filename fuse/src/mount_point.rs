@@ -136,7 +136,8 @@ fn health(dir: &Path) -> Health {
     let path = dir.to_owned();
     thread::spawn(move || answer.send(statvfs(&path).err()));
     match answered.recv_timeout(STATFS_WAIT) {
-        Ok(Some(Errno::ENOTCONN | Errno::ECONNABORTED)) => Health::Gone,
+        // The last two while the kernel is still taking the connection down.
+        Ok(Some(Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ECANCELED)) => Health::Gone,
         Ok(_) => Health::Live,
         Err(_) => Health::Silent,
     }

@@ -13,6 +13,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::abi;
 use crate::dev::Channel;
+use crate::uring::Queue;
 use crate::volume::{self, FileType};
 
 /// Whether the kernel still wanted the answer.
@@ -27,14 +28,38 @@ pub(crate) enum Delivery {
 /// The duty to answer one request of the kernel.
 #[derive(Debug)]
 pub(crate) struct Responder {
-    channel: Option<Arc<Channel>>,
+    way: Option<Way>,
     unique: u64,
+}
+
+/// Where an answer goes.
+#[derive(Debug)]
+enum Way {
+    /// Out through the descriptor that the request came in by.
+    Device(Arc<Channel>),
+    /// Into the slot of the ring that holds the request.
+    Ring(Arc<Queue>, u16),
 }
 
 impl Responder {
     /// The answer to request `unique` goes out through `channel`, which it came in by.
     pub fn new(channel: Arc<Channel>, unique: u64) -> Responder {
-        Responder { channel: Some(channel), unique }
+        Responder { way: Some(Way::Device(channel)), unique }
+    }
+
+    /// The answer to request `unique` goes into `slot`, which it came in.
+    pub fn over_ring(queue: Arc<Queue>, slot: u16, unique: u64) -> Responder {
+        Responder { way: Some(Way::Ring(queue, slot)), unique }
+    }
+
+    /// Whether a request that waits for long takes away what others need.
+    pub fn is_crowded(&self) -> bool {
+        matches!(&self.way, Some(Way::Ring(queue, _)) if queue.is_crowded())
+    }
+
+    /// Whether the kernel may forget to tell that the request was interrupted.
+    pub fn may_lose_interrupts(&self) -> bool {
+        matches!(&self.way, Some(Way::Ring(..)))
     }
 
     /// Success without a value.
@@ -65,7 +90,7 @@ impl Responder {
 
     /// The kernel wants no answer to this request.
     pub fn without_answer(mut self) {
-        self.channel = None;
+        self.way = None;
     }
 
     /// Success without a value, or failure.
@@ -93,8 +118,13 @@ impl Responder {
     }
 
     fn finish(mut self, error: i32, body: &[u8]) -> Delivery {
-        match self.channel.take() {
-            Some(channel) => channel.answer(self.unique, error, body),
+        self.send(error, body)
+    }
+
+    fn send(&mut self, error: i32, body: &[u8]) -> Delivery {
+        match self.way.take() {
+            Some(Way::Device(channel)) => channel.answer(self.unique, error, body),
+            Some(Way::Ring(queue, slot)) => queue.answer(slot, self.unique, error, body),
             None => Delivery::Gone,
         }
     }
@@ -102,9 +132,7 @@ impl Responder {
 
 impl Drop for Responder {
     fn drop(&mut self) {
-        if let Some(channel) = self.channel.take() {
-            channel.answer(self.unique, -(Errno::EIO as i32), &[]);
-        }
+        self.send(-(Errno::EIO as i32), &[]);
     }
 }
 

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::volume::{Mounted, Way, mounted};
+use fuse::Transport;
+
+use crate::volume::{EVERY, Mounted, Way, mounted};
 
 /// Runs SQLite's own program; what it prints.
 #[track_caller]
@@ -16,11 +18,11 @@ fn sqlite(database: &Path, sql: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-fn check(way: Way, journal_mode: &str) {
-    let mounted = mounted(way);
+fn check(transport: Transport, way: Way, journal_mode: &str) {
+    let mounted = mounted(transport, way);
     let database = mounted.path("app.db");
     let mode = sqlite(&database, &format!("PRAGMA journal_mode = {journal_mode};"));
-    assert_eq!(mode, journal_mode, "{way:?}");
+    assert_eq!(mode, journal_mode, "{transport:?} {way:?}");
     sqlite(&database, "CREATE TABLE t (id INTEGER PRIMARY KEY, text);");
     writers(&mounted);
     assert_eq!(sqlite(&database, "SELECT count(*), count(DISTINCT text) FROM t;"), "100|100");
@@ -51,14 +53,14 @@ fn writers(mounted: &Mounted) {
 
 #[test]
 fn a_rollback_journal_works_in_every_way() {
-    for way in [Way::Cached, Way::Direct, Way::Passthrough] {
-        check(way, "delete");
+    for (transport, way) in EVERY {
+        check(transport, way, "delete");
     }
 }
 
 #[test]
 fn a_write_ahead_log_works_in_every_way_that_shares_memory() {
-    for way in [Way::Cached, Way::Passthrough] {
-        check(way, "wal");
+    for (transport, way) in EVERY.into_iter().filter(|(_, way)| *way != Way::Direct) {
+        check(transport, way, "wal");
     }
 }

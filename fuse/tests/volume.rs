@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use fuse::{
     Attr, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockKind, Lookup, Mount,
     MountOptions, OpenMode, Opened, Owner, PassthroughMode, ROOT, Range, Reply, SetAttr, StatFs,
-    Volume, Wait, WaitId, Write,
+    Transport, Volume, Wait, WaitId, Write,
 };
 use tempfile::TempDir;
 
@@ -426,8 +426,11 @@ impl Mounted {
     }
 }
 
-pub fn options(temp: &Path) -> MountOptions {
-    MountOptions::new(temp.join("mount"), probe_file(temp))
+pub fn options(temp: &Path, transport: Transport) -> MountOptions {
+    let mut options = MountOptions::new(temp.join("mount"), probe_file(temp));
+    options.transport = transport;
+    options.enable_uring = true;
+    options
 }
 
 fn probe_file(temp: &Path) -> File {
@@ -443,16 +446,31 @@ pub fn directories(temp: &Path) {
     std::fs::create_dir_all(temp.join("backing")).unwrap();
 }
 
+/// Every transport, for tests of one way.
+pub const TRANSPORTS: [Transport; 2] = [Transport::Dev, Transport::Uring];
+
+/// Every transport with every way.
+pub const EVERY: [(Transport, Way); 6] = [
+    (Transport::Dev, Way::Cached),
+    (Transport::Dev, Way::Direct),
+    (Transport::Dev, Way::Passthrough),
+    (Transport::Uring, Way::Cached),
+    (Transport::Uring, Way::Direct),
+    (Transport::Uring, Way::Passthrough),
+];
+
 /// Mounts a new volume whose files are opened in this way.
-pub fn mounted(way: Way) -> Mounted {
+#[track_caller]
+pub fn mounted(transport: Transport, way: Way) -> Mounted {
     let temp = tempfile::tempdir().unwrap();
     directories(temp.path());
     let volume = Arc::new(TempVolume::new(&temp.path().join("backing"), way));
-    let mut options = options(temp.path());
+    let mut options = options(temp.path(), transport);
     if way != Way::Passthrough {
         options.passthrough = PassthroughMode::Off;
     }
     let mount = fuse::mount(volume.clone(), options).unwrap();
+    assert_eq!(mount.transport(), transport);
     let dir = temp.path().join("mount");
     let passthrough = volume.kernel.get().unwrap().passthrough;
     assert_eq!(passthrough, way == Way::Passthrough, "kernel grants what is asked for");

@@ -358,9 +358,6 @@ async fn mount(
 ) -> anyhow::Result<Mount> {
     let Settings { config, stale_mount, .. } = settings;
     let fuse = &config.fuse;
-    if fuse.transport == Transport::Uring {
-        anyhow::bail!("fuse.transport is uring, but this version knows /dev/fuse only");
-    }
     let dir = fuse.dir.clone();
     let options = fuse::MountOptions {
         allow_other: fuse.allow_other,
@@ -371,9 +368,11 @@ async fn mount(
         skip_unmount_stale: *stale_mount == StaleMount::Keep,
         debug: fuse.debug,
         transport: match fuse.transport {
+            Transport::Auto => fuse::Transport::Auto,
+            Transport::Uring => fuse::Transport::Uring,
             Transport::Dev => fuse::Transport::Dev,
-            Transport::Auto | Transport::Uring => fuse::Transport::Auto,
         },
+        enable_uring: fuse.enable_uring,
         ..fuse::MountOptions::new(&fuse.dir, probe_file(&config.data.dir)?)
     };
     let volume = Arc::new(EngineVolume::new(engine.clone()));

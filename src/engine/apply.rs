@@ -51,6 +51,8 @@ pub struct Inbox {
     rewriting_index: AtomicBool,
     /// The replica's hold on a WAL database.
     follower: Mutex<Option<Follower>>,
+    /// Held by who applies or takes hold: all do it as one lock owner, so locks do not part them.
+    turn: Mutex<()>,
     /// How many readers of frozen states there are.
     pins: AtomicUsize,
 }
@@ -260,6 +262,7 @@ impl Inbox {
             waits_for_readers: AtomicBool::new(false),
             rewriting_index: AtomicBool::new(false),
             follower: Mutex::default(),
+            turn: Mutex::default(),
             pins: AtomicUsize::new(0),
         }
     }
@@ -400,6 +403,7 @@ impl Db {
 
     /// Applies at least one of `batch`; how many.
     fn apply_some(&self, batch: &[Arc<Received>]) -> Result<usize> {
+        let _turn = self.inbox.turn.lock().unwrap();
         let mut change = self.change.lock().unwrap();
         let first = &batch[0];
         if first.header.max_txid <= change.pos.txid && first.pos() == change.pos {

@@ -40,7 +40,7 @@ impl Db {
     pub(super) fn apply_exclusively(&self, received: &Arc<Received>) -> Result<()> {
         self.stop_following();
         self.apply_alone(received)?;
-        self.follow()
+        self.follow_in_turn()
     }
 
     fn apply_alone(&self, received: &Arc<Received>) -> Result<()> {

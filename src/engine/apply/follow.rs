@@ -43,6 +43,12 @@ impl Db {
 
     /// Takes hold of a WAL database that this node may not write itself; nothing to do for others.
     pub(in crate::engine) fn follow(&self) -> Result<()> {
+        let _turn = self.inbox.turn.lock().unwrap();
+        self.follow_in_turn()
+    }
+
+    /// [`Db::follow`] by the applier, whose turn it is.
+    pub(super) fn follow_in_turn(&self) -> Result<()> {
         let view = self.view();
         let (Some(page_size), JournalMode::Wal) = (view.page_size, view.mode) else {
             return Ok(());

@@ -475,7 +475,7 @@ choice! {
 choice! {
     /// How requests come from the kernel.
     Transport: fuse_choice("auto, uring or dev") => {
-        /// io_uring where the kernel offers it, else `/dev/fuse`.
+        /// What is best; for now `/dev/fuse`.
         #[default]
         "auto" => Auto,
         /// io_uring, or an error.

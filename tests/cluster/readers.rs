@@ -149,7 +149,6 @@ impl Drop for StopAtEnd<'_> {
 
 #[test_case("delete", "auto")]
 #[test_case("truncate", "off")]
-#[test_case("wal", "off")]
 fn readers_that_are_locked_out_for_moments_see_whole_transactions(
     mode: &str,
     passthrough: &'static str,

@@ -133,7 +133,7 @@ pub struct Db {
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
-    notes: Mutex<[Option<Instant>; 2]>,
+    notes: Mutex<[Option<Instant>; 3]>,
     /// Inode numbers of `NAME-pos` and `NAME-lock`.
     virtual_inos: [u64; 2],
     /// The backup's high-water mark.
@@ -557,6 +557,13 @@ impl Db {
     pub(super) fn note_no_transaction(&self, why: &str) {
         if self.note_is_due(1) {
             tracing::error!(db = %self.name, why, "refused a write that is not part of a transaction; use journal_mode DELETE, TRUNCATE, PERSIST or WAL");
+        }
+    }
+
+    /// Logs, once a minute, that what is written into a file without a transaction is no database.
+    pub(super) fn note_no_database(&self) {
+        if self.note_is_due(2) {
+            tracing::warn!(file = %self.name, "refused a write: not a SQLite database; other files have no place in the mount");
         }
     }
 

@@ -6,6 +6,9 @@ use std::sync::Arc;
 /// The suffixes of names that belong to a database without being one, longest match first.
 pub const SUFFIXES: [&str; 5] = ["-journal", "-wal", "-shm", "-pos", "-lock"];
 
+/// Names that mean something else: directories, and the files of the mount that speak of the node.
+pub const RESERVED: [&str; 4] = [".", "..", ".primary", ".lag"];
+
 /// Room for the longest suffix and SQLite's super-journal ending in a 255-byte directory entry.
 const NAME_LEN_MAX: usize = 200;
 
@@ -19,12 +22,12 @@ pub struct DbName(Arc<str>);
 pub struct InvalidName(String);
 
 impl DbName {
-    /// Checks `name`: 1 to 200 bytes, no `/` or NUL, not starting with a dot, none of the suffixes,
-    /// not SQLite's pattern for super-journals.
+    /// Checks `name`: 1 to 200 bytes, no `/`, NUL or newline, not reserved, none of the
+    /// suffixes, not SQLite's pattern for super-journals.
     pub fn new(name: &str) -> Result<DbName, InvalidName> {
         let invalid = name.is_empty()
             || name.len() > NAME_LEN_MAX
-            || name.starts_with('.')
+            || RESERVED.contains(&name)
             || name.contains(['/', '\0', '\n'])
             || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
             || is_super_journal(name);
@@ -71,10 +74,13 @@ mod tests {
 
     #[test]
     fn names_that_would_leave_the_directory_are_refused() {
-        for name in ["", ".", "..", "../x", "a/b", "a\0b", ".primary", "a.db-wal", "x-lock"] {
+        for name in
+            ["", ".", "..", "../x", "a/b", "a\0b", ".primary", ".lag-wal", "a.db-wal", "x-lock"]
+        {
             assert!(DbName::new(name).is_err(), "{name:?}");
         }
-        for name in ["a.db", "wal", "a-walk", "ünïcode.db", "db with blanks"] {
+        for name in ["a.db", "wal", "a-walk", "ünïcode.db", "db with blanks", ".ht.sqlite", "..."]
+        {
             assert_eq!(DbName::new(name).unwrap().as_str(), name);
         }
     }

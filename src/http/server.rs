@@ -265,7 +265,11 @@ impl Api {
             path: self.engine.data_dir().display().to_string(),
             primary,
             lag_ms: if role == StatusRole::Primary { None } else { self.engine.lag_ms() },
-            databases: databases.iter().map(|db| self.database_status(db)).collect(),
+            databases: databases
+                .iter()
+                .filter(|db| !was_never_written(db))
+                .map(|db| self.database_status(db))
+                .collect(),
         }
     }
 
@@ -416,6 +420,15 @@ fn builder() -> auto::Builder<TokioExecutor> {
         .keep_alive_interval(limits::PING_PERIOD)
         .keep_alive_timeout(limits::PING_WAIT);
     builder
+}
+
+/// Whether it is a file that was made, and nothing more.
+fn was_never_written(db: &Db) -> bool {
+    let view = db.view();
+    view.pos.is_zero()
+        && view.pages == 0
+        && db.state() == DbState::Ready
+        && db.lost_found_count() == 0
 }
 
 fn mode_text(mode: JournalMode) -> &'static str {

@@ -145,6 +145,21 @@ fn a_copy_over_a_database_is_refused(mode: &str, passthrough: &'static str) {
     Watched::new(&node, "new.db").run(new, FILL, 2);
 }
 
+/// What some frameworks put beside their database, to keep it from being served.
+#[test]
+fn a_file_that_is_no_database_is_refused_and_not_shown() {
+    let node = strict("auto");
+    assert!(fs::write(node.file(".htaccess"), "DENY FROM ALL").is_err());
+    assert_eq!(node.log_count("refused a write: not a SQLite database"), 1);
+    Watched::new(&node, ".ht.sqlite").run(&sqlite::open(&node.file(".ht.sqlite")), FILL, 2);
+    let names = fs::read_dir(node.mount()).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    assert_eq!(names, [".ht.sqlite", ".ht.sqlite-pos", ".lag"]);
+    let status = String::from_utf8(node.litefs("status", &[]).stdout).unwrap();
+    assert!(status.contains(".ht.sqlite") && !status.contains(".htaccess"), "{status}");
+}
+
 /// Bytes over the beginning of a file, without locks or a journal.
 fn write_raw(path: &Path) -> std::io::Result<()> {
     OpenOptions::new().write(true).open(path)?.write_all(&[1; 4096])

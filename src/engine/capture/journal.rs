@@ -23,7 +23,7 @@ use crate::engine::db::{Db, Refusal};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::transaction::{PageRef, Transaction, WalSpan, ZERO_PAGE};
-use crate::sqlite::header::{DatabaseHeader, JournalMode};
+use crate::sqlite::header::{DatabaseHeader, JournalMode, MAGIC};
 use crate::{limits, os};
 
 /// The bytes of a journal header that SQLite zeroes to end a journal (file format, section 3).
@@ -272,7 +272,10 @@ impl Db {
             self.before_checkpoint_write(&mut change)?;
             return write();
         }
-        self.note_no_transaction("journal_mode is MEMORY or OFF");
+        match change.page_size.is_none() && offset == 0 && !data.starts_with(MAGIC) {
+            true => self.note_no_database(),
+            false => self.note_no_transaction("journal_mode is MEMORY or OFF"),
+        }
         Err(Refusal::NoTransaction)
     }
 

@@ -6,6 +6,8 @@
 // What tests with real processes and mounts share.
 mod support;
 
+// Programs that people use: drivers, frameworks, applications.
+mod apps;
 // The command line: the real program with real files, no mount.
 mod cli;
 // Nodes on loopback, each a real process with a real mount: replication, and what breaks it.

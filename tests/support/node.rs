@@ -302,7 +302,7 @@ pub fn is_mounted(dir: &Path) -> bool {
 
 /// An address on loopback whose port is free, outside the range that the kernel gives to clients:
 /// a node that is started again must find it free again.
-fn free_address() -> String {
+pub fn free_address() -> String {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = 10_000 + (std::process::id() % 200) as u16 * 100;
     wait::until("a free port", || {

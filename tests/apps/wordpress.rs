@@ -1,0 +1,179 @@
+//! WordPress with its SQLite plugin, served by PHP, which each node runs and supervises. The
+//! database has the plugin's own name for it and its own settings: a rollback journal.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{Pair, run};
+use crate::support::node::{Member, Node, Settings, free_address};
+use crate::support::wait;
+
+/// The database of a site.
+pub const DB: &str = ".ht.sqlite";
+
+/// A site is made on the primary through its own pages, and read on the replica.
+#[test]
+fn wordpress_is_installed_on_the_primary_and_read_on_the_replica() {
+    let (ours, theirs) = (Site::new(), Site::new());
+    let primary = node(&ours, Member::Primary);
+    let replica = node(&theirs, Member::Replica(&primary.url()));
+    let pair = Pair::start(primary, replica);
+
+    ours.install("A replicated site");
+    ours.log_in();
+    ours.publish("First of all", "This was written on the primary.");
+    let settings = [("description", "Two nodes, one database")];
+    assert_eq!(ours.rest("/wp/v2/settings", &settings).status, 200);
+    pair.sync(DB);
+
+    let home = theirs.get("/");
+    home.shows("A replicated site");
+    home.shows("First of all");
+    theirs.get("/?s=primary").shows("This was written on the primary.");
+    theirs.get("/wp-login.php").shows("Username or Email Address");
+    // Who writes here is told so, and nothing is changed.
+    let form = [("comment_post_ID", "1"), ("author", "a"), ("email", "a@b.cd"), ("comment", "no")];
+    let refused = theirs.post("/wp-comments-post.php", &form);
+    assert!(refused.text.contains("could not be saved"), "{}", refused.text);
+    pair.check(DB);
+}
+
+/// A node that serves `site`.
+pub fn node(site: &Site, member: Member<'_>) -> Node {
+    let node = Node::new(&Settings::default(), member);
+    let lines = site.exec(&node).leak();
+    node.configure(&Settings { lines, ..Settings::default() }, member);
+    node
+}
+
+/// Who may do everything.
+const USER: &str = "admin";
+const PASSWORD: &str = "correct horse battery staple";
+
+/// One node's web server, and a browser's cookies for it.
+pub struct Site {
+    /// Where it answers, `HOST:PORT`.
+    pub address: String,
+    jar: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+/// A page as a browser gets it.
+pub struct Page {
+    /// The HTTP status; 0 if there was no answer.
+    pub status: u16,
+    /// The body.
+    pub text: String,
+}
+
+impl Page {
+    /// The page must be there, and show `text`.
+    #[track_caller]
+    pub fn shows(&self, text: &str) {
+        assert!(
+            self.status == 200 && self.text.contains(text),
+            "{} without {text:?}:\n{}",
+            self.status,
+            self.text
+        );
+    }
+}
+
+impl Site {
+    /// A site that answers at a free address, once a node with [`Site::exec`] runs.
+    pub fn new() -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        Site { address: free_address(), jar: dir.path().join("cookies"), _dir: dir }
+    }
+
+    /// The line of a configuration that makes `node` serve the site.
+    pub fn exec(&self, node: &Node) -> String {
+        let (dir, log) = (node.mount(), node.scratch("php.log"));
+        let (dir, log, files) = (dir.display(), log.display(), files());
+        let php = format!("php -S {} -t {}", self.address, files.display());
+        format!("exec: 'env DB_DIR={dir} WP_DEBUG_LOG={log} {php}'")
+    }
+
+    /// A page. Waits until somebody answers.
+    #[track_caller]
+    pub fn get(&self, path: &str) -> Page {
+        self.request(path, &[])
+    }
+
+    /// A form, filled in and sent.
+    #[track_caller]
+    pub fn post(&self, path: &str, form: &[(&str, &str)]) -> Page {
+        let fields: Vec<String> =
+            form.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let arguments = fields.iter().flat_map(|field| ["--data-urlencode", field]);
+        self.request(path, &arguments.collect::<Vec<_>>())
+    }
+
+    /// Fills in the forms of the installer, as the person who begins a site does.
+    #[track_caller]
+    pub fn install(&self, title: &str) {
+        self.get("/wp-admin/install.php").shows("famous five-minute WordPress installation");
+        let form = [
+            ("weblog_title", title),
+            ("user_name", USER),
+            ("admin_password", PASSWORD),
+            ("admin_password2", PASSWORD),
+            ("pw_weak", "1"),
+            ("admin_email", "admin@example.org"),
+            ("language", ""),
+        ];
+        self.post("/wp-admin/install.php?step=2", &form).shows("<h1>Success!</h1>");
+    }
+
+    /// Logs in; from then on the pages are those of [`USER`].
+    #[track_caller]
+    pub fn log_in(&self) {
+        self.get("/wp-login.php").shows("Username or Email Address");
+        let form = [("log", USER), ("pwd", PASSWORD), ("testcookie", "1"), ("wp-submit", "Log In")];
+        self.post("/wp-login.php", &form).shows("Dashboard");
+    }
+
+    /// Calls the REST interface with `fields`, as the editor does.
+    #[track_caller]
+    pub fn rest(&self, route: &str, fields: &[(&str, &str)]) -> Page {
+        let nonce = self.get("/wp-admin/admin-ajax.php?action=rest-nonce").text;
+        self.post(&format!("/?rest_route={route}&_wpnonce={nonce}"), fields)
+    }
+
+    /// Publishes a post.
+    #[track_caller]
+    pub fn publish(&self, title: &str, text: &str) {
+        let fields = [("title", title), ("content", text), ("status", "publish")];
+        let page = self.rest("/wp/v2/posts", &fields);
+        assert_eq!(page.status, 201, "{}", page.text);
+    }
+
+    #[track_caller]
+    fn request(&self, path: &str, arguments: &[&str]) -> Page {
+        let answer = wait::until("an answer of the site", || {
+            let page = self.attempt(path, arguments);
+            (page.status != 0).then_some(page)
+        });
+        assert!(!answer.text.contains("Fatal error"), "{}", answer.text);
+        answer
+    }
+
+    /// A page, or a status of 0 if nobody listens.
+    fn attempt(&self, path: &str, arguments: &[&str]) -> Page {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--location", "--max-time", "60", "--write-out", "\n%{http_code}"]);
+        curl.arg("--cookie").arg(&self.jar).arg("--cookie-jar").arg(&self.jar);
+        let output = curl.args(arguments).arg(format!("http://{}{path}", self.address)).output();
+        let output = output.expect("curl can be run").stdout;
+        let text = String::from_utf8_lossy(&output);
+        let (text, status) = text.rsplit_once('\n').unwrap_or_default();
+        Page { status: status.parse().unwrap_or(0), text: text.to_owned() }
+    }
+}
+
+/// The files of the site, the same for every node; fetched the first time.
+fn files() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    run(&mut Command::new(root.join(".ci/wordpress")));
+    root.join("target/wordpress")
+}

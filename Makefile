@@ -24,8 +24,14 @@ run:
 	cargo build --release
 	@cargo run --quiet --release -- mount -standalone
 
+# The tests switch FUSE over io_uring on where they can, for the whole machine; afterwards the switch
+# is as it was.
+SWITCH := /sys/module/fuse/parameters/enable_uring
+
 test:
 	@.ci/packages test
+	@before=$$(cat $(SWITCH) 2>/dev/null || true); \
+	trap '[ "$$before" != N ] || echo N 2>/dev/null >$(SWITCH) || true' EXIT; \
 	cargo test --workspace
 
 check: direction

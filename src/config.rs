@@ -475,7 +475,7 @@ choice! {
 choice! {
     /// How requests come from the kernel.
     Transport: fuse_choice("auto, uring or dev") => {
-        /// What is best; for now `/dev/fuse`.
+        /// io_uring where the kernel offers it and lets this process, else `/dev/fuse`.
         #[default]
         "auto" => Auto,
         /// io_uring, or an error.

@@ -52,7 +52,11 @@ impl Writer {
 }
 
 fn cluster(mode: &str, passthrough: &'static str) -> Cluster {
-    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    cluster_over("auto", mode, passthrough)
+}
+
+fn cluster_over(transport: &'static str, mode: &str, passthrough: &'static str) -> Cluster {
+    let cluster = Cluster::with(2, &Settings { transport, passthrough, ..Settings::default() });
     let setup = format!("pragma journal_mode = {mode}; create table t(n integer primary key, b)");
     sqlite::run(&cluster.file(DB), &setup);
     cluster.sync(DB);
@@ -82,9 +86,15 @@ fn snapshots(primary: &Node) -> usize {
     primary.log_count("snapshot sent")
 }
 
-#[test_matrix(["delete", "persist", "wal"], ["auto", "off"])]
-fn a_killed_primary_loses_nothing_and_its_replica_goes_on(mode: &str, passthrough: &'static str) {
-    let mut cluster = cluster(mode, passthrough);
+#[test_matrix(["delete", "persist", "wal"], ["auto", "off"], ["auto"])]
+#[test_case("wal", "auto", "dev")]
+#[test_case("delete", "off", "dev")]
+fn a_killed_primary_loses_nothing_and_its_replica_goes_on(
+    mode: &str,
+    passthrough: &'static str,
+    transport: &'static str,
+) {
+    let mut cluster = cluster_over(transport, mode, passthrough);
     for round in 0..3 {
         let writer = Writer::start(cluster.primary(), last_row(cluster.primary()) + 1);
         wait_for_progress(cluster.replica(), 20 + round * 15);

@@ -29,13 +29,15 @@ const STEPS: &[&str] = &[
     "reindex; analyze; vacuum; insert into u select * from u",
 ];
 
-#[test_matrix(["delete", "truncate", "persist", "wal"], [512, 4096, 65536], ["auto", "off"])]
+#[test_matrix(["delete", "truncate", "persist", "wal"], [512, 4096, 65536], ["auto", "off"], ["auto"])]
+#[test_matrix(["delete", "wal"], [4096], ["auto", "off"], ["dev"])]
 fn a_replica_has_the_same_pages_after_each_step(
     mode: &str,
     page_size: u32,
     passthrough: &'static str,
+    transport: &'static str,
 ) {
-    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    let cluster = Cluster::with(2, &Settings { passthrough, transport, ..Settings::default() });
     let path = cluster.file("app.db");
     let start = format!("pragma page_size = {page_size}; pragma journal_mode = {mode}");
     assert_eq!(sqlite::run(&path, &format!("{start};")), mode);

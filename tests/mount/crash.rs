@@ -60,19 +60,22 @@ impl Writer {
     }
 }
 
-#[test_case("wal", "normal", "auto")]
-#[test_case("wal", "full", "auto")]
-#[test_case("wal", "normal", "off")]
-#[test_case("delete", "full", "auto")]
-#[test_case("delete", "full", "off")]
-#[test_case("truncate", "full", "auto")]
-#[test_case("persist", "normal", "auto")]
+#[test_case("wal", "normal", "auto", "auto")]
+#[test_case("wal", "normal", "auto", "dev")]
+#[test_case("wal", "full", "auto", "auto")]
+#[test_case("wal", "normal", "off", "auto")]
+#[test_case("delete", "full", "auto", "auto")]
+#[test_case("delete", "full", "off", "auto")]
+#[test_case("delete", "full", "off", "dev")]
+#[test_case("truncate", "full", "auto", "auto")]
+#[test_case("persist", "normal", "auto", "auto")]
 fn what_sqlite_acknowledged_survives_a_killed_node(
     mode: &str,
     synchronous: &str,
     passthrough: &'static str,
+    transport: &'static str,
 ) {
-    let mut node = Node::primary(&Settings { passthrough, ..Settings::default() });
+    let mut node = Node::primary(&Settings { passthrough, transport, ..Settings::default() });
     let setup = format!(
         "pragma journal_mode={mode}; pragma synchronous={synchronous}; \
          pragma wal_autocheckpoint=20"

@@ -23,8 +23,13 @@ const DB: &str = "app.db";
 
 /// A primary that compares the whole database with its checksums after each commit.
 fn strict(passthrough: &'static str) -> Node {
+    strict_over("auto", passthrough)
+}
+
+/// [`strict`] with a transport.
+fn strict_over(transport: &'static str, passthrough: &'static str) -> Node {
     let lines = "strict-verify: true";
-    Node::primary(&Settings { passthrough, lines, ..Settings::default() })
+    Node::primary(&Settings { transport, passthrough, lines, ..Settings::default() })
 }
 
 /// A database on the mount of a node, with the number of transactions that it should have.

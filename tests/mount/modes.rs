@@ -6,7 +6,9 @@ use std::os::unix::fs::FileExt;
 use litefs::engine::layout::DbDir;
 use test_case::{test_case, test_matrix};
 
-use super::{DB, Node, Watched, check_chain, check_integrity, check_silent, sqlite, strict};
+use super::{
+    DB, Node, Watched, check_chain, check_integrity, check_silent, sqlite, strict, strict_over,
+};
 use crate::support::node::Member;
 use crate::support::shell::Shell;
 
@@ -21,10 +23,12 @@ fn switch(connection: &super::Connection, mode: &str) {
     assert_eq!(found, mode);
 }
 
-#[test_case("auto")]
-#[test_case("off")]
-fn the_journal_mode_changes_while_others_have_the_database_open(passthrough: &'static str) {
-    let node = strict(passthrough);
+#[test_matrix(["auto", "off"], ["auto", "dev"])]
+fn the_journal_mode_changes_while_others_have_the_database_open(
+    passthrough: &'static str,
+    transport: &'static str,
+) {
+    let node = strict_over(transport, passthrough);
     let mut watched = Watched::new(&node, DB);
     let db = &sqlite::open(&node.file(DB));
     watched.run(db, FILL, 2);

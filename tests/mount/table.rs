@@ -1,14 +1,22 @@
-//! The life of a database in every journal mode, with every kind of page size, with the kernel
-//! serving the bytes and with us doing it. After each step the number of transactions and the pages
-//! are as expected.
+//! The life of a database in every journal mode, with every kind of page size, over each transport,
+//! with the kernel serving the bytes and with us doing it. After each step the number of transactions
+//! and the pages are as expected.
 
 use test_case::test_matrix;
 
-use super::{DB, Node, Watched, check_integrity, check_silent, check_stopped, sqlite, strict};
+use super::{
+    DB, Node, Watched, check_integrity, check_silent, check_stopped, sqlite, strict, strict_over,
+};
 
-#[test_matrix(["delete", "truncate", "persist", "wal"], [512, 4096, 65536], ["auto", "off"])]
-fn a_database_lives_through_everything(mode: &str, page_size: u32, passthrough: &'static str) {
-    let mut node = strict(passthrough);
+#[test_matrix(["delete", "truncate", "persist", "wal"], [4096], ["auto", "off"], ["uring", "dev"])]
+#[test_matrix(["delete", "truncate", "persist", "wal"], [512, 65536], ["auto", "off"], ["auto"])]
+fn a_database_lives_through_everything(
+    mode: &str,
+    page_size: u32,
+    passthrough: &'static str,
+    transport: &'static str,
+) {
+    let mut node = strict_over(transport, passthrough);
     let rows = live(&node, mode, page_size);
     let pos = node.pos(DB);
     check_silent(&node);

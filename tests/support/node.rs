@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, Once, mpsc};
 use std::time::Duration;
 
 use litefs::engine::layout::DbDir;
@@ -27,6 +27,8 @@ const LOG_LINES: usize = 100;
 pub struct Settings {
     /// `fuse.passthrough`; empty for the default.
     pub passthrough: &'static str,
+    /// `fuse.transport`; empty for the default.
+    pub transport: &'static str,
     /// More keys of the section `data`, each with a leading comma.
     pub data: &'static str,
     /// More keys of the section `lease`, each with a leading comma.
@@ -96,15 +98,17 @@ impl Node {
 
     /// Writes the configuration, for the next start.
     pub fn configure(&self, settings: &Settings, member: Member<'_>) {
-        let Settings { passthrough, data, lease, lines } = settings;
+        let Settings { passthrough, transport, data, lease, lines } = settings;
         let (candidate, primary) = match member {
             Member::Primary => (true, self.url()),
             Member::Replica(url) => (false, url.to_owned()),
         };
         let (root, address) = (self.dir.path().display(), &self.address);
-        let passthrough = if passthrough.is_empty() { "auto" } else { passthrough };
+        let or_auto = |word: &'static str| if word.is_empty() { "auto" } else { word };
+        let (passthrough, transport) = (or_auto(passthrough), or_auto(transport));
+        offer_uring();
         let config = format!(
-            "fuse: {{dir: {root}/mnt, passthrough: {passthrough}}}\n\
+            "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}}}\n\
              data: {{dir: {root}/data{data}}}\n\
              http: {{addr: '{address}'}}\n\
              lease: {{type: static, hostname: primary, advertise-url: '{primary}', \
@@ -291,6 +295,17 @@ impl Drop for Node {
             eprintln!("--- log of {}\n{}", self.url(), last.collect::<Vec<_>>().join("\n"));
         }
     }
+}
+
+/// Has the kernel offer io_uring, so that `auto` takes it. Where that is impossible, `auto` has to do
+/// without, and a node that is to use nothing else says why it does not start.
+fn offer_uring() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Err(error) = fuse::enable_uring() {
+            eprintln!("tests of io_uring will fail: {error}");
+        }
+    });
 }
 
 /// Whether something is mounted there.

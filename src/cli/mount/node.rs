@@ -368,9 +368,9 @@ async fn mount(
         skip_unmount_stale: *stale_mount == StaleMount::Keep,
         debug: fuse.debug,
         transport: match fuse.transport {
-            // io_uring has to be asked for until every test of a node has run on it.
-            Transport::Auto | Transport::Dev => fuse::Transport::Dev,
+            Transport::Auto => fuse::Transport::Auto,
             Transport::Uring => fuse::Transport::Uring,
+            Transport::Dev => fuse::Transport::Dev,
         },
         enable_uring: fuse.enable_uring,
         ..fuse::MountOptions::new(&fuse.dir, probe_file(&config.data.dir)?)

@@ -31,6 +31,7 @@ pub mod chain;
 pub mod checksum;
 pub mod db;
 pub mod feed;
+pub mod fence;
 pub mod files;
 pub mod follow_on;
 pub mod locks;
@@ -340,7 +341,7 @@ impl Engine {
 
     /// Replaces the content of `name`, made if there is none, by that of a healthy SQLite file.
     pub fn import(&self, name: &DbName, file: &Path) -> Result<Pos> {
-        if !self.shared.is_writable() {
+        if !self.shared.may_commit() {
             return Err(Error::NotPrimary);
         }
         self.database_or_new(name)?.import(file)

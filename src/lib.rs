@@ -13,6 +13,7 @@
 //! [`cluster`] says who is primary and takes in what comes from there. `docs/ARCHITECTURE.md` has the
 //! map, `docs/SEMANTICS.md` what an application may rely on.
 
+pub mod boot_time;
 pub mod cli;
 pub mod cluster;
 pub mod config;

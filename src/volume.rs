@@ -242,7 +242,7 @@ impl EngineVolume {
     fn create_node(&self, name: &OsStr) -> Result<Node, Errno> {
         match Name::parse(name).ok_or(Errno::EINVAL)? {
             Name::Db(name, FileKind::Database) => {
-                if !self.engine.shared().is_writable() {
+                if !self.engine.shared().may_commit() {
                     return Err(Errno::EACCES);
                 }
                 let db =
@@ -294,6 +294,8 @@ impl EngineVolume {
                 }
                 .map_err(refused)
             }
+            // SQLite commits a transaction over several databases by this.
+            Name::SuperJournal(_) if self.engine.shared().is_fenced() => Err(Errno::EIO),
             Name::SuperJournal(name) => self.plain.remove(&name).map_err(|error| os_errno(&error)),
             Name::Pos(_) | Name::Lock(_) | Name::Primary | Name::Lag => Err(Errno::EACCES),
         }
@@ -498,8 +500,7 @@ impl fuse::Volume for EngineVolume {
             return reply.send(stale_lock(&call));
         }
         if kind == LockKind::Unlock {
-            db.unlock(call.owner, call.set);
-            return reply.send(Ok(()));
+            return db.unlock(call.owner, call.set, move || reply.send(Ok(())));
         }
         let wait = match wait {
             Wait::No => None,

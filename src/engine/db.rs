@@ -246,9 +246,14 @@ impl Db {
         self.hwm.store(txid.0, Ordering::Relaxed);
     }
 
-    /// Whether this node may write it now.
+    /// Whether this node may finish or undo what was begun.
     pub fn may_write(&self) -> bool {
         self.shared.is_writable()
+    }
+
+    /// Whether this node may begin and commit transactions at this moment.
+    pub fn may_commit(&self) -> bool {
+        self.shared.may_commit()
     }
 
     /// How many things were set aside in `lost+found/`.
@@ -294,12 +299,26 @@ impl Db {
             _ => {}
         }
         let path = self.files.path(backing.kind);
-        Ok(os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path))?)
+        os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path))?;
+        match backing.kind {
+            FileKind::Wal => self.refuse_fenced_writer(),
+            _ => Ok(()),
+        }
+    }
+
+    /// With synchronous=FULL the sync of the WAL is the last moment at which SQLite lets a commit
+    /// fail.
+    fn refuse_fenced_writer(&self) -> Result<(), Refusal> {
+        if self.shared.is_fenced() && self.is_client_writing() {
+            tracing::warn!(db = %self.name, "commit refused: the lease is not confirmed");
+            return Err(Refusal::Os(libc::EIO));
+        }
+        Ok(())
     }
 
     /// A write to the WAL that came through us.
     pub fn write_wal(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
-        if !self.may_write() {
+        if !self.may_commit() {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
@@ -384,7 +403,7 @@ impl Db {
 
     /// Drops the database: a transaction that leaves nothing. Refused while somebody has it locked.
     pub fn drop_database(&self) -> Result<(), Refusal> {
-        if !self.may_write() {
+        if !self.may_commit() {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
@@ -407,6 +426,17 @@ impl Db {
             change.reset();
         }
         self.shared.names_changed(self.name.as_str());
+        self.refuse_late_commit()
+    }
+
+    /// A commit during which the lease ran out is not acknowledged: it stays if the lease is
+    /// confirmed again, and is set aside if it is lost.
+    pub(super) fn refuse_late_commit(&self) -> Result<(), Refusal> {
+        if self.shared.is_fenced() {
+            let pos = self.pos();
+            tracing::error!(db = %self.name, %pos, "commit not acknowledged: the lease ran out meanwhile");
+            return Err(Refusal::Os(libc::EIO));
+        }
         Ok(())
     }
 

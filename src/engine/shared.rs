@@ -11,6 +11,7 @@ use ltx::{Compression, NodeId};
 
 use super::chain::Waker;
 use super::feed::Feed;
+use super::fence::Fence;
 use super::files::FileKind;
 use crate::limits;
 
@@ -53,7 +54,9 @@ pub struct Shared {
     settings: Settings,
     /// Who wants to know.
     pub feed: Arc<Feed>,
-    /// Whether this node may write.
+    /// Until when a primary may commit.
+    pub fence: Fence,
+    /// Whether this node is the primary.
     writable: AtomicBool,
     /// Whether clients share the pages of `-wal` and `-shm` with us.
     passthrough: AtomicBool,
@@ -81,6 +84,7 @@ impl Shared {
         Shared {
             settings,
             feed: Arc::default(),
+            fence: Fence::default(),
             writable: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
             page_cache: OnceLock::new(),
@@ -90,14 +94,25 @@ impl Shared {
         }
     }
 
-    /// Whether this node may write.
+    /// Whether this node is the primary, and may finish or undo what was begun.
     pub fn is_writable(&self) -> bool {
         self.writable.load(Ordering::SeqCst)
     }
 
-    /// Says whether this node may write.
+    /// Whether this node may begin and commit transactions at this moment.
+    pub fn may_commit(&self) -> bool {
+        self.is_writable() && self.fence.is_open()
+    }
+
+    /// Whether this node is the primary and its lease is not confirmed.
+    pub fn is_fenced(&self) -> bool {
+        self.is_writable() && !self.fence.is_open()
+    }
+
+    /// Says whether this node is the primary.
     pub fn set_writable(&self, writable: bool) {
         self.writable.store(writable, Ordering::SeqCst);
+        self.fence.set_leads(writable);
     }
 
     /// Whether clients share the pages of `-wal` and `-shm` with us.

@@ -127,7 +127,7 @@ impl Db {
     ///
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
-        if !self.may_write() {
+        if !self.may_commit() {
             return Err(Error::NotPrimary);
         }
         let file = File::open(source).map_err(Error::io("open import", source))?;
@@ -139,6 +139,9 @@ impl Db {
         let spool = self.dir.ltx().join("import.ltx.tmp");
         os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
         let received = self.encode_import(&change, &file, source, spool)?;
+        if !self.may_commit() {
+            return Err(Error::NotPrimary);
+        }
         let mut stale = Stale::default();
         let received = Arc::new(received);
         let applied = self.apply_locked(&mut locks, &mut change, &received, &mut stale);
@@ -153,7 +156,10 @@ impl Db {
         applied?;
         self.reset_received(pos);
         self.mend();
-        Ok(pos)
+        match self.refuse_late_commit() {
+            Ok(()) => Ok(pos),
+            Err(_) => Err(Error::NotPrimary),
+        }
     }
 
     /// The LTX file of an import. The counters of page 1 by which SQLite notices a change are set

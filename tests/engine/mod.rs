@@ -12,6 +12,8 @@ use litefs::engine::{self, Db, DbName, Engine, Role};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Compression, NodeId};
 
+// What a primary refuses whose lease is not confirmed.
+mod fence;
 // What must not get lost when a step fails or the process ends there.
 mod faults;
 
@@ -68,7 +70,7 @@ fn write_locks() -> LockSet {
 }
 
 fn unlock_all(db: &Db) {
-    db.unlock(Owner::client(CLIENT), LockSet::ALL);
+    db.unlock(Owner::client(CLIENT), LockSet::ALL, || ());
 }
 
 fn file(db: &Db, kind: FileKind) -> Arc<Backing> {

@@ -125,7 +125,7 @@ impl Db {
         }
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
         let Some(found) = self.changed_pages(change, &database.file)? else { return Ok(None) };
-        if !self.may_write() {
+        if !self.may_commit() {
             return Err(Refusal::ReadOnly);
         }
         let resized = change.page_size.is_some_and(|size| size != found.draft.page_size);
@@ -165,8 +165,9 @@ impl Db {
             }
             return Err(error.into());
         }
+        let commits = pending.is_some();
         self.finish_commit(change, pending);
-        Ok(())
+        if commits { self.refuse_late_commit() } else { Ok(()) }
     }
 
     /// The journal is gone: what was prepared counts.

@@ -5,6 +5,7 @@
 //! restart of the WAL; the whole database in WAL mode) is answered only when everything captured is
 //! durable in the chain: the lock is held meanwhile, the answer waits, no thread does.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use super::{Db, Refusal};
 use crate::engine::capture::wal::Captured;
 use crate::engine::chain::Waiting;
 use crate::engine::error::{Error, Result};
+use crate::engine::fence::Settled;
 use crate::engine::files::next_ino;
 use crate::engine::locks::{
     Conflict, Grant, Granted, Handle, LockKind, LockTable, Outcome, Owner, Request, Woken,
@@ -110,12 +112,46 @@ impl Db {
         }
     }
 
-    /// Gives locks up; giving up WRITE is a commit.
-    pub fn unlock(&self, owner: Owner, set: LockSet) {
+    /// Gives locks up and calls `done`; giving up WRITE is a commit. SQLite takes no error for an
+    /// answer here. So a commit while the lease is not confirmed is answered, and its lock released,
+    /// when the lease is confirmed again or lost.
+    pub fn unlock(&self, owner: Owner, set: LockSet, done: impl FnOnce() + Send + 'static) {
+        let commits = self.counters.commits.load(Ordering::Relaxed);
+        self.capture_at_release(owner, set);
+        let committed = self.counters.commits.load(Ordering::Relaxed) != commits;
+        match (committed && self.shared.is_fenced(), self.me.upgrade()) {
+            (true, Some(me)) => self.shared.fence.when_settled(move |settled| {
+                if settled == Settled::Lost {
+                    me.note_commit_without_lease();
+                }
+                me.release(owner, set);
+                done();
+            }),
+            _ => {
+                self.release(owner, set);
+                done();
+            }
+        }
+    }
+
+    /// Gives up what an owner that is gone has locked.
+    fn unlock_gone(&self, owner: Owner, set: LockSet) {
+        self.capture_at_release(owner, set);
+        self.release(owner, set);
+    }
+
+    fn capture_at_release(&self, owner: Owner, set: LockSet) {
         if set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write) {
             self.capture_wal();
         }
-        self.release(owner, set);
+    }
+
+    fn note_commit_without_lease(&self) {
+        tracing::error!(
+            db = %self.name, pos = %self.pos(),
+            "a commit ended after the lease was lost: SQLite reported success, but unless the new \
+             primary has it, it will be set aside in lost+found"
+        );
     }
 
     /// A descriptor was closed: all POSIX locks of its owner on that file, `set`, go.
@@ -128,14 +164,14 @@ impl Db {
             // An exclusive connection may have committed without ever releasing WRITE.
             self.capture_wal();
         }
-        self.unlock(owner, held);
+        self.unlock_gone(owner, held);
     }
 
     /// An open file was closed for good: what was locked through it goes.
     pub fn release_handle(&self, via: Handle) {
         let owners = self.locks.lock().unwrap().owners_via(via);
         for (owner, set) in owners {
-            self.unlock(owner, set);
+            self.unlock_gone(owner, set);
         }
     }
 
@@ -166,7 +202,8 @@ impl Db {
             return Err(Refusal::WouldBlock);
         }
         let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
-        if writes && (self.refuses_writers() || self.shared.is_full()) {
+        let refused = || self.shared.is_fenced() || self.refuses_writers() || self.shared.is_full();
+        if writes && refused() {
             return Err(Refusal::WouldBlock);
         }
         Ok(())
@@ -230,6 +267,12 @@ impl Db {
 
     fn holds_exclusively(&self, owner: Owner, lock: Lock) -> bool {
         self.locks.lock().unwrap().holds(owner, lock) == Some(LockKind::Exclusive)
+    }
+
+    /// Whether a client is in a WAL transaction.
+    pub(in crate::engine) fn is_client_writing(&self) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
+        matches!(holder, Some((Owner::Client(_), _)))
     }
 
     /// Whether somebody may write the database file under a journal.

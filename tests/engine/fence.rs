@@ -1,0 +1,128 @@
+//! What a primary refuses whose lease is not confirmed, and what it does with a commit that cannot be
+//! refused any more.
+
+use std::sync::mpsc::{self, TryRecvError};
+use std::time::Duration;
+
+use litefs::boot_time::BootTime;
+use litefs::engine::db::Refusal;
+use litefs::engine::files::FileKind;
+use litefs::engine::locks::{LockKind, Owner};
+use litefs::engine::{Db, Engine, Error, Role};
+use litefs::sqlite::lock_byte::{Lock, LockSet};
+use litefs::sqlite::wal::{self, ByteOrder, Frame, Salts, WalCursor, WalHeader};
+use ltx::{PageSize, Pgno};
+
+use super::{CLIENT, PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
+
+fn close_fence(engine: &Engine) {
+    engine.shared().fence.confirm(BootTime::START);
+}
+
+fn open_fence(engine: &Engine) {
+    engine.shared().fence.confirm(BootTime::now().after(Duration::from_secs(3600)));
+}
+
+#[test]
+fn a_fenced_primary_begins_no_transaction() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(1));
+    close_fence(&engine);
+    for byte in [Lock::Write, Lock::Reserved] {
+        let refused = lock(&db, LockSet::one(byte), LockKind::Exclusive);
+        assert_eq!(refused, Err(Refusal::WouldBlock), "{byte:?}");
+    }
+    assert_eq!(
+        lock(&db, LockSet::one(Lock::Shared), LockKind::Shared),
+        Ok(()),
+        "a reader may read"
+    );
+    let source = dir.path().join("import");
+    std::fs::write(&source, image(2)).unwrap();
+    assert!(matches!(engine.import(db.name(), &source), Err(Error::NotPrimary)));
+    assert_eq!(db.drop_database(), Err(Refusal::ReadOnly));
+    unlock_all(&db);
+    open_fence(&engine);
+    commit(&db, &image(2));
+}
+
+#[test]
+fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    let content = image(1);
+    commit(&db, &content);
+    let before = db.pos();
+    begin(&db, &image(20));
+    close_fence(&engine);
+    assert_eq!(db.remove_journal(), Err(Refusal::ReadOnly));
+    let database = file(&db, FileKind::Database);
+    db.write_database(&database, 0, &content).unwrap();
+    db.truncate_database(&database, content.len() as u64).unwrap();
+    db.remove_journal().unwrap();
+    unlock_all(&db);
+    assert_eq!(db.pos(), before);
+}
+
+/// One transaction in a WAL that makes page 1 `page`, up to the release of its locks.
+fn begin_wal(db: &Db, page: &[u8]) {
+    lock(db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
+    let (order, salts, page_size) = (ByteOrder::NATIVE, Salts(1, 2), PageSize::new(4096).unwrap());
+    let header = WalHeader { order, page_size, sequence: 0, salts };
+    let mut bytes = header.encode().to_vec();
+    let commit = Some(db.page_count());
+    WalCursor::start(&header).encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
+    let log = file(db, FileKind::Wal);
+    let (head, frames) = bytes.split_at(wal::HEADER_SIZE);
+    db.write_wal(&log, 0, head).unwrap();
+    db.write_wal(&log, wal::HEADER_SIZE as u64, frames).unwrap();
+}
+
+/// A database in WAL mode, and a new image of its first page.
+fn wal_database(engine: &Engine) -> (std::sync::Arc<Db>, Vec<u8>) {
+    let db = database(engine, "db");
+    let mut content = image(1);
+    content[18..20].fill(2);
+    commit(&db, &content);
+    let mut page = content[..PAGE].to_vec();
+    page[27] += 1;
+    (db, page)
+}
+
+#[test]
+fn a_commit_that_was_late_waits_for_the_lease() {
+    for leads in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = wal_database(&engine);
+        let before = db.pos();
+        begin_wal(&db, &page);
+        close_fence(&engine);
+        let (sender, answer) = mpsc::channel();
+        db.unlock(Owner::client(CLIENT), LockSet::ALL, move || sender.send(()).unwrap());
+        assert_eq!(db.pos().txid, before.txid.next(), "the transaction is captured");
+        assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
+        match leads {
+            true => open_fence(&engine),
+            false => engine.set_role(Role::Unknown),
+        }
+        assert_eq!(answer.try_recv(), Ok(()), "primary: {leads}");
+    }
+}
+
+#[test]
+fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = wal_database(&engine);
+    begin_wal(&db, &page);
+    let log = file(&db, FileKind::Wal);
+    close_fence(&engine);
+    assert_eq!(db.sync_file(&log), Err(Refusal::Os(libc::EIO)));
+    assert_eq!(db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9]), Err(Refusal::ReadOnly));
+    open_fence(&engine);
+    assert_eq!(db.sync_file(&log), Ok(()));
+}

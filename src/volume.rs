@@ -390,7 +390,13 @@ impl fuse::Volume for EngineVolume {
         let node = match self.node(name) {
             Some(_) if flags & libc::O_EXCL != 0 => return Err(Errno::EEXIST),
             Some(node) => node,
-            None => self.create_node(name)?,
+            None => match self.create_node(name) {
+                // The applier makes files too, and was quicker.
+                Err(Errno::EEXIST) if flags & libc::O_EXCL == 0 => {
+                    self.node(name).ok_or(Errno::ENOENT)?
+                }
+                made => made?,
+            },
         };
         let opened = self.opened(&node)?;
         Ok((self.entry(node)?, opened))

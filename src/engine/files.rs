@@ -74,6 +74,9 @@ pub struct Files {
     dir: DbDir,
     /// The incarnation of each file that exists now, by `FileKind as usize`.
     slots: Mutex<[Option<Arc<Backing>>; 4]>,
+    /// Held over the file calls that make and remove files, so that the directory and the slots
+    /// change together.
+    naming: Mutex<()>,
     /// A name was made or removed since the directory was synced.
     names_changed: AtomicBool,
 }
@@ -81,11 +84,16 @@ pub struct Files {
 impl Files {
     /// The files that stand in `dir` now.
     pub fn open(dir: DbDir) -> Result<Files> {
-        let files = Files { dir, slots: Mutex::default(), names_changed: AtomicBool::new(false) };
+        let files = Files {
+            dir,
+            slots: Mutex::default(),
+            naming: Mutex::default(),
+            names_changed: AtomicBool::new(false),
+        };
         for kind in FileKind::ALL {
             let path = kind.path(&files.dir);
             match os::open("files:open", &path) {
-                Ok(file) => files.set(kind, Some(file)),
+                Ok(file) => drop(files.set(kind, Some(file))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::io("open", &path)(error)),
             }
@@ -106,23 +114,30 @@ impl Files {
 
     /// Makes a file that does not exist (`AlreadyExists` otherwise).
     pub fn create(&self, kind: FileKind) -> Result<Arc<Backing>> {
-        let path = kind.path(&self.dir);
-        let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
-        self.set(kind, Some(file));
-        self.names_changed.store(true, Ordering::SeqCst);
-        Ok(self.get(kind).expect("it was just put there"))
+        let _naming = self.naming.lock().unwrap();
+        self.make(kind)
     }
 
     /// The file, made if it does not exist.
     pub fn get_or_create(&self, kind: FileKind) -> Result<Arc<Backing>> {
+        let _naming = self.naming.lock().unwrap();
         match self.get(kind) {
             Some(backing) => Ok(backing),
-            None => self.create(kind),
+            None => self.make(kind),
         }
+    }
+
+    fn make(&self, kind: FileKind) -> Result<Arc<Backing>> {
+        let path = kind.path(&self.dir);
+        let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
+        let backing = self.set(kind, Some(file));
+        self.names_changed.store(true, Ordering::SeqCst);
+        Ok(backing.expect("a file was given"))
     }
 
     /// Removes a file; one that does not exist is fine. Whether it existed.
     pub fn remove(&self, kind: FileKind) -> Result<bool> {
+        let _naming = self.naming.lock().unwrap();
         let path = kind.path(&self.dir);
         os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
         let existed = self.get(kind).is_some();
@@ -143,21 +158,36 @@ impl Files {
         })
     }
 
-    /// Looks again which files exist, after something else made or removed them.
-    pub fn refresh(&self) -> Result<()> {
-        let fresh = Files::open(self.dir.clone())?;
-        *self.slots.lock().unwrap() = fresh.slots.into_inner().unwrap();
-        Ok(())
-    }
-
     /// Where a file stands.
     pub fn path(&self, kind: FileKind) -> PathBuf {
         kind.path(&self.dir)
     }
 
-    fn set(&self, kind: FileKind, file: Option<File>) {
+    fn set(&self, kind: FileKind, file: Option<File>) -> Option<Arc<Backing>> {
         let backing =
             file.map(|file| Arc::new(Backing { ino: next_ino(), kind, file: Arc::new(file) }));
-        self.slots.lock().unwrap()[kind as usize] = backing;
+        self.slots.lock().unwrap()[kind as usize].clone_from(&backing);
+        backing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An applier makes the WAL at the moment in which a client does.
+    #[test]
+    fn files_made_by_two_at_a_time_are_one_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = &Files::open(DbDir::new(dir.path())).unwrap();
+        for _ in 0..300 {
+            let make = || files.get_or_create(FileKind::Wal).unwrap().ino;
+            let (one, other) = std::thread::scope(|scope| {
+                let other = scope.spawn(make);
+                (make(), other.join().unwrap())
+            });
+            assert_eq!(one, other);
+            assert!(files.remove(FileKind::Wal).unwrap());
+        }
     }
 }

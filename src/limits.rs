@@ -70,14 +70,14 @@ pub const CONNECTIONS_MAX: usize = 1024;
 pub const REQUESTS_PER_CONNECTION_MAX: u32 = 100;
 /// Events that wait for one slow reader of `/events`; then its connection is closed (protocol).
 pub const EVENT_QUEUE_MAX: usize = 1024;
-/// Time that open requests get to end when the node stops; a stream needs one round trip.
-pub const HTTP_STOP_WAIT: Duration = Duration::from_secs(2);
+/// Time that open requests get to end when the node stops: half of what service managers grant.
+pub const HTTP_STOP_WAIT: Duration = Duration::from_secs(5);
 
 // The replication stream.
 
-/// Time in which a stream sends its last changes and its end when the node stops; below
+/// Time in which a stream sends its last changes when the node stops; below
 /// [`HTTP_STOP_WAIT`], after which it is cut off.
-pub const STREAM_END_WAIT: Duration = Duration::from_millis(1500);
+pub const STREAM_END_WAIT: Duration = Duration::from_secs(4);
 /// Two changes closer than this are "quickly", and the stream pauses for [`STREAM_PAUSE`].
 pub const STREAM_QUICK: Duration = Duration::from_millis(5);
 /// Pause of a stream between two rounds while changes come quickly: a thousand wake-ups a second at

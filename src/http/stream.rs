@@ -58,34 +58,42 @@ enum Error {
     },
 }
 
-/// Streams until the replica goes, the node stops, or `primary_lost` ends.
+/// Streams until the replica goes, the node stops, or `primary_lost` ends. A node that stops still
+/// sends what was committed before, as far as [`limits::STREAM_END_WAIT`] allows.
 pub(super) async fn serve(
     api: Arc<Api>,
     request: Request,
     sender: Sender,
-    mut stop: Stop,
+    stop: Stop,
     primary_lost: impl Future<Output = ()>,
 ) {
     let mut stream = Stream::new(api, request, sender);
+    let (mut stopping, mut stop) = (stop.clone(), stop);
+    let cut_off = async {
+        tokio::select! {
+            biased; // A node that stops gives up its role too, and must still send its last changes.
+            () = stopped(&mut stop) => sleep(limits::STREAM_END_WAIT).await,
+            () = primary_lost => {}
+        }
+    };
     let result = tokio::select! {
-        biased; // A node that stops gives up its role too, and must still send its last changes.
-        () = stopped(&mut stop) => Ok(Last::Changes),
-        result = stream.run() => result.map(|()| Last::Nothing),
-        () = primary_lost => Ok(Last::Nothing),
+        result = stream.run(&mut stopping) => result,
+        () = cut_off => Ok(()),
     };
     match result {
-        Ok(last) => stream.end(last).await,
+        Ok(()) => stream.end().await,
         Err(Error::Send(SendError::Gone)) => tracing::debug!("replica disconnected"),
         Err(error) => tracing::warn!(error = chain_text(&error), "stream ended"),
     }
 }
 
-/// What is sent before the end.
+/// Why a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Last {
-    /// What was committed before the node stopped.
-    Changes,
-    Nothing,
+enum Wake {
+    /// Something changed, or a heartbeat is due.
+    Work,
+    /// The node stops: the next round is the last.
+    Stop,
 }
 
 struct Stream {
@@ -97,7 +105,7 @@ struct Stream {
     positions: BTreeMap<String, Pos>,
     filter: BTreeSet<String>,
     overlap: Overlap,
-    /// Names of this round that are not done: a stop in the middle must not forget them.
+    /// Names of this round that are not done.
     pending: BTreeSet<String>,
     /// Databases that could not be read, and when to try them again.
     retry: Option<(BTreeSet<String>, Instant)>,
@@ -122,7 +130,8 @@ impl Stream {
         }
     }
 
-    async fn run(&mut self) -> Result<(), Error> {
+    /// Streams until the node stops and everything up to then is sent.
+    async fn run(&mut self, stop: &mut Stop) -> Result<(), Error> {
         let local = self.api.engine.databases();
         let local = local.iter().map(|db| db.name().to_string());
         let all = self.positions.keys().cloned().chain(local).collect();
@@ -133,32 +142,36 @@ impl Stream {
         self.outbox.flush().await?;
         let mut pace = Pace::default();
         loop {
-            self.wait().await;
+            let wake = self.wait(stop).await;
             match self.pending.is_empty() {
                 true => self.heartbeat(),
                 false => self.round().await?,
             }
             self.outbox.flush().await?;
+            if wake == Wake::Stop {
+                return Ok(());
+            }
             pace.pause().await;
         }
     }
 
     /// Waits for changes, for a second at the most, and makes them the next round.
-    async fn wait(&mut self) {
-        // An error means that the second is over.
-        let _ = timeout(limits::HEARTBEAT_PERIOD, self.woken.notified()).await;
-        self.take_dirty();
+    async fn wait(&mut self, stop: &mut Stop) -> Wake {
+        let wake = tokio::select! {
+            biased;
+            () = stopped(stop) => Wake::Stop,
+            () = self.woken.notified() => Wake::Work,
+            () = sleep(limits::HEARTBEAT_PERIOD) => Wake::Work,
+        };
+        let dirty = self.subscription.take();
+        self.pending.extend(dirty.iter().map(|name| name.to_string()));
         if self.retry.as_ref().is_some_and(|(_, at)| *at <= Instant::now())
             && let Some((names, _)) = self.retry.take()
         {
             self.pending.extend(names);
         }
         self.drop_unwanted();
-    }
-
-    fn take_dirty(&mut self) {
-        let dirty = self.subscription.take();
-        self.pending.extend(dirty.iter().map(|name| name.to_string()));
+        wake
     }
 
     fn drop_unwanted(&mut self) {
@@ -323,24 +336,16 @@ impl Stream {
         self.outbox.frame(&Frame::Heartbeat { timestamp_ms: now.as_millis() as i64 });
     }
 
-    async fn end(mut self, last: Last) {
+    async fn end(mut self) {
         if self.outbox.is_broken() {
             return; // The body breaks off: nothing that follows would make sense.
         }
+        self.outbox.frame(&Frame::End);
         // A replica that takes nothing now must not hold up the end of the node.
-        let ended = timeout(limits::STREAM_END_WAIT, self.send_end(last)).await;
+        let ended = timeout(limits::STREAM_END_WAIT, self.outbox.flush()).await;
         if ended.is_ok_and(|ended| ended.is_ok()) {
             self.outbox.sender.finish();
         }
-    }
-
-    async fn send_end(&mut self, last: Last) -> Result<(), Error> {
-        if last == Last::Changes {
-            self.take_dirty();
-            self.round().await?;
-        }
-        self.outbox.frame(&Frame::End);
-        Ok(self.outbox.flush().await?)
     }
 }
 

@@ -112,14 +112,18 @@ async fn a_restarted_primary_sends_its_files_and_no_snapshot() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_committed_before_a_stop_is_sent() {
-    let dir = tempfile::tempdir().unwrap();
-    let primary = Node::primary(&dir.path().join("a"), 1).await;
-    let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
-    replica.wait_ready().await;
-    let pos = primary.import("a.db", ROWS).await;
-    primary.stop().await;
-    replica.wait_for_pos("a.db", pos).await;
-    replica.stop().await;
+    // The larger one is on its way when the stop comes.
+    for kib in [1, 20_000] {
+        let dir = tempfile::tempdir().unwrap();
+        let primary = Node::primary(&dir.path().join("a"), 1).await;
+        let mut replica = Node::replica(&dir.path().join("b"), 2, &primary.url).await;
+        replica.wait_ready().await;
+        primary.import("a.db", &random_rows(kib)).await;
+        let pos = primary.import("b.db", ROWS).await;
+        primary.stop().await;
+        replica.wait_for_pos("b.db", pos).await;
+        replica.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

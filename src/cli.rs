@@ -14,6 +14,7 @@ mod flags;
 mod import;
 mod mount;
 mod progress;
+mod run;
 mod status;
 mod version;
 
@@ -35,6 +36,7 @@ Usage:
 Commands:
 
   mount    mount the file system and run an application on it
+  run      run a command as primary, or under the HALT lock of a database
   status   show what the local node knows and does
   export   copy a database out of the cluster into a file
   import   copy a SQLite file into the cluster
@@ -50,6 +52,7 @@ struct Command {
 
 const COMMANDS: &[Command] = &[
     Command { spec: &mount::SPEC, run: mount::run },
+    Command { spec: &run::SPEC, run: run::run },
     Command { spec: &status::SPEC, run: status::run },
     Command { spec: &export::SPEC, run: export::run },
     Command { spec: &import::SPEC, run: import::run },

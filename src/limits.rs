@@ -93,6 +93,13 @@ pub const REPLICA_QUEUE_EVENTS: usize = 256;
 /// Time until a replica reconnects for a database that failed here, such as for lack of space.
 pub const REPLICA_RETRY: Duration = Duration::from_secs(30);
 
+// Commands that wait for a node.
+
+/// Time until a node that was asked to become primary is: an election takes the lease's time.
+pub const PROMOTE_WAIT: Duration = Duration::from_secs(30);
+/// Longest silence of a stream of events, which has no heartbeat; who waits for one waits shorter.
+pub const EVENTS_WAIT: Duration = Duration::from_secs(3600);
+
 // The supervised process.
 
 /// Time from the second request to end until a supervised process is killed: for one that is

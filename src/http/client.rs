@@ -102,6 +102,12 @@ pub enum Error {
         /// Why.
         source: frame::Error,
     },
+    /// A stream of events that ended.
+    #[error("events of {address} have ended")]
+    Ended {
+        /// Host and port.
+        address: String,
+    },
     /// What was to be sent could not be read.
     #[error("read upload")]
     ReadUpload(#[source] io::Error),
@@ -206,6 +212,17 @@ impl Client {
         upload?;
         let response = answer.map_err(|source| self.http_error("import to", source))?;
         self.check(Answer::new(response, connection)).await.map(|_| ())
+    }
+
+    /// `POST /promote`: asks the node to become primary.
+    pub async fn promote(&self) -> Result<(), Error> {
+        self.call(self.request(Method::POST, "/promote", body::empty())).await.map(drop)
+    }
+
+    /// `GET /events`, of which only the node's role counts.
+    pub async fn roles(&self) -> Result<Roles, Error> {
+        let answer = self.call(self.request(Method::GET, "/events", body::empty())).await?;
+        Ok(Roles { client: self.clone(), answer, text: BytesMut::new() })
     }
 
     /// `POST /stream`.
@@ -418,6 +435,54 @@ impl Answer {
     }
 }
 
+/// The role of a node, each time that it says it: first what it is, then each change.
+pub struct Roles {
+    client: Client,
+    answer: Answer,
+    /// What has come of the next lines.
+    text: BytesMut,
+}
+
+impl Roles {
+    /// Waits until the node says its role again; whether it is primary.
+    pub async fn next_is_primary(&mut self) -> Result<bool, Error> {
+        loop {
+            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
+                let line = self.text.split_to(end + 1);
+                match said_role(&line) {
+                    Ok(Some(is_primary)) => return Ok(is_primary),
+                    Ok(None) => continue,
+                    Err(source) => {
+                        return Err(Error::Decode { address: self.client.address(), source });
+                    }
+                }
+            }
+            if self.text.len() > limits::DOCUMENT_BYTES_MAX {
+                return Err(Error::TooLarge { address: self.client.address() });
+            }
+            // A node has nothing to say for as long as nothing happens.
+            let data = self.client.next_data(&mut self.answer.body, limits::EVENTS_WAIT).await?;
+            let ended = || Error::Ended { address: self.client.address() };
+            self.text.extend_from_slice(&data.ok_or_else(ended)?);
+        }
+    }
+}
+
+/// The role in a line of events, if it is of one.
+fn said_role(line: &[u8]) -> Result<Option<bool>, serde_json::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Data {
+        #[serde(default)]
+        is_primary: Option<bool>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Line {
+        data: Data,
+    }
+    serde_json::from_slice(line).map(|line: Line| line.data.is_primary)
+}
+
 /// An open replication stream.
 pub struct Stream {
     client: Client,
@@ -486,6 +551,16 @@ mod tests {
         check("http://:20202", Err("URL host required"));
         check("http://node:port", Err("invalid URL port"));
         check("http://node:70000", Err("invalid URL port"));
+    }
+
+    #[test]
+    fn only_lines_about_the_role_say_it() {
+        let role = |line: &str| said_role(line.as_bytes()).ok();
+        let init = r#"{"type":"init","data":{"isPrimary":false,"hostname":"h1"}}"#;
+        assert_eq!(role(init), Some(Some(false)));
+        assert_eq!(role(r#"{"type":"primaryChange","data":{"isPrimary":true}}"#), Some(Some(true)));
+        assert_eq!(role(r#"{"type":"tx","db":"a.db","data":{"txID":"1"}}"#), Some(None));
+        assert_eq!(role("nonsense"), None);
     }
 
     #[test]

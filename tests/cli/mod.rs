@@ -6,6 +6,7 @@ mod client;
 mod config;
 mod mount;
 mod node;
+mod run;
 mod usage;
 
 /// Runs the program and waits for it. Its working directory and home are `/`, where no

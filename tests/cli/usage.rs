@@ -14,7 +14,7 @@ fn usage_goes_to_stdout_with_code_2() {
 
 #[test]
 fn help_of_a_command_goes_to_stdout_with_code_2() {
-    for command in ["export", "import", "status", "version"] {
+    for command in ["export", "import", "run", "status", "version"] {
         for flag in ["-h", "--help"] {
             let output = litefs(&[command, flag]);
             let stdout = String::from_utf8(output.stdout).unwrap();

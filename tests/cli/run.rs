@@ -1,0 +1,137 @@
+//! `litefs run`, but for the HALT lock, which needs a cluster.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use test_case::test_case;
+
+use super::node::{Node, free_port, wait_for_file};
+use super::{Expected, check, litefs};
+
+/// Runs the words in a shell under `litefs run`.
+fn shell(script: &str) -> Vec<&str> {
+    vec!["run", "--", "sh", "-c", script]
+}
+
+#[test_case("exit 0", 0, "")]
+#[test_case("exit 7", 7, "ERROR: exit status 7\n")]
+#[test_case("exit 255", 255, "ERROR: exit status 255\n")]
+#[test_case("kill -TERM $$", 143, "ERROR: signal: SIGTERM\n")]
+#[test_case("kill -KILL $$", 137, "ERROR: signal: SIGKILL\n")]
+fn the_exit_code_is_the_commands(script: &str, code: i32, stderr: &str) {
+    check(&shell(script), Expected { code, stdout: "", stderr });
+}
+
+#[test]
+fn a_command_gets_its_words_and_its_streams() {
+    let script = "printf '%s|' \"$0\" \"$@\"; cat; echo problem >&2; echo $WORD";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    command.args(["run", "--", "sh", "-c", script, "a b", "--", "$c"]).env("WORD", "inherited");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"from stdin\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|--|$c|from stdin\ninherited\n");
+    assert_eq!(output.stderr, b"problem\n");
+    assert!(output.status.success());
+}
+
+#[test]
+fn mistakes_of_a_run_are_named() {
+    assert_eq!(litefs(&["run"]).status.code(), Some(2));
+    assert_eq!(litefs(&["run", "-promote"]).status.code(), Some(2));
+    assert_eq!(litefs(&["run", "-promote", "--"]).status.code(), Some(2));
+    let fails =
+        |words: &[&str], stderr: &str| check(words, Expected { code: 1, stdout: "", stderr });
+    let many = "ERROR: too many arguments, specify a '--' to specify an exec command\n";
+    fails(&["run", "true"], many);
+    fails(&["run", "x", "--", "true"], many);
+    let both = "ERROR: cannot specify both -promote & -with-halt-lock-on\n";
+    fails(&["run", "-promote", "-with-halt-lock-on", "/x", "--", "true"], both);
+    let none = "ERROR: database does not exist: /no/such.db\n";
+    fails(&["run", "-with-halt-lock-on", "/no/such.db", "--", "true"], none);
+    let missing = "ERROR: cannot start exec command \"/no/program\": No such file or directory \
+                   (os error 2)\n";
+    fails(&["run", "--", "/no/program"], missing);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("app.db");
+    fs::write(&path, "").unwrap();
+    let no_mount = format!(
+        "ERROR: lock file not available, are you sure \"{}\" is a LiteFS mount?\n",
+        dir.path().display()
+    );
+    fails(&["run", "-with-halt-lock-on", path.to_str().unwrap(), "--", "true"], &no_mount);
+}
+
+/// Starts `litefs run` on a script that reports in files of `dir`.
+fn start(dir: &std::path::Path, script: &str) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    command.args(shell(script)).current_dir(dir).stdin(Stdio::null());
+    command.stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test_case(Signal::SIGTERM, "TERM")]
+#[test_case(Signal::SIGINT, "INT")]
+#[test_case(Signal::SIGHUP, "HUP")]
+#[test_case(Signal::SIGQUIT, "QUIT")]
+#[test_case(Signal::SIGUSR1, "USR1")]
+#[test_case(Signal::SIGUSR2, "USR2")]
+fn a_signal_goes_on_to_the_command(signal: Signal, name: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    // It waits for a line that never comes: a signal is heeded at once.
+    let script = format!(
+        "trap 'exit 9' {name}; mkfifo pipe; exec 4<>pipe; touch ready; read line <&4; exit 1"
+    );
+    let mut child = start(dir.path(), &script);
+    wait_for_file(&dir.path().join("ready"));
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn a_command_runs_on_a_candidate_only() {
+    let port = free_port();
+    let replica = "lease: {type: static, hostname: a, candidate: false, \
+                   advertise-url: 'http://127.0.0.1:1'}\nskip-sync: true";
+    let mut node = Node::start_by(&[], port, replica, &["--"]);
+    node.wait_for_line("waiting for signal");
+    let url = node.url();
+    let words = |flag| ["run", "-url", &url, flag, "--", "echo", "ran"].map(str::to_owned);
+    let run = |flag| litefs(&words(flag).each_ref().map(String::as_str));
+    let output = run("-if-candidate");
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(output.stderr, b"node is not a candidate, skipping execution\n");
+    assert_eq!(output.stdout, b"");
+    let output = run("-if-candidate=false");
+    assert_eq!(output.stdout, b"ran\n");
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
+#[test]
+fn a_primary_is_not_promoted() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let output =
+        litefs(&["run", "-url", &node.url(), "-if-candidate", "-promote", "-v", "--", "echo", "ran"]);
+    assert_eq!(output.stdout, b"ran\n");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let expected = ["fetching node metadata", "node is already primary, skipping promotion"];
+    let expected = expected.map(|text| format!("level=INFO msg=\"{text}\"\n")).concat();
+    assert_eq!(stderr, expected);
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
+#[test]
+fn a_node_that_does_not_answer_runs_nothing() {
+    let url = format!("http://127.0.0.1:{}", free_port());
+    for flag in ["-promote", "-if-candidate"] {
+        let output = litefs(&["run", "-url", &url, flag, "--", "echo", "ran"]);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.starts_with("ERROR: fetch node metadata: connect to "), "{stderr}");
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+    }
+}

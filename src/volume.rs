@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use fuse::{
-    Attr, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockKind, Lookup, Notifier,
-    OpenMode, Opened, Owner, Range, Reply, SetAttr, StatFs, Wait, WaitId, Write,
+    Attr, Caller, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockCall, LockKind,
+    Lookup, Notifier, OpenMode, Opened, Owner, Range, Reply, SetAttr, StatFs, Wait, WaitId, Write,
 };
 
 use crate::engine::db::{Db, Refusal};
@@ -301,13 +301,8 @@ impl EngineVolume {
         }
     }
 
-    fn call(
-        &self,
-        file: &OpenFile,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-    ) -> Result<(Arc<Db>, Request), Errno> {
+    fn call(&self, file: &OpenFile, call: LockCall) -> Result<(Arc<Db>, Request), Errno> {
+        let LockCall { owner, range, kind, .. } = call;
         let Node::File(db, backing) = &file.node else { return Err(Errno::ENOTSUP) };
         let lock_file = lock_file(backing.kind).ok_or(Errno::ENOTSUP)?;
         let set = LockSet::in_range(lock_file, range.start, range.end);
@@ -372,7 +367,12 @@ impl fuse::Volume for EngineVolume {
         reply.send(result.and_then(|()| self.attr(node)));
     }
 
-    fn open(&self, node: &Node, _flags: i32) -> Result<Opened<Arc<OpenFile>>, Errno> {
+    fn open(
+        &self,
+        node: &Node,
+        _flags: i32,
+        _thread: Caller,
+    ) -> Result<Opened<Arc<OpenFile>>, Errno> {
         if let Node::File(db, backing) = node
             && backing.kind == FileKind::Wal
         {
@@ -386,6 +386,7 @@ impl fuse::Volume for EngineVolume {
         name: &OsStr,
         flags: i32,
         _mode: u32,
+        _thread: Caller,
     ) -> Result<Created<Node, Arc<OpenFile>>, Errno> {
         let node = match self.node(name) {
             Some(_) if flags & libc::O_EXCL != 0 => return Err(Errno::EEXIST),
@@ -468,14 +469,8 @@ impl fuse::Volume for EngineVolume {
         reply.send(self.engine.sync_names().map_err(|error| refused(error.into())));
     }
 
-    fn getlk(
-        &self,
-        handle: &Arc<OpenFile>,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-    ) -> Result<Option<Conflict>, Errno> {
-        let (db, call) = self.call(handle, owner, range, kind)?;
+    fn getlk(&self, handle: &Arc<OpenFile>, call: LockCall) -> Result<Option<Conflict>, Errno> {
+        let (db, call) = self.call(handle, call)?;
         if handle.is_stale() {
             return Ok(None);
         }
@@ -489,16 +484,9 @@ impl fuse::Volume for EngineVolume {
         }))
     }
 
-    fn setlk(
-        &self,
-        handle: &Arc<OpenFile>,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-        wait: Wait,
-        reply: Reply<()>,
-    ) {
-        let (db, call) = match self.call(handle, owner, range, kind) {
+    fn setlk(&self, handle: &Arc<OpenFile>, call: LockCall, wait: Wait, reply: Reply<()>) {
+        let kind = call.kind;
+        let (db, call) = match self.call(handle, call) {
             Ok(found) => found,
             Err(errno) => return reply.send(Err(errno)),
         };

@@ -17,9 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use fuse::{
-    Attr, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockKind, Lookup,
-    MountOptions, OpenMode, Opened, Owner, ROOT, Range, Reply, SetAttr, StatFs, Transport, Volume,
-    Wait, WaitId, Write,
+    Attr, Caller, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockCall, Lookup,
+    MountOptions, OpenMode, Opened, Owner, ROOT, Reply, SetAttr, StatFs, Transport, Volume, Wait,
+    WaitId, Write,
 };
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -75,10 +75,10 @@ impl Volume for Grants {
     fn setattr(&self, (): &(), _: Option<&()>, _: SetAttr, reply: Reply<Attr>) {
         reply.send(Ok(attr(2, FileType::Regular)));
     }
-    fn open(&self, (): &(), _: i32) -> Result<Opened<()>, Errno> {
+    fn open(&self, (): &(), _: i32, _: Caller) -> Result<Opened<()>, Errno> {
         Ok(Opened { handle: (), mode: OpenMode::Cached })
     }
-    fn create(&self, _: &OsStr, _: i32, _: u32) -> Result<Created<(), ()>, Errno> {
+    fn create(&self, _: &OsStr, _: i32, _: u32, _: Caller) -> Result<Created<(), ()>, Errno> {
         Err(Errno::EEXIST)
     }
     fn unlink(&self, _: &OsStr, reply: Reply<()>) {
@@ -102,10 +102,10 @@ impl Volume for Grants {
     fn fsync_dir(&self, reply: Reply<()>) {
         reply.send(Ok(()));
     }
-    fn getlk(&self, (): &(), _: Owner, _: Range, _: LockKind) -> Result<Option<Conflict>, Errno> {
+    fn getlk(&self, (): &(), _: LockCall) -> Result<Option<Conflict>, Errno> {
         Ok(None)
     }
-    fn setlk(&self, (): &(), _: Owner, _: Range, _: LockKind, _: Wait, reply: Reply<()>) {
+    fn setlk(&self, (): &(), _: LockCall, _: Wait, reply: Reply<()>) {
         reply.send(Ok(()));
     }
     fn interrupt(&self, _: WaitId) -> bool {

@@ -15,8 +15,8 @@ use crate::passthrough::{Way, Ways};
 use crate::reply::{self, Delivery, Responder};
 use crate::request::{Forgets, Lock, Operation, Parts, Span};
 use crate::volume::{
-    DirEntry, Entry, FileType, LockKind, Lookup, Opened, Owner, ROOT, Reply, SetAttr, Volume, Wait,
-    WaitId, Write,
+    Caller, DirEntry, Entry, FileType, LockKind, Lookup, Opened, Owner, ROOT, Reply, SetAttr,
+    Volume, Wait, WaitId, Write,
 };
 
 /// Whether each request is logged.
@@ -108,8 +108,8 @@ impl<V: Volume> Session<V> {
             Operation::Getattr => self.getattr(id, to),
             Operation::Setattr { fh, size } => self.setattr(id, fh, SetAttr { size }, to),
             Operation::Unlink { name } => self.unlink(id, name, to),
-            Operation::Open { flags } => self.open(id, flags, to),
-            Operation::Create { name, flags, mode } => self.create(id, name, (flags, mode), to),
+            Operation::Open { flags } => self.open(header, flags, to),
+            Operation::Create { name, flags, mode } => self.create(header, name, (flags, mode), to),
             Operation::Read(span) => self.read(span, to, buffer),
             Operation::Write { fh, offset, from_cache, data } => {
                 self.write(fh, Write { offset, data, from_cache }, to);
@@ -231,12 +231,13 @@ impl<V: Volume> Session<V> {
         self.disk.call(move || volume.unlink(&name, reply));
     }
 
-    fn open(&self, id: u64, flags: i32, to: Responder) {
+    fn open(&self, header: &abi::InHeader, flags: i32, to: Responder) {
+        let (id, thread) = (header.nodeid, Caller(header.pid));
         let Some(node) = self.nodes.get(id) else {
             to.error(Errno::ESTALE);
             return;
         };
-        match self.volume.open(&node, flags).and_then(|opened| self.admit(id, opened)) {
+        match self.volume.open(&node, flags, thread).and_then(|opened| self.admit(id, opened)) {
             Ok(answer) => {
                 if to.value(&answer) == Delivery::Gone {
                     self.close(id, answer.fh);
@@ -248,12 +249,18 @@ impl<V: Volume> Session<V> {
         }
     }
 
-    fn create(&self, parent: u64, name: &OsStr, (flags, mode): (i32, u32), to: Responder) {
-        if parent != ROOT {
+    fn create(
+        &self,
+        header: &abi::InHeader,
+        name: &OsStr,
+        (flags, mode): (i32, u32),
+        to: Responder,
+    ) {
+        if header.nodeid != ROOT {
             to.error(Errno::ENOTDIR);
             return;
         }
-        match self.volume.create(name, flags, mode) {
+        match self.volume.create(name, flags, mode, Caller(header.pid)) {
             Ok((entry, opened)) => self.created(entry, opened, to),
             Err(errno) => {
                 to.error(errno);
@@ -409,7 +416,7 @@ impl<V: Volume> Session<V> {
             to.error(Errno::ESTALE);
             return;
         };
-        match self.volume.getlk(&handle, lock.owner, lock.range, lock.kind) {
+        match self.volume.getlk(&handle, lock.call) {
             Ok(conflict) => to.value(&reply::lock_out(conflict)),
             Err(errno) => to.error(errno),
         };
@@ -418,8 +425,8 @@ impl<V: Volume> Session<V> {
     fn setlk(&self, lock: Lock, to: Responder) {
         match self.handle(lock.fh) {
             Some(handle) => {
-                let Lock { owner, range, kind, .. } = lock;
-                self.volume.setlk(&handle, owner, range, kind, Wait::No, empty(to));
+                let reply = Reply::new(move |result| locked(to, result));
+                self.volume.setlk(&handle, lock.call, Wait::No, reply);
             }
             None => {
                 to.error(Errno::ESTALE);
@@ -430,7 +437,7 @@ impl<V: Volume> Session<V> {
     /// A lock call that may wait. Giving up a lock never does, however it is asked for. Where
     /// waiting calls would leave no room for others, it fails with ENOLCK instead.
     fn setlkw(&self, header: &abi::InHeader, lock: Lock, to: Responder) {
-        if lock.kind == LockKind::Unlock {
+        if lock.call.kind == LockKind::Unlock {
             self.setlk(lock, to);
             return;
         }
@@ -438,15 +445,12 @@ impl<V: Volume> Session<V> {
             to.error(Errno::ESTALE);
             return;
         };
-        let Lock { owner, range, kind, .. } = lock;
         if to.is_crowded() {
             let reply = Reply::new(move |result: Result<(), Errno>| {
-                to.empty(result.map_err(|errno| match errno {
-                    Errno::EAGAIN => Errno::ENOLCK,
-                    other => other,
-                }));
+                let crowded = |errno| if errno == Errno::EAGAIN { Errno::ENOLCK } else { errno };
+                locked(to, result.map_err(crowded));
             });
-            self.volume.setlk(&handle, owner, range, kind, Wait::No, reply);
+            self.volume.setlk(&handle, lock.call, Wait::No, reply);
             return;
         }
         let unique = header.unique;
@@ -455,9 +459,9 @@ impl<V: Volume> Session<V> {
         let waits = self.waits.clone();
         let reply = Reply::new(move |result| {
             waits.end(unique);
-            to.empty(result);
+            locked(to, result);
         });
-        self.volume.setlk(&handle, owner, range, kind, Wait::Yes(WaitId(unique)), reply);
+        self.volume.setlk(&handle, lock.call, Wait::Yes(WaitId(unique)), reply);
         self.waits.begun(unique, &*self.volume);
     }
 
@@ -477,6 +481,14 @@ fn empty(to: Responder) -> Reply<()> {
     Reply::new(move |result| {
         to.empty(result);
     })
+}
+
+/// The answer to a lock call, after whose ENOSYS the kernel goes on asking.
+fn locked(to: Responder, result: Result<(), Errno>) {
+    match result {
+        Ok(()) => to.done(),
+        Err(errno) => to.refuse(errno),
+    };
 }
 
 /// As much of the buffer as is asked for, at most all of it.

@@ -32,8 +32,8 @@ pub use nix::errno::Errno;
 pub use notify::Notifier;
 pub use uring::{enable_uring, uring_enabled};
 pub use volume::{
-    Attr, Conflict, Created, DirEntry, Entry, FileType, LockKind, Lookup, OpenMode, Opened, Owner,
-    ROOT, Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,
+    Attr, Caller, Conflict, Created, DirEntry, Entry, FileType, LockCall, LockKind, Lookup,
+    OpenMode, Opened, Owner, ROOT, Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,
 };
 
 /// The kernel's side of a mount: what it granted, and how to tell it of changes.

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use zerocopy::FromBytes;
 
 use crate::abi::{self, InHeader, op};
-use crate::volume::{LockKind, Owner, Range};
+use crate::volume::{Caller, LockCall, LockKind, Owner, Range};
 
 /// Why bytes are no request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -77,9 +77,7 @@ fn fixed_len(opcode: u32) -> usize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Lock {
     pub fh: u64,
-    pub owner: Owner,
-    pub range: Range,
-    pub kind: LockKind,
+    pub call: LockCall,
 }
 
 /// Where and how much.
@@ -247,12 +245,13 @@ fn fsync(args: &abi::FsyncIn) -> Operation<'static> {
 }
 
 fn lock(args: &abi::LkIn) -> Result<Lock, DecodeError> {
-    Ok(Lock {
-        fh: args.fh,
+    let call = LockCall {
         owner: Owner(args.owner),
+        process: Caller(args.lk.pid),
         range: Range { start: args.lk.start, end: args.lk.end },
         kind: lock_kind(args.lk.r#type)?,
-    })
+    };
+    Ok(Lock { fh: args.fh, call })
 }
 
 /// A lock request; one for flock(2) is not negotiated and refused.
@@ -346,12 +345,13 @@ mod tests {
             ..Default::default()
         };
         let bytes = message(op::SETLKW, &[args.as_bytes()]);
-        let expected = Lock {
-            fh: 3,
+        let call = LockCall {
             owner: Owner(9),
+            process: Caller(4),
             range: Range { start: 120, end: 127 },
             kind: LockKind::Exclusive,
         };
+        let expected = Lock { fh: 3, call };
         let operation = Parts::of_message(&bytes).unwrap().decode().unwrap();
         assert!(matches!(operation, Operation::Setlkw(lock) if lock == expected));
     }

@@ -39,6 +39,23 @@ pub enum LockKind {
     Unlock,
 }
 
+/// A thread or process that calls, by its number in the process namespace of the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Caller(pub u32);
+
+/// A lock call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LockCall {
+    /// Whose lock it is.
+    pub owner: Owner,
+    /// The process that calls; zero where the kernel does not say it.
+    pub process: Caller,
+    /// Which bytes.
+    pub range: Range,
+    /// What is asked for.
+    pub kind: LockKind,
+}
+
 /// Names one waiting lock call, so that an interrupt can end it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct WaitId(pub u64);
@@ -248,14 +265,21 @@ pub trait Volume: Send + Sync + 'static {
         change: SetAttr,
         reply: Reply<Attr>,
     );
-    /// Opens a node; `flags` are those of open(2).
-    fn open(&self, node: &Self::Node, flags: i32) -> Result<Opened<Self::Handle>, Errno>;
-    /// Makes and opens `name`; `flags` are those of open(2), `mode` the permission bits less umask.
+    /// Opens a node for a thread; `flags` are those of open(2).
+    fn open(
+        &self,
+        node: &Self::Node,
+        flags: i32,
+        thread: Caller,
+    ) -> Result<Opened<Self::Handle>, Errno>;
+    /// Makes and opens `name` for a thread; `flags` are those of open(2), `mode` the permission bits
+    /// less umask.
     fn create(
         &self,
         name: &OsStr,
         flags: i32,
         mode: u32,
+        thread: Caller,
     ) -> Result<Created<Self::Node, Self::Handle>, Errno>;
     /// Removes a name.
     fn unlink(&self, name: &OsStr, reply: Reply<()>);
@@ -272,23 +296,9 @@ pub trait Volume: Send + Sync + 'static {
     /// Makes the directory durable.
     fn fsync_dir(&self, reply: Reply<()>);
     /// The first lock that would stand in the way, or none.
-    fn getlk(
-        &self,
-        handle: &Self::Handle,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-    ) -> Result<Option<Conflict>, Errno>;
-    /// Takes or gives up a lock.
-    fn setlk(
-        &self,
-        handle: &Self::Handle,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-        wait: Wait,
-        reply: Reply<()>,
-    );
+    fn getlk(&self, handle: &Self::Handle, call: LockCall) -> Result<Option<Conflict>, Errno>;
+    /// Takes or gives up a lock. ENOSYS is no answer for good here.
+    fn setlk(&self, handle: &Self::Handle, call: LockCall, wait: Wait, reply: Reply<()>);
     /// A waiting lock call was interrupted: answer it with EINTR. `false` if no call with that id
     /// waits (any more, or yet).
     fn interrupt(&self, wait: WaitId) -> bool;

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use fuse::{
-    Attr, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockKind, Lookup, Mount,
-    MountOptions, OpenMode, Opened, Owner, PassthroughMode, ROOT, Range, Reply, SetAttr, StatFs,
-    Transport, Volume, Wait, WaitId, Write,
+    Attr, Caller, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockCall, LockKind,
+    Lookup, Mount, MountOptions, OpenMode, Opened, Owner, PassthroughMode, ROOT, Range, Reply,
+    SetAttr, StatFs, Transport, Volume, Wait, WaitId, Write,
 };
 use tempfile::TempDir;
 
@@ -265,7 +265,7 @@ impl Volume for TempVolume {
         reply.send(resized.and_then(|()| self.attr(node)));
     }
 
-    fn open(&self, node: &Arc<Node>, _: i32) -> Result<Opened<Arc<Handle>>, Errno> {
+    fn open(&self, node: &Arc<Node>, _: i32, _: Caller) -> Result<Opened<Arc<Handle>>, Errno> {
         self.count("open");
         self.opened(node)
     }
@@ -275,6 +275,7 @@ impl Volume for TempVolume {
         name: &OsStr,
         _: i32,
         _: u32,
+        _: Caller,
     ) -> Result<Created<Arc<Node>, Arc<Handle>>, Errno> {
         self.count("create");
         assert_ne!(name, "panic", "a panic on purpose");
@@ -339,27 +340,15 @@ impl Volume for TempVolume {
         reply.send(Ok(()));
     }
 
-    fn getlk(
-        &self,
-        handle: &Arc<Handle>,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-    ) -> Result<Option<Conflict>, Errno> {
+    fn getlk(&self, handle: &Arc<Handle>, call: LockCall) -> Result<Option<Conflict>, Errno> {
+        let LockCall { owner, range, kind, .. } = call;
         let wanted = Held { ino: handle.node.ino, handle: handle.id, owner, range, kind };
         Ok(self.locks.lock().unwrap().conflict(&wanted))
     }
 
-    fn setlk(
-        &self,
-        handle: &Arc<Handle>,
-        owner: Owner,
-        range: Range,
-        kind: LockKind,
-        wait: Wait,
-        reply: Reply<()>,
-    ) {
+    fn setlk(&self, handle: &Arc<Handle>, call: LockCall, wait: Wait, reply: Reply<()>) {
         self.count("setlk");
+        let LockCall { owner, range, kind, .. } = call;
         let lock = Held { ino: handle.node.ino, handle: handle.id, owner, range, kind };
         let mut locks = self.locks.lock().unwrap();
         if kind == LockKind::Unlock || locks.conflict(&lock).is_none() {

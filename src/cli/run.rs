@@ -167,7 +167,8 @@ impl HaltLock {
         })?;
         tracing::info!("acquiring halt lock");
         let started = Instant::now();
-        lock(&file, libc::F_WRLCK).with_context(|| format!("cannot acquire halt lock on {shown}"))?;
+        lock(&file, libc::F_WRLCK)
+            .with_context(|| format!("cannot acquire halt lock on {shown}"))?;
         tracing::info!("halt lock acquired in {}", shown_duration(started.elapsed()));
         show_to_command(&file).context("keep lock file open for the command")?;
         Ok(HaltLock(file))

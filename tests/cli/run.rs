@@ -114,8 +114,17 @@ fn a_command_runs_on_a_candidate_only() {
 fn a_primary_is_not_promoted() {
     let mut node = Node::start("", &["--"]);
     node.wait_for_line("waiting for signal");
-    let output =
-        litefs(&["run", "-url", &node.url(), "-if-candidate", "-promote", "-v", "--", "echo", "ran"]);
+    let output = litefs(&[
+        "run",
+        "-url",
+        &node.url(),
+        "-if-candidate",
+        "-promote",
+        "-v",
+        "--",
+        "echo",
+        "ran",
+    ]);
     assert_eq!(output.stdout, b"ran\n");
     let stderr = String::from_utf8(output.stderr).unwrap();
     let expected = ["fetching node metadata", "node is already primary, skipping promotion"];

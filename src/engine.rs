@@ -38,6 +38,7 @@ pub mod locks;
 pub mod recover;
 pub mod shared;
 pub mod snapshot;
+pub mod times;
 pub mod transaction;
 
 pub use apply::Receiver;

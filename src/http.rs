@@ -9,6 +9,8 @@ pub mod client;
 mod events;
 pub mod frame;
 mod gauges;
+mod page;
+mod peers;
 mod query;
 pub mod report;
 pub mod server;

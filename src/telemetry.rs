@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::io::{self, Write as _};
 
+mod histogram;
 pub mod log;
 pub mod metrics;
 

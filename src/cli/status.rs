@@ -128,6 +128,7 @@ mod tests {
                 advertise_url: "http://a:20202".to_owned(),
             }),
             lag_ms: Some(12),
+            peers: Vec::new(),
             databases: Vec::new(),
         }
     }

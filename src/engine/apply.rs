@@ -342,6 +342,11 @@ impl Db {
         Err(Error::PositionMismatch { db: self.name.clone(), have, need })
     }
 
+    /// How many received LTX files wait to be applied.
+    pub fn apply_backlog(&self) -> usize {
+        self.inbox.state.lock().unwrap().queue.len()
+    }
+
     fn spawn_applier(self: &Arc<Db>) {
         let db = self.clone();
         let spawned =
@@ -355,9 +360,11 @@ impl Db {
     /// Applies what is queued until nothing came for a while.
     fn run_applier(self: Arc<Db>) {
         while let Some(batch) = self.next_received() {
+            let start = Instant::now();
             if let Err(error) = self.apply_batch(&batch) {
                 self.apply_failed(&error);
             } else {
+                self.counters.apply.note_since(start);
                 self.mend();
             }
         }

@@ -24,6 +24,7 @@ use super::layout::DbDir;
 use super::name::DbName;
 use super::recover::Recovered;
 use super::shared::Shared;
+use super::times::Times;
 use super::transaction::Transaction;
 use crate::os;
 use crate::sqlite::header::JournalMode;
@@ -113,6 +114,11 @@ pub struct Counters {
     pub refused_writes: AtomicU64,
     /// Milliseconds from a transaction's commit to its application here, of the last one.
     pub lag_ms: AtomicU64,
+    /// From the end of a transaction to the answer: the frames or pages read, and, of a rollback
+    /// journal, the LTX file written.
+    pub capture: Times,
+    /// From the queue of received LTX files to the database.
+    pub apply: Times,
 }
 
 /// One database.

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
+use ltx::Pgno;
 use prometheus::IntCounter;
 
 use crate::engine::{Db, DbState, Engine, Role};
@@ -16,6 +17,8 @@ pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
     metrics.is_primary.set(i64::from(is_primary));
     metrics.subscriber_count.set(engine.subscriber_count() as i64);
     metrics.stream_count.set(streams as i64);
+    metrics.passthrough.set(i64::from(engine.shared().is_passthrough()));
+    metrics.last_news_seconds.set(engine.lag_timestamp_ms().unwrap_or(0) as f64 / 1000.0);
     metrics.lag_seconds.set(engine.lag_ms().unwrap_or(0) as f64 / 1000.0);
     for db in databases {
         collect_database(&db, metrics);
@@ -24,6 +27,7 @@ pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
 
 fn collect_database(db: &Db, metrics: &Metrics) {
     let (view, counters, stats) = (db.view(), &db.counters, db.chain().stats());
+    metrics.set_times(db.name().as_str(), counters.capture.noted(), counters.apply.noted());
     let metrics = metrics.database(db.name().as_str());
     let count = |counter: &IntCounter, total: &std::sync::atomic::AtomicU64| {
         // Two scrapes at a time can only count less, never down.
@@ -40,5 +44,11 @@ fn collect_database(db: &Db, metrics: &Metrics) {
     metrics.ltx_bytes.set(stats.bytes as i64);
     metrics.ltx_reaped.set(stats.reaped as i64);
     metrics.lag_seconds.set(counters.lag_ms.load(Ordering::Relaxed) as f64 / 1000.0);
+    metrics.chain_backlog.set(stats.backlog as i64);
+    metrics.apply_backlog.set(db.apply_backlog() as i64);
+    metrics.lost_found.set(db.lost_found_count() as i64);
+    metrics
+        .size_bytes
+        .set(view.page_size.map_or(0, |size| size.offset(Pgno(view.pages + 1))) as i64);
     metrics.failed.set(i64::from(db.state() != DbState::Ready));
 }

@@ -52,8 +52,23 @@ pub struct Status {
     /// How far a replica is behind, in milliseconds; absent on the primary and before first contact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_ms: Option<i64>,
+    /// The replicas that are connected to this node; absent in answers of older versions.
+    #[serde(default)]
+    pub peers: Vec<StatusPeer>,
     /// The databases by name.
     pub databases: Vec<StatusDatabase>,
+}
+
+/// A connected replica in [`Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusPeer {
+    /// Its node id.
+    pub node_id: String,
+    /// Where it calls from.
+    pub address: String,
+    /// When its stream began, in milliseconds since the Unix epoch.
+    pub since_ms: i64,
 }
 
 /// The role in [`Status`].

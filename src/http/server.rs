@@ -4,7 +4,7 @@
 //! POST /stream    the replication stream (HTTP/2)      GET /info     who the node is (LiteFS's)
 //! GET  /events    what happens here, line by line      GET /status   the same with all databases
 //! GET  /export    a database file                      GET /metrics  for Prometheus
-//! POST /import    a database file
+//! POST /import    a database file                      GET /         the status for a browser
 //! ```
 //!
 //! An error is one line of text. Every answer but `/metrics` carries the node id, and the cluster id
@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Limited};
@@ -33,12 +33,13 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
 use super::body::{self, Body};
+use super::peers::{Address, Peers};
 use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::socket::Socket;
 use super::{
-    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, Stop, events, frame, gauges, spool, stopped,
-    stream, transfer,
+    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, Stop, events, frame, gauges, page, spool,
+    stopped, stream, transfer,
 };
 use crate::engine::{
     self, Db, DbName, DbState, Engine, Event, EventWatch, InvalidName, Overlap, Role, chain_text,
@@ -75,7 +76,7 @@ pub struct Api {
     /// The number of this primaryship; `None` while the node is not primary.
     primaryship: watch::Receiver<Option<u64>>,
     _role_watch: EventWatch,
-    streams: AtomicUsize,
+    peers: Peers,
 }
 
 impl Api {
@@ -99,13 +100,13 @@ impl Api {
             import_slot: Semaphore::new(1),
             primaryship,
             _role_watch: role_watch,
-            streams: AtomicUsize::new(0),
+            peers: Peers::default(),
         }))
     }
 
     /// How many replication streams are open.
     pub fn stream_count(&self) -> usize {
-        self.streams.load(Ordering::Relaxed)
+        self.peers.count()
     }
 
     /// Answers requests on `listener` until `stop`; then ends the streams and returns.
@@ -144,10 +145,14 @@ impl Api {
     ) {
         // Small frames must not wait for each other; without it they only come later.
         let _ = socket.set_nodelay(true);
+        let address = socket.peer_addr().ok();
         let asked = Arc::new(AtomicBool::new(false));
         let service = {
             let (api, asked, stop) = (self, asked.clone(), stop.clone());
-            service_fn(move |request| {
+            service_fn(move |mut request: Request<Incoming>| {
+                if let Some(address) = address {
+                    request.extensions_mut().insert(Address(address));
+                }
                 asked.store(true, Ordering::Relaxed);
                 let (api, stop) = (api.clone(), stop.clone());
                 async move { Ok::<_, Infallible>(api.answer(request, stop).await) }
@@ -203,6 +208,9 @@ impl Api {
             return Err(Refusal { allowed: Some(allowed), ..METHOD_NOT_ALLOWED.into() });
         }
         match path {
+            "/" => Ok(page::html()),
+            "/page.css" => Ok(page::style()),
+            "/page.js" => Ok(page::script()),
             "/events" => Ok(respond(JSON, events::serve(&self.engine, stop))),
             "/export" => self.export(request).await,
             "/import" => self.import(request, stop).await,
@@ -265,6 +273,7 @@ impl Api {
             path: self.engine.data_dir().display().to_string(),
             primary,
             lag_ms: if role == StatusRole::Primary { None } else { self.engine.lag_ms() },
+            peers: self.peers.list(),
             databases: databases
                 .iter()
                 .filter(|db| !was_never_written(db))
@@ -349,6 +358,7 @@ impl Api {
         if peer == self.engine.node_id() {
             return refuse(StatusCode::BAD_REQUEST, "cannot connect to self");
         }
+        let address = request.extensions().get::<Address>().copied();
         let primaryship = self.primaryship()?;
         let overlap = accepted_overlap(request.headers());
         let filter = parameter(request.uri().query(), "filter");
@@ -365,13 +375,12 @@ impl Api {
         };
         let (sender, body) = body::channel();
         tokio::spawn(async move {
-            self.streams.fetch_add(1, Ordering::Relaxed);
+            let _open = self.peers.add(peer, address);
             tracing::info!(%peer, "stream connected");
             let request = stream::Request { overlap, positions, filter };
             let lost = self.primary_lost(primaryship);
             stream::serve(self.clone(), request, sender, stop, lost).await;
             tracing::info!(%peer, "stream disconnected");
-            self.streams.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(Response::new(body))
     }
@@ -450,7 +459,8 @@ async fn nothing_asked(asked: &AtomicBool) {
 fn method_of(path: &str) -> Option<Method> {
     match path {
         "/stream" | "/import" => Some(Method::POST),
-        "/events" | "/export" | "/info" | "/metrics" | "/status" => Some(Method::GET),
+        "/" | "/page.css" | "/page.js" | "/events" | "/export" | "/info" | "/metrics"
+        | "/status" => Some(Method::GET),
         _ => None,
     }
 }

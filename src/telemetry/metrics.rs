@@ -7,12 +7,19 @@
 //! Invariant: counting costs one atomic addition. The label lookup is done once for a database, in
 //! [`Metrics::database`].
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
+
+use super::histogram;
+use crate::engine::times::Noted;
 
 /// The `Content-Type` of what [`Metrics::encode`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -36,8 +43,14 @@ pub struct Metrics {
     pub lag_seconds: Gauge,
     /// Open `/stream` requests.
     pub stream_count: IntGauge,
+    /// 1 if the kernel reads and writes files past the daemon, else 0.
+    pub passthrough: IntGauge,
+    /// When the primary last gave news, in seconds since the Unix epoch; 0 before the first.
+    pub last_news_seconds: Gauge,
+    transport: IntGaugeVec,
     frame_send_count: IntCounterVec,
     databases: DatabaseVecs,
+    times: Times,
 }
 
 /// The metrics of one database; cheap to clone and to keep beside it.
@@ -67,6 +80,14 @@ pub struct DbMetrics {
     pub refused_writes: IntCounter,
     /// 1 while the database is in its failed state, else 0.
     pub failed: IntGauge,
+    /// Transactions that wait for their LTX file.
+    pub chain_backlog: IntGauge,
+    /// Received LTX files that wait to be applied.
+    pub apply_backlog: IntGauge,
+    /// LTX files in `lost+found/`.
+    pub lost_found: IntGauge,
+    /// Size in bytes.
+    pub size_bytes: IntGauge,
     /// Incremental LTX frames sent to replicas.
     pub frames_sent: IntCounter,
     /// Snapshot frames sent to replicas.
@@ -87,6 +108,10 @@ struct DatabaseVecs {
     lag_seconds: GaugeVec,
     refused_writes: IntCounterVec,
     failed: IntGaugeVec,
+    chain_backlog: IntGaugeVec,
+    apply_backlog: IntGaugeVec,
+    lost_found: IntGaugeVec,
+    size_bytes: IntGaugeVec,
 }
 
 impl Metrics {
@@ -110,7 +135,18 @@ impl Metrics {
                 Opts::new("litefs_http_frame_send_count", "Frames sent."),
                 &["db", "type"],
             )?)?,
+            passthrough: register
+                .gauge("litefs_passthrough", "1 if the kernel serves file contents itself.")?,
+            last_news_seconds: register.add(Gauge::new(
+                "litefs_last_news_timestamp_seconds",
+                "When the primary was last heard.",
+            )?)?,
+            transport: register.add(IntGaugeVec::new(
+                Opts::new("litefs_transport", "1 for how requests come from the kernel."),
+                &["type"],
+            )?)?,
             databases: DatabaseVecs::register(&register)?,
+            times: Times::default(),
             registry,
         })
     }
@@ -132,9 +168,23 @@ impl Metrics {
             lag_seconds: vecs.lag_seconds.with_label_values(db),
             refused_writes: vecs.refused_writes.with_label_values(db),
             failed: vecs.failed.with_label_values(db),
+            chain_backlog: vecs.chain_backlog.with_label_values(db),
+            apply_backlog: vecs.apply_backlog.with_label_values(db),
+            lost_found: vecs.lost_found.with_label_values(db),
+            size_bytes: vecs.size_bytes.with_label_values(db),
             frames_sent: self.frame_send_count.with_label_values(&[name, "ltx"]),
             snapshots_sent: self.frame_send_count.with_label_values(&[name, "ltx:snapshot"]),
         }
+    }
+
+    /// Says how requests come from the kernel: `dev` or `uring`.
+    pub fn set_transport(&self, name: &str) {
+        self.transport.with_label_values(&[name]).set(1);
+    }
+
+    /// How long things took on the database `name` so far.
+    pub fn set_times(&self, name: &str, capture: Noted, apply: Noted) {
+        self.times.set(name, [capture, apply]);
     }
 
     /// The text for `GET /metrics`.
@@ -143,7 +193,9 @@ impl Metrics {
     /// A metric that cannot be written as text.
     pub fn encode(&self) -> Result<Vec<u8>, Error> {
         let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        let mut families = self.registry.gather();
+        families.extend(self.times.families());
+        TextEncoder::new().encode(&families, &mut text)?;
         Ok(text)
     }
 }
@@ -168,7 +220,38 @@ impl DatabaseVecs {
             )?)?,
             refused_writes: counter("litefs_db_refused_write_count", "Writes refused here.")?,
             failed: gauge("litefs_db_failed", "1 while the database is in its failed state.")?,
+            chain_backlog: gauge("litefs_db_chain_backlog", "Transactions without LTX file yet.")?,
+            apply_backlog: gauge("litefs_db_apply_backlog", "LTX files received, not applied.")?,
+            lost_found: gauge("litefs_db_lost_found_count", "LTX files set aside.")?,
+            size_bytes: gauge("litefs_db_size_bytes", "Size of the database.")?,
         })
+    }
+}
+
+/// How long things took, by database: names and helps beside [`Times::set`]'s order.
+#[derive(Debug, Default)]
+struct Times(Mutex<BTreeMap<String, [Noted; 2]>>);
+
+impl Times {
+    const NAMES: [(&str, &str); 2] = [
+        ("litefs_db_capture_seconds", "From the end of a transaction to the answer."),
+        ("litefs_db_apply_seconds", "To apply what was received at a time."),
+    ];
+
+    fn set(&self, name: &str, times: [Noted; 2]) {
+        self.0.lock().unwrap().insert(name.to_owned(), times);
+    }
+
+    fn families(&self) -> Vec<MetricFamily> {
+        let times = self.0.lock().unwrap();
+        if times.is_empty() {
+            return Vec::new();
+        }
+        let family = |(kind, (name, help)): (usize, (&str, &str))| {
+            let databases = times.iter().map(|(db, noted)| (db.as_str(), noted[kind]));
+            histogram::family(name, help, databases)
+        };
+        Self::NAMES.into_iter().enumerate().map(family).collect()
     }
 }
 

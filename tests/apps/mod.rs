@@ -10,6 +10,8 @@ use crate::support::sqlite;
 
 /// A driver or framework on a primary, then on its replica.
 pub mod drivers;
+/// The status page in a browser.
+pub mod page;
 /// WordPress, with its database on a mount.
 pub mod wordpress;
 

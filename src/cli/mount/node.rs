@@ -180,12 +180,19 @@ impl Node {
         engine: Arc<Engine>,
         listener: TcpListener,
     ) -> anyhow::Result<()> {
+        let metrics = Metrics::new()?;
+        if let Some(mount) = &self.mount {
+            metrics.set_transport(match mount.mount.transport() {
+                fuse::Transport::Uring => "uring",
+                fuse::Transport::Dev | fuse::Transport::Auto => "dev",
+            });
+        }
         let timeout = config.http.snapshot_timeout;
         let options = ApiOptions {
             candidate: config.lease.candidate,
             hostname: hostname(config, environment),
             snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
-            metrics: Metrics::new()?,
+            metrics,
         };
         let api = spawn_blocking(move || Api::new(engine, options)).await?;
         let api = api.context("cannot init http server")?;

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
 
@@ -44,6 +45,8 @@ pub struct JournalState {
 struct Pending {
     transaction: Transaction,
     mode: JournalMode,
+    /// When the application asked for the end of its journal.
+    start: Instant,
 }
 
 /// What the database file holds that the chain does not.
@@ -123,6 +126,7 @@ impl Db {
         if change.journal.dirty.is_empty() && !change.needs_resync {
             return Ok(None);
         }
+        let start = Instant::now();
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
         let Some(found) = self.changed_pages(change, &database.file)? else { return Ok(None) };
         if !self.may_commit() {
@@ -148,7 +152,7 @@ impl Db {
         };
         self.chain.flush()?;
         self.chain.write_now(&transaction, durability)?;
-        Ok(Some(Pending { transaction, mode: found.mode }))
+        Ok(Some(Pending { transaction, mode: found.mode, start }))
     }
 
     /// Ends the journal, which makes count what was prepared. If that fails SQLite rolls back, and
@@ -173,7 +177,7 @@ impl Db {
     /// The journal is gone: what was prepared counts.
     fn finish_commit(&self, change: &mut Change, pending: Option<Pending>) {
         change.journal = JournalState::default();
-        let Some(Pending { transaction, mode }) = pending else { return };
+        let Some(Pending { transaction, mode, start }) = pending else { return };
         if change.page_size != Some(transaction.page_size) {
             change.sums = PageSums::default();
         }
@@ -184,6 +188,7 @@ impl Db {
         self.chain.confirm(transaction.clone());
         self.shared.writer.queued(&self.chain);
         self.announce(change, &transaction);
+        self.counters.capture.note_since(start);
     }
 
     fn changed_pages(&self, change: &Change, database: &Arc<File>) -> Result<Option<Found>> {

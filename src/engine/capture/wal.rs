@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
 
@@ -84,9 +85,11 @@ impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
     /// SQLite ignores the result of the unlock that this is called for.
     pub(crate) fn capture_wal(&self) -> Captured {
+        let start = Instant::now();
         let mut change = self.change.lock().unwrap();
         match self.capture_frames(&mut change) {
             Ok(()) => {
+                self.counters.capture.note_since(start);
                 self.mend();
                 Captured::All
             }

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use ltx::{Compression, NodeId, Pos, Txid};
 
 use self::layout::{DataDir, DbDir};
-use self::shared::Shared;
-use crate::os;
+use self::shared::{Shared, Writing};
+use crate::{limits, os};
 
 pub mod error;
 pub mod layout;
@@ -36,6 +36,7 @@ pub mod files;
 pub mod follow_on;
 pub mod locks;
 pub mod recover;
+pub mod role;
 pub mod shared;
 pub mod snapshot;
 pub mod times;
@@ -47,6 +48,7 @@ pub use error::{Error, Result, chain_text};
 pub use feed::{Event, EventWatch, Subscription};
 pub use follow_on::{LtxBytes, Next, Overlap};
 pub use name::{DbName, InvalidName};
+pub use role::{Drained, PrimaryInfo, Role};
 pub use shared::PageCache;
 
 /// How many of its own ids a node remembers: as many starts as a year of weekly deployments.
@@ -70,15 +72,6 @@ pub struct Options {
     pub clock: Box<dyn Fn() -> i64 + Send + Sync>,
 }
 
-/// Where the primary is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PrimaryInfo {
-    /// Its host name.
-    pub hostname: String,
-    /// The URL of its HTTP API.
-    pub advertise_url: String,
-}
-
 /// The id of a cluster: `LFSC` and 16 upper-case hex digits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterId(String);
@@ -99,17 +92,6 @@ impl fmt::Display for ClusterId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
-}
-
-/// What this node is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Role {
-    /// It may write.
-    Primary,
-    /// Another node is the primary.
-    Replica(PrimaryInfo),
-    /// Nobody is known to be the primary.
-    Unknown,
 }
 
 /// The databases of one node.
@@ -211,74 +193,11 @@ impl Engine {
         Ok(())
     }
 
-    /// What this node is.
-    pub fn role(&self) -> Role {
-        self.role.lock().unwrap().clone()
-    }
-
-    /// Changes what this node is. From here on, or until here, it grants write locks.
-    pub fn set_role(&self, role: Role) {
-        // Not locked all the time: this waits for appliers, which may wait for the kernel, whose
-        // requests ask for the role. One task alone sets it.
-        if *self.role.lock().unwrap() == role {
-            return;
-        }
-        let primary = role == Role::Primary;
-        self.shared.set_writable(false);
-        self.shared.set_primary_hint(match &role {
-            Role::Replica(info) => format!("{} {}", info.hostname, info.advertise_url),
-            _ => String::new(),
-        });
-        for db in self.databases() {
-            if primary {
-                db.stop_following();
-            }
-        }
-        self.lag_timestamp_ms.store(if primary { 0 } else { -1 }, Ordering::SeqCst);
-        self.shared.set_writable(primary);
-        if primary {
-            // Also of what an applier took hold of before it could see this.
-            self.databases().iter().for_each(|db| db.stop_following());
-        }
-        *self.role.lock().unwrap() = role.clone();
-        self.follow_all();
-        self.attributes_changed();
-        self.shared.feed.emit(&Event::PrimaryChange {
-            is_primary: primary,
-            hostname: match role {
-                Role::Replica(info) => Some(info.hostname),
-                _ => None,
-            },
-        });
-        if let Some(cache) = self.shared.page_cache() {
-            cache.name_changed(".primary");
-        }
-    }
-
     /// The file system is mounted: how to tell the kernel of changes, and whether clients share the
     /// pages of `-wal` and `-shm` with us.
     pub fn mounted(&self, page_cache: Arc<dyn PageCache>, passthrough: bool) {
         self.shared.mounted(page_cache, passthrough);
-        self.follow_all();
-    }
-
-    /// Takes hold of the WAL databases that this node may not write.
-    fn follow_all(&self) {
-        for db in self.databases() {
-            if let Err(error) = db.follow() {
-                tracing::error!(db = %db.name(), error = chain_text(&error), "follow database");
-            }
-        }
-    }
-
-    /// The permission bits of the databases depend on the role.
-    fn attributes_changed(&self) {
-        let Some(cache) = self.shared.page_cache() else { return };
-        for db in self.databases() {
-            if let Some(database) = db.files().get(files::FileKind::Database) {
-                cache.attr_changed(database.ino);
-            }
-        }
+        self.databases().iter().for_each(|db| db.role_changed());
     }
 
     /// The database of that name.
@@ -342,7 +261,7 @@ impl Engine {
 
     /// Replaces the content of `name`, made if there is none, by that of a healthy SQLite file.
     pub fn import(&self, name: &DbName, file: &Path) -> Result<Pos> {
-        if !self.shared.may_commit() {
+        if !self.shared.may_begin() {
             return Err(Error::NotPrimary);
         }
         self.database_or_new(name)?.import(file)
@@ -381,7 +300,8 @@ impl Engine {
     /// Stops: no write is granted any more, everything captured is written and durable, and the page
     /// checksums are saved for the next start. The mount must be gone.
     pub fn close(&self) -> Result<()> {
-        self.shared.set_writable(false);
+        // What is not captured yet was committed while it counted.
+        self.shared.change_writing(Writing::Allowed, Writing::Finishing);
         *self.stop.0.lock().unwrap() = true;
         self.stop.1.notify_all();
         if let Some(thread) = self.retention.lock().unwrap().take() {

@@ -138,6 +138,11 @@ pub const IO_BUFFER: usize = 1 << 20;
 /// How long an internal operation (snapshot, export, import) waits for locks of the application.
 pub const LOCK_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a node that stops being primary waits for applications that hold a write lock: for a
+/// transaction that is being written, not for one that a person is typing. Another node may be
+/// primary already.
+pub const DEMOTION_WAIT: Duration = Duration::from_secs(1);
+
 /// A transaction up to this size is encoded in memory, so that streams need not read its file.
 pub const ENCODE_IN_MEMORY: usize = 4 << 20;
 

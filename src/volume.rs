@@ -242,7 +242,7 @@ impl EngineVolume {
     fn create_node(&self, name: &OsStr) -> Result<Node, Errno> {
         match Name::parse(name).ok_or(Errno::EINVAL)? {
             Name::Db(name, FileKind::Database) => {
-                if !self.engine.shared().may_commit() {
+                if !self.engine.shared().may_begin() {
                     return Err(Errno::EACCES);
                 }
                 let db =

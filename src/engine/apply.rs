@@ -5,14 +5,14 @@
 //! everything else. Before anything is written, the checksum that the database would have is compared
 //! with the one that the LTX file promises; a mismatch applies nothing and asks for a snapshot.
 //!
-//! Invariant: `received` is the position that the queue leads to, or zero when only a snapshot helps.
+//! Invariant: `received` is the position that the queue leads to.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
@@ -49,20 +49,34 @@ pub struct Inbox {
     waits_for_readers: AtomicBool,
     /// The wal-index is being replaced behind the kernel's page cache.
     rewriting_index: AtomicBool,
-    /// The replica's hold on a WAL database.
-    follower: Mutex<Option<Follower>>,
     /// Held by who applies or takes hold: all do it as one lock owner, so locks do not part them.
-    turn: Mutex<()>,
+    turn: Mutex<Turn>,
+    /// Whether there is a hold on a WAL database.
+    followed: AtomicBool,
+    /// How many files are queued.
+    queued: AtomicUsize,
     /// How many readers of frozen states there are.
     pins: AtomicUsize,
 }
 
+/// What belongs to whoever has the turn. No FUSE worker takes it.
+#[derive(Default)]
+pub(super) struct Turn {
+    /// The replica's hold on a WAL database.
+    follower: Option<Follower>,
+}
+
 struct State {
+    /// Where the queue leads to, if there is something in it.
     received: Pos,
+    /// Nothing but a snapshot can be applied.
+    needs_snapshot: bool,
     queue: VecDeque<Arc<Received>>,
     queue_bytes: usize,
     /// A thread works on the queue.
     running: bool,
+    /// What failed, or could not be had, is to be tried again, even with nothing queued.
+    again: bool,
     stop: bool,
 }
 
@@ -247,13 +261,15 @@ fn random_u32() -> u32 {
 }
 
 impl Inbox {
-    /// An empty queue of a database at `pos`.
-    pub(super) fn new(pos: Pos) -> Inbox {
+    /// An empty queue.
+    pub(super) fn new() -> Inbox {
         let state = State {
-            received: pos,
+            received: Pos::ZERO,
+            needs_snapshot: false,
             queue: VecDeque::new(),
             queue_bytes: 0,
             running: false,
+            again: false,
             stop: false,
         };
         Inbox {
@@ -261,8 +277,9 @@ impl Inbox {
             changed: Condvar::new(),
             waits_for_readers: AtomicBool::new(false),
             rewriting_index: AtomicBool::new(false),
-            follower: Mutex::default(),
             turn: Mutex::default(),
+            followed: AtomicBool::new(false),
+            queued: AtomicUsize::new(0),
             pins: AtomicUsize::new(0),
         }
     }
@@ -282,6 +299,16 @@ impl Inbox {
         self.pins.load(Ordering::SeqCst) > 0
     }
 
+    /// Whether something was received that is not applied yet.
+    pub(super) fn has_queue(&self) -> bool {
+        self.queued.load(Ordering::SeqCst) > 0
+    }
+
+    /// The turn, if nobody has it.
+    pub(super) fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
+        self.turn.try_lock().ok()
+    }
+
     /// Whether the wal-index is being replaced behind the kernel's page cache.
     pub(super) fn is_rewriting_index(&self) -> bool {
         self.rewriting_index.load(Ordering::SeqCst)
@@ -291,44 +318,75 @@ impl Inbox {
 impl Db {
     /// The position that a replica asks its primary to go on from.
     pub fn received_pos(&self) -> Pos {
-        let state = self.inbox.state.lock().unwrap();
-        if state.running || !state.queue.is_empty() || state.received.is_zero() {
-            return state.received;
+        self.queue_end(&self.inbox.state.lock().unwrap())
+    }
+
+    /// Where the queue leads to; zero when only a snapshot helps.
+    fn queue_end(&self, state: &State) -> Pos {
+        match state {
+            State { needs_snapshot: true, .. } => Pos::ZERO,
+            State { queue, .. } if queue.is_empty() => self.pos(),
+            State { received, .. } => *received,
         }
-        drop(state);
-        self.pos()
     }
 
-    /// A position was set by something else than the inbox (a commit, an import).
-    pub(super) fn reset_received(&self, pos: Pos) {
-        self.inbox.state.lock().unwrap().received = pos;
+    /// Whether nothing but a snapshot can be applied.
+    pub(super) fn set_needs_snapshot(&self, needs: bool) {
+        self.inbox.state.lock().unwrap().needs_snapshot = needs;
     }
 
-    fn queue_received(self: &Arc<Db>, received: Received) -> Result<Pos> {
+    fn queue_received(&self, received: Received) -> Result<Pos> {
+        if self.may_write() {
+            let what = "this node is the primary now";
+            return Err(Error::Busy { db: self.name.clone(), what });
+        }
         let pos = received.pos();
         let mut state = self.inbox.state.lock().unwrap();
         while state.queue_bytes > limits::INBOX_BYTES && !state.stop {
             let (guard, waited) = self.inbox.changed.wait_timeout(state, FULL_WAIT).unwrap();
             state = guard;
-            // A queue that moves only needs time; one behind readers must not stop other databases.
-            if waited.timed_out() && self.inbox.waits_for_readers.load(Ordering::SeqCst) {
-                return Err(Error::Busy { db: self.name.clone(), what: "readers do not finish" });
+            // A queue that moves only needs time; one that stands must not stop other databases.
+            if waited.timed_out()
+                && let Some(what) = self.why_it_stands()
+            {
+                return Err(Error::Busy { db: self.name.clone(), what });
             }
         }
-        if !state.running && state.queue.is_empty() && !state.received.is_zero() {
-            state.received = self.pos();
-        }
-        self.check_follows(state.received, &received)?;
+        self.check_follows(self.queue_end(&state), &received)?;
         state.received = pos;
+        state.needs_snapshot = false;
         state.queue_bytes += received.size();
         state.queue.push_back(Arc::new(received));
-        self.inbox.changed.notify_all();
-        if !state.running {
-            state.running = true;
-            drop(state);
-            self.spawn_applier();
-        }
+        self.inbox.queued.store(state.queue.len(), Ordering::SeqCst);
+        self.wake_applier(state);
         Ok(pos)
+    }
+
+    /// Has the applier look again at what there is to do.
+    pub(super) fn try_again(&self) {
+        let mut state = self.inbox.state.lock().unwrap();
+        state.again = true;
+        self.wake_applier(state);
+    }
+
+    fn wake_applier(&self, mut state: MutexGuard<'_, State>) {
+        self.inbox.changed.notify_all();
+        if state.running || state.stop {
+            return;
+        }
+        state.running = true;
+        drop(state);
+        if let Some(db) = self.me.upgrade() {
+            db.spawn_applier();
+        }
+    }
+
+    /// Why the queue does not move, unless it only needs time.
+    fn why_it_stands(&self) -> Option<&'static str> {
+        if self.inbox.waits_for_readers.load(Ordering::SeqCst) {
+            return Some("readers do not finish");
+        }
+        self.has_failed().then_some("what was received cannot be applied")
     }
 
     /// A snapshot always follows; a range that starts inside what is there already does too, for its
@@ -361,16 +419,22 @@ impl Db {
     fn run_applier(self: Arc<Db>) {
         while let Some(batch) = self.next_received() {
             let start = Instant::now();
-            if let Err(error) = self.apply_batch(&batch) {
-                self.apply_failed(&error);
-            } else {
-                self.counters.apply.note_since(start);
-                self.mend();
+            match self.apply_batch(&batch) {
+                Err(error) => self.apply_failed(&error),
+                // Something was tried again that has to do with no file.
+                Ok(()) if batch.is_empty() && self.is_lost() => {}
+                Ok(()) => {
+                    if !batch.is_empty() {
+                        self.counters.apply.note_since(start);
+                    }
+                    self.mend();
+                }
             }
         }
     }
 
-    /// All that is queued, once there is something; none when nothing came for a while.
+    /// All that is queued, once there is something, or something is to be tried again; none when
+    /// nothing came for a while.
     fn next_received(&self) -> Option<Vec<Arc<Received>>> {
         let end = Instant::now() + LINGER;
         let mut state = self.inbox.state.lock().unwrap();
@@ -379,7 +443,7 @@ impl Db {
                 state.running = false;
                 return None;
             }
-            if !state.queue.is_empty() {
+            if std::mem::take(&mut state.again) || !state.queue.is_empty() {
                 return Some(state.queue.iter().cloned().collect());
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -394,23 +458,32 @@ impl Db {
     /// Applies in order; what was applied leaves the queue, also when a later one fails.
     fn apply_batch(&self, batch: &[Arc<Received>]) -> Result<()> {
         let mut rest = batch;
-        while !rest.is_empty() {
-            let done = self.apply_some(rest)?;
-            let mut state = self.inbox.state.lock().unwrap();
-            for _ in 0..done {
-                if let Some(gone) = state.queue.pop_front() {
-                    state.queue_bytes -= gone.size();
-                }
-            }
-            self.inbox.changed.notify_all();
+        loop {
+            let done = if rest.is_empty() { 0 } else { self.apply_some(rest)? };
+            self.drop_applied(done);
             rest = &rest[done..];
+            let mut turn = self.turn();
+            self.settle_hold(&mut turn, limits::LOCK_WAIT)?;
+            if rest.is_empty() {
+                return Ok(());
+            }
         }
-        Ok(())
+    }
+
+    fn drop_applied(&self, count: usize) {
+        let mut state = self.inbox.state.lock().unwrap();
+        for _ in 0..count {
+            if let Some(gone) = state.queue.pop_front() {
+                state.queue_bytes -= gone.size();
+            }
+        }
+        self.inbox.queued.store(state.queue.len(), Ordering::SeqCst);
+        self.inbox.changed.notify_all();
     }
 
     /// Applies at least one of `batch`; how many.
     fn apply_some(&self, batch: &[Arc<Received>]) -> Result<usize> {
-        let _turn = self.inbox.turn.lock().unwrap();
+        let mut turn = self.turn();
         let mut change = self.change.lock().unwrap();
         let first = &batch[0];
         if first.header.max_txid <= change.pos.txid && first.pos() == change.pos {
@@ -419,10 +492,10 @@ impl Db {
         }
         let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();
         if run > 0 {
-            return self.apply_to_wal(&mut change, &batch[..run]);
+            return self.apply_to_wal(&mut turn, &mut change, &batch[..run]);
         }
         drop(change);
-        self.apply_exclusively(first).map(|()| 1)
+        self.apply_exclusively(&mut turn, first).map(|()| 1)
     }
 
     /// A failed apply: a checksum that does not come out needs a snapshot, anything else is tried
@@ -433,15 +506,18 @@ impl Db {
             let mut state = self.inbox.state.lock().unwrap();
             state.queue.clear();
             state.queue_bytes = 0;
-            state.received = Pos::ZERO;
+            state.again = true;
+            self.inbox.queued.store(0, Ordering::SeqCst);
+            state.needs_snapshot = true;
             self.inbox.changed.notify_all();
             drop(state);
-            // Reconnects with the position zero.
+            // The primary is told the position zero.
             self.shared.request_reconnect();
             return;
         }
         self.fail(error);
-        let state = self.inbox.state.lock().unwrap();
+        let mut state = self.inbox.state.lock().unwrap();
+        state.again = true;
         if !state.stop {
             // Space may come back: the same again in a while.
             let _unused = self.inbox.changed.wait_timeout(state, RETRY).unwrap();

@@ -1,5 +1,8 @@
 //! From what an application did to its files to [`Transaction`] values: [`wal`] at the release of the
 //! WRITE lock, [`journal`] at the end of a rollback journal, [`resync`] when neither can tell.
+//!
+//! What is committed to a WAL when the node is no primary any more is a *stray*: no part of the chain,
+//! kept as an LTX file in `lost+found/`, and taken out of the WAL by the applier.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -9,6 +12,7 @@ use ltx::{Checksum, PageSize, Pgno, Pos};
 
 use super::checksum::PageSums;
 use super::db::{Db, View};
+use super::error::Result;
 use super::recover::Recovered;
 use super::transaction::{PageRef, Parts, Transaction, WalSpan};
 use crate::sqlite::header::JournalMode;
@@ -35,6 +39,17 @@ pub struct Change {
     pub journal: journal::JournalState,
     /// The next capture compares every page.
     pub needs_resync: bool,
+    /// The state that clients see of the WAL, if it has strays.
+    pub strays: Option<Box<Change>>,
+}
+
+/// What becomes of a captured transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sink {
+    /// It is the next one of the chain.
+    Chain,
+    /// It came too late: kept, and no part of anything.
+    LostFound,
 }
 
 impl Change {
@@ -49,6 +64,22 @@ impl Change {
             wal: wal::WalState::default(),
             journal: journal::JournalState::default(),
             needs_resync: false,
+            strays: None,
+        }
+    }
+
+    /// The same state, to go another way from here.
+    fn fork(&self) -> Change {
+        Change {
+            pos: self.pos,
+            page_size: self.page_size,
+            mode: self.mode,
+            sums: self.sums.clone(),
+            timestamp_ms: self.timestamp_ms,
+            wal: self.wal.fork(),
+            journal: journal::JournalState::default(),
+            needs_resync: self.needs_resync,
+            strays: None,
         }
     }
 
@@ -99,6 +130,7 @@ impl Change {
         self.wal.clear();
         self.journal = journal::JournalState::default();
         self.needs_resync = false;
+        self.strays = None;
     }
 
     /// The state after `transaction`, which [`Change::transaction`] made from this state.
@@ -139,6 +171,22 @@ pub struct Draft {
 }
 
 impl Db {
+    fn take_transaction(
+        &self,
+        change: &mut Change,
+        transaction: Transaction,
+        sink: Sink,
+    ) -> Result<()> {
+        if sink == Sink::Chain {
+            self.publish(change, transaction);
+            return Ok(());
+        }
+        let path = self.chain.write_aside(&transaction)?;
+        change.advance(&transaction);
+        tracing::error!(db = %self.name, pos = %transaction.pos(), path = %path.display(), "a transaction was committed after this node had stopped being primary: it is in lost+found and nowhere else");
+        Ok(())
+    }
+
     /// A captured transaction counts: queued for its LTX file, visible as the position, announced.
     pub(super) fn publish(&self, change: &mut Change, transaction: Transaction) {
         change.advance(&transaction);

@@ -374,6 +374,15 @@ impl Chain {
         Ok(path)
     }
 
+    /// Writes a transaction that is no part of the chain to `lost+found/`, durably; its path.
+    pub fn write_aside(&self, transaction: &Transaction) -> Result<PathBuf> {
+        let path = self.dir.ltx_file(transaction.min, transaction.max);
+        let temporary = path.with_extension("aside.ltx.tmp");
+        let file = self.write_temporary_file(transaction, &temporary)?;
+        os::sync("chain:aside", &file).map_err(Error::io("sync ltx file", &temporary))?;
+        set_aside_as(&self.dir, &temporary, &format!("{}-{}.ltx", transaction.min, transaction.max))
+    }
+
     /// How much there is.
     pub fn stats(&self) -> Stats {
         let inner = self.inner.lock().unwrap();
@@ -432,10 +441,21 @@ impl Chain {
     fn write_file(&self, transaction: &Transaction) -> Result<(File, u64)> {
         let path = self.dir.ltx_file(transaction.min, transaction.max);
         let temporary = path.with_extension("ltx.tmp");
-        os::remove_if_present("chain:ltx", &temporary)
-            .map_err(Error::io("remove old temporary", &temporary))?;
-        let file = os::create_new("chain:ltx", &temporary)
-            .map_err(Error::io("create ltx file", &temporary))?;
+        let file = self.write_temporary_file(transaction, &temporary)?;
+        if let Err(error) = os::rename("chain:ltx", &temporary, &path) {
+            // It would only take up room on a disk that may be full.
+            let _ = os::remove_if_present("chain:ltx", &temporary);
+            return Err(Error::io("rename ltx file", &path)(error));
+        }
+        let size = file.metadata().map_or(0, |meta| meta.len());
+        Ok((file, size))
+    }
+
+    fn write_temporary_file(&self, transaction: &Transaction, temporary: &Path) -> Result<File> {
+        os::remove_if_present("chain:ltx", temporary)
+            .map_err(Error::io("remove old temporary", temporary))?;
+        let file = os::create_new("chain:ltx", temporary)
+            .map_err(Error::io("create ltx file", temporary))?;
         let written = match transaction.encoded_if_any() {
             Some(bytes) => os::write_at("chain:ltx", &file, &bytes, 0).map_err(ltx::Error::Write),
             None => transaction
@@ -451,19 +471,12 @@ impl Chain {
                     Err(error) => Err(ltx::Error::Write(error.into_error())),
                 }),
         };
-        let renamed = written
-            .map_err(|source| Error::Ltx { what: "write ltx file", db: self.db.clone(), source })
-            .and_then(|()| {
-                os::rename("chain:ltx", &temporary, &path)
-                    .map_err(Error::io("rename ltx file", &path))
-            });
-        if let Err(error) = renamed {
+        if let Err(source) = written {
             // What was written of it would only take up room on a disk that may be full.
-            let _ = os::remove_if_present("chain:ltx", &temporary);
-            return Err(error);
+            let _ = os::remove_if_present("chain:ltx", temporary);
+            return Err(Error::Ltx { what: "write ltx file", db: self.db.clone(), source });
         }
-        let size = file.metadata().map_or(0, |meta| meta.len());
-        Ok((file, size))
+        Ok(file)
     }
 
     fn sync_files(&self) -> Result<()> {
@@ -573,10 +586,15 @@ pub enum Waiting {
 
 /// Moves `path` to `lost+found/` of its database under a name that is not taken; the new path.
 pub fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    set_aside_as(dir, path, &name)
+}
+
+/// Moves `path` to `lost+found/` under this name, or one like it that is not taken; the new path.
+fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
     let lost = dir.lost_found();
     os::create_dirs("lost:dir", &lost).map_err(Error::io("create lost+found", &lost))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut target = lost.join(&name);
+    let mut target = lost.join(name);
     let mut n = 1;
     while target.exists() {
         target = lost.join(format!("{name}.{n}"));

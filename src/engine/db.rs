@@ -8,7 +8,7 @@
 //! a second, first tries to mend it.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,7 @@ use crate::sqlite::header::JournalMode;
 pub use lock::{Answer, Guard, Waiter};
 
 mod lock;
+mod role;
 mod verify;
 
 /// How often the log repeats what an application does wrong.
@@ -123,8 +124,8 @@ pub struct Counters {
 
 /// One database.
 pub struct Db {
-    /// Itself, for answers that come later.
-    me: Weak<Db>,
+    /// Itself, for what comes later.
+    pub(super) me: Weak<Db>,
     pub(super) name: DbName,
     pub(super) dir: DbDir,
     pub(super) shared: Arc<Shared>,
@@ -136,6 +137,8 @@ pub struct Db {
     pub(super) locks: Mutex<lock::Table>,
     /// What readers of the position see.
     view: Mutex<View>,
+    /// The WAL has transactions that came too late; no writer is let in before they are out of it.
+    pub(super) has_strays: AtomicBool,
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
@@ -177,10 +180,11 @@ impl Db {
             shared,
             chain: Arc::new(chain),
             view: Mutex::new(change.view()),
-            inbox: Inbox::new(change.pos),
+            inbox: Inbox::new(),
             change: Mutex::new(change),
             locks: Mutex::default(),
             failure: Mutex::default(),
+            has_strays: AtomicBool::new(false),
             notes: Mutex::default(),
             virtual_inos: [next_ino(), next_ino()],
             hwm: AtomicU64::new(0),
@@ -252,12 +256,17 @@ impl Db {
         self.hwm.store(txid.0, Ordering::Relaxed);
     }
 
+    /// Whether a transaction may begin here now.
+    pub fn may_begin(&self) -> bool {
+        self.shared.may_begin()
+    }
+
     /// Whether this node may finish or undo what was begun.
     pub fn may_write(&self) -> bool {
         self.shared.is_writable()
     }
 
-    /// Whether this node may begin and commit transactions at this moment.
+    /// Whether this node may commit a transaction at this moment.
     pub fn may_commit(&self) -> bool {
         self.shared.may_commit()
     }
@@ -347,7 +356,7 @@ impl Db {
 
     /// Cuts the WAL: what it holds must be in the chain.
     pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
-        if self.is_followed() {
+        if self.files.is_current(backing) && !self.may_write() {
             return Err(Refusal::ReadOnly);
         }
         let mut change = self.change.lock().unwrap();
@@ -409,11 +418,15 @@ impl Db {
 
     /// Drops the database: a transaction that leaves nothing. Refused while somebody has it locked.
     pub fn drop_database(&self) -> Result<(), Refusal> {
-        if !self.may_commit() {
+        let guard = self.may_begin().then(|| self.lock_everything_now()).flatten();
+        // Asked again under the locks, for which a change of the role waits.
+        if !self.may_begin() {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
-        let _guard = self.lock_everything_now().ok_or(Refusal::Busy)?;
+        if guard.is_none() || self.inbox.has_queue() {
+            return Err(Refusal::Busy);
+        }
         let mut change = self.change.lock().unwrap();
         let database = self.files.get(FileKind::Database).ok_or(Refusal::NotFound)?;
         self.capture_frames(&mut change)?;
@@ -517,12 +530,17 @@ impl Db {
         if let Some(failure) = &mut *self.failure.lock().unwrap() {
             failure.for_good = true;
         }
-        self.reset_received(Pos::ZERO);
+        self.set_needs_snapshot(true);
     }
 
     /// Whether it is in the failed state for good.
     pub(super) fn is_lost(&self) -> bool {
         self.failure.lock().unwrap().as_ref().is_some_and(|failure| failure.for_good)
+    }
+
+    /// Whether it is in the failed state, for a while or for good.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.lock().unwrap().is_some()
     }
 
     /// An error if the database is lost.

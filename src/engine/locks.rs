@@ -42,6 +42,8 @@ impl Owner {
     pub const READ: Owner = Owner::Internal(2);
     /// Whoever removes a database.
     pub const DROP: Owner = Owner::Internal(3);
+    /// Whoever waits until nobody writes.
+    pub const DRAIN: Owner = Owner::Internal(4);
 
     /// A process or an open file by the kernel's number.
     pub fn client(number: u64) -> Owner {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,18 @@ pub struct Settings {
     pub writer: Waker,
 }
 
+/// What applications may do to the databases of this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Writing {
+    /// Nothing.
+    Refused = 0,
+    /// Finish the transactions that they have begun; that counts.
+    Finishing = 1,
+    /// Everything.
+    Allowed = 2,
+}
+
 /// What all databases of a node have in common.
 pub struct Shared {
     settings: Settings,
@@ -56,8 +68,8 @@ pub struct Shared {
     pub feed: Arc<Feed>,
     /// Until when a primary may commit.
     pub fence: Fence,
-    /// Whether this node is the primary.
-    writable: AtomicBool,
+    /// What applications may do, a [`Writing`].
+    writing: AtomicU8,
     /// Whether clients share the pages of `-wal` and `-shm` with us.
     passthrough: AtomicBool,
     /// The kernel, once something is mounted.
@@ -85,7 +97,7 @@ impl Shared {
             settings,
             feed: Arc::default(),
             fence: Fence::default(),
-            writable: AtomicBool::new(false),
+            writing: AtomicU8::new(Writing::Refused as u8),
             passthrough: AtomicBool::new(false),
             page_cache: OnceLock::new(),
             reconnect: OnceLock::new(),
@@ -94,12 +106,26 @@ impl Shared {
         }
     }
 
-    /// Whether this node is the primary, and may finish or undo what was begun.
-    pub fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::SeqCst)
+    /// What applications may do.
+    pub fn writing(&self) -> Writing {
+        match self.writing.load(Ordering::SeqCst) {
+            2 => Writing::Allowed,
+            1 => Writing::Finishing,
+            _ => Writing::Refused,
+        }
     }
 
-    /// Whether this node may begin and commit transactions at this moment.
+    /// Whether this node is the primary, and what was begun may be finished or undone.
+    pub fn is_writable(&self) -> bool {
+        self.writing() != Writing::Refused
+    }
+
+    /// Whether a transaction may begin at this moment.
+    pub fn may_begin(&self) -> bool {
+        self.writing() == Writing::Allowed && self.fence.is_open()
+    }
+
+    /// Whether a transaction may be committed at this moment.
     pub fn may_commit(&self) -> bool {
         self.is_writable() && self.fence.is_open()
     }
@@ -109,10 +135,16 @@ impl Shared {
         self.is_writable() && !self.fence.is_open()
     }
 
-    /// Says whether this node is the primary.
-    pub fn set_writable(&self, writable: bool) {
-        self.writable.store(writable, Ordering::SeqCst);
-        self.fence.set_leads(writable);
+    /// Says what applications may do.
+    pub fn set_writing(&self, writing: Writing) {
+        self.writing.store(writing as u8, Ordering::SeqCst);
+        self.fence.set_leads(writing != Writing::Refused);
+    }
+
+    /// Goes over from one state of a primary to the other; whether it was in the first.
+    pub fn change_writing(&self, from: Writing, to: Writing) -> bool {
+        let (from, to) = (from as u8, to as u8);
+        self.writing.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
     /// Whether clients share the pages of `-wal` and `-shm` with us.

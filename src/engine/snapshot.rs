@@ -127,11 +127,20 @@ impl Db {
     ///
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
-        if !self.may_commit() {
+        if !self.may_begin() {
             return Err(Error::NotPrimary);
         }
         let file = File::open(source).map_err(Error::io("open import", source))?;
-        let mut locks = self.lock_everything()?;
+        let _turn = self.turn();
+        if self.inbox.has_queue() {
+            let what = "what it received as a replica is not applied yet";
+            return Err(Error::Busy { db: self.name.clone(), what });
+        }
+        let mut locks = self.lock_everything(limits::LOCK_WAIT)?;
+        // Asked again under the locks, for which a change of the role waits.
+        if !self.may_begin() {
+            return Err(Error::NotPrimary);
+        }
         let mut change = self.change.lock().unwrap();
         if !self.is_lost() {
             self.settle_wal(&mut change)?;
@@ -154,7 +163,7 @@ impl Db {
         drop(change);
         self.drop_cached(stale);
         applied?;
-        self.reset_received(pos);
+        self.set_needs_snapshot(false);
         self.mend();
         match self.refuse_late_commit() {
             Ok(()) => Ok(pos),

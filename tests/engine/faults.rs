@@ -1,40 +1,23 @@
 //! What must not get lost when a step fails or the process ends there.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
-use std::sync::Arc;
 
 use litefs::engine::db::{DbState, Refusal};
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
-use litefs::engine::{DbName, PageCache, PrimaryInfo, Role};
 use litefs::os::fault::{self, Fault};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
-use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Txid};
+use ltx::{PageSize, Pgno, Txid};
 
 use crate::support::wait;
 
-use super::{PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{PAGE, begin, commit, contents, database, file, image, lock, primary, unlock_all};
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
 fn fail(label: &str, after: u32) {
     fault::arm_here(Fault { label: label.to_owned(), after, errno: libc::EIO });
-}
-
-/// Every file below `dir` with its content.
-fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => found.extend(contents(&path)),
-            false => _ = found.insert(path.display().to_string(), fs::read(&path).unwrap()),
-        }
-    }
-    found
 }
 
 /// The log of one transaction that writes page 1.
@@ -186,68 +169,6 @@ fn no_checkpoint_moves_frames_that_could_not_be_captured() {
     assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));
     let index = LockSet::one(Lock::Ckpt).with(Lock::Recover);
     assert_eq!(lock(&db, index, LockKind::Exclusive), Ok(()), "a new wal-index may help");
-}
-
-/// A kernel that has nothing cached.
-struct NoCache;
-
-impl PageCache for NoCache {
-    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
-    fn file_changed(&self, _ino: u64) {}
-    fn attr_changed(&self, _ino: u64) {}
-    fn name_changed(&self, _name: &str) {}
-}
-
-/// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
-/// `pre`: `pages` from there on.
-fn ltx_file(txid: u64, pre: Checksum, first: u32, pages: &[Vec<u8>]) -> (Vec<u8>, Checksum) {
-    let header = Header {
-        compression: Compression::None,
-        page_size: PageSize::new(4096).unwrap(),
-        commit: first + pages.len() as u32 - 1,
-        min_txid: Txid(txid),
-        max_txid: Txid(txid),
-        timestamp_ms: 1,
-        pre_apply: pre,
-        wal_offset: 0,
-        wal_size: 0,
-        wal_salt1: 0,
-        wal_salt2: 0,
-        node_id: NodeId(9),
-    };
-    let mut encoder = Encoder::new(Vec::new(), header).unwrap();
-    let mut post = if txid == 1 { Checksum::EMPTY } else { pre };
-    for (index, page) in pages.iter().enumerate() {
-        post = post.toggle(encoder.page(Pgno(first + index as u32), page).unwrap());
-    }
-    (encoder.finish(post).unwrap().0, post)
-}
-
-#[test]
-fn a_large_transaction_leaves_no_temporary_file_on_a_replica() {
-    let dir = tempfile::tempdir().unwrap();
-    let engine = primary(dir.path());
-    engine.mounted(Arc::new(NoCache), true);
-    let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
-    engine.set_role(Role::Replica(primary_info));
-    let name = DbName::new("db").unwrap();
-    let mut content = image(3);
-    content[18..20].fill(2); // WAL mode.
-    let pages: Vec<Vec<u8>> = content.chunks(PAGE).map(<[u8]>::to_vec).collect();
-    let (snapshot, post) = ltx_file(1, Checksum::NONE, 1, &pages);
-    let large = vec![vec![3; PAGE]; 400];
-    let (second, _) = ltx_file(2, post, pages.len() as u32 + 1, &large);
-    for bytes in [snapshot, second] {
-        let mut receiver = engine.receive(&name).unwrap();
-        receiver.write_all(&bytes).unwrap();
-        receiver.finish().unwrap();
-    }
-    let db = database(&engine, "db");
-    wait::until_true("the second transaction", || db.pos().txid == Txid(2));
-    engine.close().unwrap();
-    let left = contents(&dir.path().join("dbs/db/ltx")).into_keys();
-    assert_eq!(left.filter(|path| path.ends_with(".tmp")).count(), 0);
-    assert!(file(&db, FileKind::Database).file.metadata().unwrap().len() > 1 << 20);
 }
 
 #[test]

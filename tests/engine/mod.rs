@@ -1,6 +1,8 @@
 //! An engine driven by the calls that a mount would make, in a directory of its own: no kernel, no
 //! network. Without a mount the wal-index is out of sight, as with `fuse.passthrough: off`.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -16,6 +18,8 @@ use ltx::{Compression, NodeId};
 mod fence;
 // What must not get lost when a step fails or the process ends there.
 mod faults;
+// What a node does with what comes from its primary.
+mod replica;
 
 /// Bytes of a page in these tests.
 const PAGE: usize = 4096;
@@ -54,7 +58,7 @@ fn image(rows: u32) -> Vec<u8> {
         sqlite.execute("INSERT INTO t VALUES (printf('%01000d', ?1))", [row]).unwrap();
     }
     drop(sqlite);
-    std::fs::read(path).unwrap()
+    fs::read(path).unwrap()
 }
 
 /// Asks for locks without waiting.
@@ -97,4 +101,17 @@ fn commit(db: &Db, content: &[u8]) {
     begin(db, content);
     db.remove_journal().unwrap();
     unlock_all(db);
+}
+
+/// Every file below `dir` with its content.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(contents(&path)),
+            false => _ = found.insert(path.display().to_string(), fs::read(&path).unwrap()),
+        }
+    }
+    found
 }

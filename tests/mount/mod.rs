@@ -15,6 +15,8 @@ mod crash;
 mod files;
 /// Journal modes, page sizes, locking modes, attached databases.
 mod modes;
+/// A primary that becomes something else while applications write.
+mod roles;
 /// Every journal mode, page size and way of the bytes, through the life of a database.
 mod table;
 

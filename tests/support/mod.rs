@@ -4,6 +4,8 @@
 
 /// A database as its pages, read past the mount, and as its chain of LTX files.
 pub mod image;
+/// A node in this process, whose role a test decides.
+pub mod local;
 /// One `litefs mount` process in directories of its own.
 pub mod node;
 /// A `sqlite3` program that is told step by step what to do.

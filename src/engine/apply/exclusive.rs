@@ -7,10 +7,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use ltx::{Header, Pgno};
 
-use super::{Body, Received};
+use super::{Body, Received, Turn};
 use crate::engine::capture::Change;
 use crate::engine::capture::journal::JournalState;
 use crate::engine::chain::Replaced;
@@ -37,15 +38,14 @@ pub(in crate::engine) struct Stale {
 
 impl Db {
     /// Applies one LTX file with everybody else locked out.
-    pub(super) fn apply_exclusively(&self, received: &Arc<Received>) -> Result<()> {
-        self.stop_following();
-        self.apply_alone(received)?;
-        self.follow_in_turn()
-    }
-
-    fn apply_alone(&self, received: &Arc<Received>) -> Result<()> {
+    pub(super) fn apply_exclusively(
+        &self,
+        turn: &mut Turn,
+        received: &Arc<Received>,
+    ) -> Result<()> {
+        self.let_go(turn, &mut self.change.lock().unwrap());
         self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
-        let locks = self.lock_everything();
+        let locks = self.lock_everything(limits::LOCK_WAIT);
         self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
         let mut locks = locks?;
         let mut change = self.change.lock().unwrap();
@@ -58,6 +58,19 @@ impl Db {
         drop(change);
         self.drop_cached(stale);
         applied
+    }
+
+    /// Empties a WAL with frames that were set aside, as soon as nobody reads them.
+    pub(super) fn discard_strays(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
+        self.let_go(turn, &mut self.change.lock().unwrap());
+        let _locks = self.lock_everything(limit)?;
+        let mut change = self.change.lock().unwrap();
+        self.settle_wal(&mut change)?;
+        let mut stale = Stale::default();
+        let discarded = self.retire_wal(&mut change, &mut stale);
+        drop(change);
+        self.drop_cached(stale);
+        discarded
     }
 
     /// Applies one LTX file; the caller holds all `locks` of the database, gives up the right to
@@ -100,22 +113,22 @@ impl Db {
         Ok(())
     }
 
-    /// The database for the applier alone, waiting for readers to go.
+    /// The database for the applier alone, waiting for readers to go, `limit` long for each step.
     ///
     /// A connection that has the WAL open holds SHARED for as long as it is open, also when it reads
     /// nothing: what tells of its reads are READ0 to READ4. So in WAL mode those are taken, and
     /// SHARED and DMS are only shared.
-    pub(in crate::engine) fn lock_everything(&self) -> Result<Guard<'_>> {
+    pub(in crate::engine) fn lock_everything(&self, limit: Duration) -> Result<Guard<'_>> {
         loop {
             let mode = self.view().mode;
-            let guard = self.lock_everything_in(mode)?;
+            let guard = self.lock_everything_in(mode, limit)?;
             if self.view().mode == mode {
                 return Ok(guard);
             }
         }
     }
 
-    fn lock_everything_in(&self, mode: JournalMode) -> Result<Guard<'_>> {
+    fn lock_everything_in(&self, mode: JournalMode, limit: Duration) -> Result<Guard<'_>> {
         let dms = LockSet::one(Lock::Dms);
         let (shared, exclusive) = match mode {
             JournalMode::Rollback => (LockSet::EMPTY, [LockSet::DATABASE, LockSet::SHM]),
@@ -125,7 +138,7 @@ impl Db {
         };
         let mut guard = self.guard(Owner::APPLY, LockSet::EMPTY);
         let mut take = |set, kind| -> Result<()> {
-            self.take(Owner::APPLY, set, kind, limits::LOCK_WAIT)?;
+            self.take(Owner::APPLY, set, kind, limit)?;
             guard.add(set);
             Ok(())
         };

@@ -4,13 +4,19 @@
 //! So a client can read and nothing else: it cannot write, checkpoint, or remove the WAL when it
 //! closes. Transactions are appended in batches and published at once; the WAL is checkpointed when
 //! it has grown, as far as readers allow, and starts over when nobody reads from it.
+//!
+//! The hold belongs to whoever has the turn ([`Turn`]). A checkpoint drops pages from the kernel's
+//! cache, which can take as long as a read that a FUSE worker serves: it is made with the turn alone,
+//! for which no worker waits.
 
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 use ltx::{PageSize, Pgno};
 
 use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
-use super::{Received, random_u32};
+use super::{Received, Turn, random_u32};
 use crate::engine::capture::Change;
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result, chain_text};
@@ -36,38 +42,71 @@ pub struct Follower {
 }
 
 impl Db {
+    /// Whether the WAL has transactions that came too late, which nobody must go on from.
+    fn has_strays(&self) -> bool {
+        self.has_strays.load(Ordering::SeqCst) && !self.is_lost()
+    }
+
     /// Whether this node is the one writer of the database's WAL.
     pub(in crate::engine) fn is_followed(&self) -> bool {
-        self.inbox.follower.lock().unwrap().is_some()
+        self.inbox.followed.load(Ordering::SeqCst)
+    }
+
+    /// The turn of who applies, imports, takes hold or lets go. Taken before the right to change.
+    pub(in crate::engine) fn turn(&self) -> MutexGuard<'_, Turn> {
+        self.inbox.turn.lock().unwrap()
+    }
+
+    /// Holds the WAL as long as this node may not write it itself, and keeps it short; lets it go when
+    /// the node may, and all that was received is applied. Waits for locks `limit` long at most.
+    pub(in crate::engine) fn settle_hold(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
+        if self.has_strays() {
+            self.discard_strays(turn, limit)?;
+        }
+        if self.may_write() {
+            if !self.inbox.has_queue() {
+                self.let_go(turn, &mut self.change.lock().unwrap());
+                // What a primary has is right, unless it is nothing.
+                self.set_needs_snapshot(self.is_lost());
+            }
+            return Ok(());
+        }
+        self.follow(turn, limit)?;
+        if self.has_strays() {
+            self.discard_strays(turn, limit)?;
+            self.follow(turn, limit)?;
+        }
+        self.keep_wal_short(turn)
     }
 
     /// Takes hold of a WAL database that this node may not write itself; nothing to do for others.
-    pub(in crate::engine) fn follow(&self) -> Result<()> {
-        let _turn = self.inbox.turn.lock().unwrap();
-        self.follow_in_turn()
-    }
-
-    /// [`Db::follow`] by the applier, whose turn it is.
-    pub(super) fn follow_in_turn(&self) -> Result<()> {
+    fn follow(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
         let view = self.view();
         let (Some(page_size), JournalMode::Wal) = (view.page_size, view.mode) else {
             return Ok(());
         };
-        if self.may_write() || !self.shared.is_passthrough() || self.is_followed() {
+        // Of a lost database the applier holds the locks already, so that nobody sees it.
+        let unwanted = self.may_write() || self.is_lost() || !self.shared.is_passthrough();
+        if unwanted || self.is_followed() {
             return Ok(());
         }
-        self.take(Owner::APPLY, SHARED, LockKind::Shared, limits::LOCK_WAIT)?;
+        self.take(Owner::APPLY, SHARED, LockKind::Shared, limit)?;
         let mut guard = self.guard(Owner::APPLY, SHARED);
-        self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limits::LOCK_WAIT)?;
+        self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limit)?;
         guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
         if self.may_write() {
             // The node became primary meanwhile; it lets go of what it finds only once.
             return Ok(());
         }
+        self.capture_frames(&mut change)?;
+        if self.has_strays() {
+            return Ok(());
+        }
         let follower = self.open_follower(page_size, view.pages)?;
         change.wal.resume(follower.writer.cursor());
-        *self.inbox.follower.lock().unwrap() = Some(follower);
+        turn.follower = Some(follower);
+        self.inbox.followed.store(true, Ordering::SeqCst);
         guard.keep();
         Ok(())
     }
@@ -91,16 +130,11 @@ impl Db {
     }
 
     /// Lets go: from now on the clients write the WAL themselves, or nobody does.
-    pub(in crate::engine) fn let_go(&self, change: &mut Change) {
-        let Some(follower) = self.inbox.follower.lock().unwrap().take() else { return };
+    pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) {
+        let Some(follower) = turn.follower.take() else { return };
         change.wal.resume(follower.writer.cursor());
+        self.inbox.followed.store(false, Ordering::SeqCst);
         self.release(Owner::APPLY, SHARED.iter().chain(EXCLUSIVE.iter()).collect());
-    }
-
-    /// The role of the node changes: a primary's clients write the WAL themselves.
-    pub(in crate::engine) fn stop_following(&self) {
-        let mut change = self.change.lock().unwrap();
-        self.let_go(&mut change);
     }
 
     /// Whether a transaction can be appended to the WAL. One of a rollback journal can as long as
@@ -118,11 +152,11 @@ impl Db {
     /// are applied; how many.
     pub(super) fn apply_to_wal(
         &self,
+        turn: &mut Turn,
         change: &mut Change,
         batch: &[Arc<Received>],
     ) -> Result<usize> {
-        let mut slot = self.inbox.follower.lock().unwrap();
-        let follower = slot.as_mut().expect("only a followed database fits");
+        let follower = turn.follower.as_mut().expect("only a followed database fits");
         let mut applied = Vec::new();
         let mut failure = None;
         for received in batch {
@@ -157,7 +191,6 @@ impl Db {
             Some(error) if applied.is_empty() => return Err(error),
             _ => {}
         }
-        self.keep_wal_short(follower)?;
         self.verify_if_strict(change)?;
         Ok(applied.len())
     }
@@ -213,26 +246,40 @@ impl Db {
     }
 
     /// Checkpoints a WAL that has grown, as far as readers allow, and lets it start over when nobody
-    /// reads from it. What is moved or overwritten is durable in the chain before.
-    fn keep_wal_short(&self, follower: &mut Follower) -> Result<()> {
+    /// reads from it. What is moved or overwritten is durable in the chain before. Not with the right
+    /// to change in hand: the kernel is told what was moved.
+    pub(super) fn keep_wal_short(&self, turn: &mut Turn) -> Result<()> {
+        let Some(follower) = &mut turn.follower else { return Ok(()) };
         let progress = follower.writer.progress();
         let grown = progress.frames - progress.backfilled;
         let due = grown >= limits::CHECKPOINT_FRAMES;
         let may_restart = progress.is_complete() && progress.frames >= limits::CHECKPOINT_FRAMES;
-        if self.inbox.is_pinned() || !(due || may_restart) {
+        if !(due || may_restart) || self.is_pinned() {
             return Ok(());
         }
+        // Who freezes the database from here on does it at the published frame, beyond which nothing
+        // is moved: each page that changes in the database file is one that it reads from the WAL.
         self.chain.sync()?;
         let mut locks = ApplierLocks(self);
         let cache = FollowerCache { db: self, inos: follower.inos };
         let wal = |source| self.wal_error("checkpoint wal", source);
         let progress = follower.writer.checkpoint(&mut locks, &cache).map_err(wal)?;
+        let mut change = self.change.lock().unwrap();
         if progress.is_complete()
+            && !self.inbox.is_pinned()
             && follower.writer.restart(&mut locks).map_err(wal)? == Restart::Done
         {
+            change.wal.resume(follower.writer.cursor());
             tracing::debug!(db = %self.name, frames = progress.frames, "wal starts over");
         }
         Ok(())
+    }
+
+    /// Whether a state is frozen, perhaps one before the present. Who freezes one says so before it
+    /// takes the right to change, and under that notes which.
+    fn is_pinned(&self) -> bool {
+        let _change = self.change.lock().unwrap();
+        self.inbox.is_pinned()
     }
 
     fn wal_error(&self, what: &'static str, source: super::wal::Error) -> Error {

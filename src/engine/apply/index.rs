@@ -26,7 +26,9 @@ impl Db {
     /// Moves what the WAL holds into the database file and empties it, durably. Everybody is locked
     /// out, and the chain holds all of it.
     pub(super) fn retire_wal(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
-        let Some(page_size) = change.page_size.filter(|_| change.wal.frame() > 0) else {
+        let in_use = change.wal.frame() > 0 || change.strays.is_some();
+        let Some(page_size) = change.page_size.filter(|_| in_use) else {
+            self.forget_strays(change);
             return Ok(());
         };
         if let Some(database) = self.files.get(FileKind::Database) {
@@ -47,6 +49,7 @@ impl Db {
         stale: &mut Stale,
     ) -> Result<()> {
         change.wal.clear();
+        self.forget_strays(change);
         let index = self.next_index(page_size, pages)?;
         if let Some(wal) = self.files.get(FileKind::Wal) {
             let path = self.files.path(FileKind::Wal);
@@ -101,11 +104,17 @@ impl Db {
     /// Removes the WAL and the wal-index of a database that is in rollback mode now.
     pub(super) fn remove_wal_files(&self, change: &mut Change) -> Result<()> {
         change.wal.clear();
+        self.forget_strays(change);
         let had = [self.files.remove(FileKind::Wal)?, self.files.remove(FileKind::Shm)?];
         if had != [false, false] {
             self.shared.names_changed(self.name.as_str());
         }
         Ok(())
+    }
+
+    fn forget_strays(&self, change: &mut Change) {
+        change.strays = None;
+        self.has_strays.store(false, Ordering::SeqCst);
     }
 
     /// Copies what the WAL holds into the database file, durably. Everybody is locked out, and the

@@ -91,9 +91,6 @@ impl Db {
         offset: u64,
         data: &[u8],
     ) -> Result<(), Refusal> {
-        if !self.may_write() {
-            return Err(Refusal::ReadOnly);
-        }
         self.refuse_lost()?;
         let path = self.files.path(FileKind::Journal);
         let write = || {
@@ -101,6 +98,10 @@ impl Db {
                 .map_err(Error::io("write journal", &path))
         };
         let mut change = self.change.lock().unwrap();
+        // What began when this node was primary may still be rolled back.
+        if !self.may_write() && !change.journal.active {
+            return Err(Refusal::ReadOnly);
+        }
         if offset > 0 || data.len() != HEADER_SIZE || data.iter().any(|byte| *byte != 0) {
             write()?;
             change.journal.active = true;
@@ -264,15 +265,16 @@ impl Db {
         if !self.files.is_current(backing) {
             return write();
         }
-        if !self.may_write() {
-            self.note_refused_write();
-            return Err(Refusal::ReadOnly);
-        }
         self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         if change.journal.active {
+            // On a node that is no primary any more, to roll back what began before.
             change.mark_dirty(offset, data.len());
             return write();
+        }
+        if !self.may_write() {
+            self.note_refused_write();
+            return Err(Refusal::ReadOnly);
         }
         if change.mode == JournalMode::Wal && self.is_checkpointing() {
             self.before_checkpoint_write(&mut change)?;
@@ -289,13 +291,13 @@ impl Db {
     pub fn truncate_database(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
         let path = self.files.path(FileKind::Database);
         let current = self.files.is_current(backing);
-        if current && !self.may_write() {
-            return Err(Refusal::ReadOnly);
-        }
         if current {
             self.refuse_lost()?;
         }
         let change = self.change.lock().unwrap();
+        if current && !self.may_write() && !change.journal.active {
+            return Err(Refusal::ReadOnly);
+        }
         let committed = change.page_size.map_or(0, |size| size.offset(Pgno(change.pages() + 1)));
         // A checkpoint cuts the file to the size of the state that it copied.
         let checkpoint = change.mode == JournalMode::Wal && self.is_checkpointing();
@@ -326,6 +328,7 @@ impl Change {
             wal: super::wal::WalState::default(),
             journal: JournalState::default(),
             needs_resync: false,
+            strays: None,
         }
     }
 

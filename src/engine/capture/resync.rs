@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ltx::{PageSize, Pgno};
 
-use super::{Change, Draft};
+use super::{Change, Draft, Sink};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
@@ -29,8 +29,13 @@ pub(in crate::engine) struct WalMap {
 }
 
 impl Db {
-    /// Compares all pages with their checksums and publishes the difference, if there is one.
-    pub(super) fn resync_wal(&self, change: &mut Change, wal: &Arc<File>) -> Result<()> {
+    /// Compares all pages with their checksums and takes the difference, if there is one.
+    pub(super) fn resync_wal(
+        &self,
+        change: &mut Change,
+        wal: &Arc<File>,
+        sink: Sink,
+    ) -> Result<()> {
         tracing::warn!(db = %self.name, "compare every page: the wal changed in a way that cannot be followed");
         let Some(mut map) = self.wal_map(wal, None)? else {
             return Err(self.corrupt("compare pages", "the wal has no valid header"));
@@ -49,9 +54,9 @@ impl Db {
         }
         let spool = Arc::new(self.spool_file()?);
         let pages = self.spool_changed(change, &map, wal, &database.file, &spool)?;
-        change.wal.resume(map.cursor);
-        change.needs_resync = false;
         if pages.is_empty() && map.commit == change.pages() {
+            change.wal.resume(map.cursor);
+            change.needs_resync = false;
             return Ok(());
         }
         let transaction = change.transaction(Draft {
@@ -63,7 +68,9 @@ impl Db {
             node_id: self.shared.node_id,
             wal: WalSpan::default(),
         });
-        self.publish(change, transaction);
+        self.take_transaction(change, transaction, sink)?;
+        change.wal.resume(map.cursor);
+        change.needs_resync = false;
         Ok(())
     }
 

@@ -10,11 +10,12 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
 
-use super::{Change, Draft, zero_page_sum};
+use super::{Change, Draft, Sink, zero_page_sum};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
@@ -70,6 +71,35 @@ impl WalState {
         self.overwritten = false;
     }
 
+    /// The same place.
+    pub fn fork(&self) -> WalState {
+        WalState { cursor: self.cursor, overwritten: self.overwritten, buffer: Vec::new() }
+    }
+
+    /// Whether the captured frames are of the WAL with these salts.
+    fn is_of(&self, salts: Salts) -> bool {
+        self.cursor.is_some_and(|cursor| cursor.salts() == salts)
+    }
+
+    /// Whether all frames to `end` of the WAL with these salts are captured.
+    fn is_at(&self, end: End, salts: Salts) -> bool {
+        end == End::Frame(if self.is_of(salts) { self.frame() } else { 0 })
+    }
+
+    /// Whether no frame follows on the captured ones in this file, whose header has these salts.
+    fn is_all_of(&self, wal: &File, salts: Salts) -> bool {
+        let next = match self.cursor.filter(|cursor| cursor.salts() == salts) {
+            Some(cursor) => cursor.offset() + cursor.frame_size() as u64,
+            None => wal::HEADER_SIZE as u64 + 1,
+        };
+        !self.overwritten && wal.metadata().is_ok_and(|meta| meta.len() < next)
+    }
+
+    /// Whether captured frames are no longer there.
+    fn is_cut(&self, end: End) -> bool {
+        self.overwritten || matches!(end, End::Frame(frame) if frame < self.frame())
+    }
+
     /// A write through us at `offset`, bytes into the file.
     pub fn note_write(&mut self, offset: u64) {
         if offset == 0 {
@@ -100,29 +130,76 @@ impl Db {
         }
     }
 
-    /// Captures the new transactions of the WAL.
+    /// Captures the new transactions of the WAL. Those that came too late are set aside.
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
         let Some((end, salts)) = self.committed_end(&backing.file)? else { return Ok(()) };
-        let same_wal = change.wal.cursor.is_some_and(|cursor| cursor.salts() == salts);
-        if same_wal && end == End::Frame(change.wal.frame()) || !same_wal && end == End::Frame(0) {
+        let seen = change.strays.as_deref().unwrap_or(change);
+        let known = match end {
+            End::Frame(_) => seen.wal.is_at(end, salts),
+            End::LastCommit => !seen.needs_resync && seen.wal.is_all_of(&backing.file, salts),
+        };
+        if known {
             return Ok(());
         }
-        if !same_wal {
-            let header = self.wal_header(&backing.file)?.filter(|header| header.salts == salts);
+        if self.may_write() && change.strays.is_none() {
+            return self.capture_to(end, salts, change, &backing.file, Sink::Chain);
+        }
+        self.set_strays_aside(end, salts, change, &backing.file)
+    }
+
+    /// Takes the transactions up to `end` into `change`.
+    fn capture_to(
+        &self,
+        end: End,
+        salts: Salts,
+        change: &mut Change,
+        wal: &Arc<File>,
+        sink: Sink,
+    ) -> Result<()> {
+        if !change.wal.is_of(salts) {
+            let header = self.wal_header(wal)?.filter(|header| header.salts == salts);
             let Some(header) = header else {
                 return Err(self.corrupt("read wal header", "its salts are not the wal-index's"));
             };
             change.wal.resume(WalCursor::start(&header));
         }
-        let shrunk = matches!(end, End::Frame(frame) if frame < change.wal.frame());
-        if shrunk || change.wal.overwritten || change.needs_resync {
-            return self.resync_wal(change, &backing.file);
+        if change.wal.is_cut(end) || change.needs_resync {
+            return self.resync_wal(change, wal, sink);
         }
-        let result = self.read_frames(change, &backing.file, end);
+        let result = self.read_frames(change, wal, end, sink);
         change.needs_resync |= result.is_err();
         result
+    }
+
+    /// Keeps what was committed when this node was no primary any more. The state of the chain stays
+    /// what it is.
+    fn set_strays_aside(
+        &self,
+        end: End,
+        salts: Salts,
+        change: &mut Change,
+        wal: &Arc<File>,
+    ) -> Result<()> {
+        if !change.wal.is_of(salts) {
+            // Started over: all captured frames are in the database file.
+            change.wal.clear();
+        }
+        let mut strays = change.strays.take().unwrap_or_else(|| Box::new(change.fork()));
+        let before = strays.pos;
+        let kept = self.capture_to(end, salts, &mut strays, wal, Sink::LostFound);
+        if strays.pos != before {
+            self.has_strays.store(true, Ordering::SeqCst);
+        }
+        let has_strays = strays.pos != change.pos;
+        change.strays = has_strays.then_some(strays);
+        if kept.is_ok() && change.wal.is_cut(end) {
+            let text = "frames that are in the chain were overwritten";
+            self.fail_for_good(&self.corrupt("go back to the chain", text));
+            self.shared.request_reconnect();
+        }
+        kept
     }
 
     /// Where committed frames end, and the salts of their WAL; none if there is no valid WAL.
@@ -147,8 +224,14 @@ impl Db {
         Ok((read == bytes.len()).then(|| WalHeader::parse(&bytes).ok()).flatten())
     }
 
-    /// Reads frames from the last captured one to `end` and publishes each transaction among them.
-    fn read_frames(&self, change: &mut Change, wal: &Arc<File>, end: End) -> Result<()> {
+    /// Reads frames from the last captured one to `end` and takes each transaction among them.
+    fn read_frames(
+        &self,
+        change: &mut Change,
+        wal: &Arc<File>,
+        end: End,
+        sink: Sink,
+    ) -> Result<()> {
         let cursor = change.wal.cursor.expect("the header was read before its frames");
         if change.page_size.is_some_and(|known| known != cursor.page_size()) {
             return Err(self.corrupt("read wal header", "its page size is not the database's"));
@@ -172,7 +255,7 @@ impl Db {
                     break Err(Error::io("read wal", &self.files.path(FileKind::Wal))(error));
                 }
             };
-            match self.take_frames(change, &mut walk, wal, &buffer[..filled]) {
+            match self.take_frames(change, &mut walk, wal, &buffer[..filled], sink) {
                 Ok(()) if filled == want => {}
                 Ok(()) | Err(Stop::End) if end == End::LastCommit => break Ok(()),
                 Ok(()) | Err(Stop::End) => {
@@ -191,13 +274,14 @@ impl Db {
         result
     }
 
-    /// Walks over whole frames; each commit frame publishes a transaction.
+    /// Walks over whole frames; each commit frame ends a transaction.
     fn take_frames(
         &self,
         change: &mut Change,
         walk: &mut Walk,
         wal: &Arc<File>,
         frames: &[u8],
+        sink: Sink,
     ) -> Result<(), Stop> {
         for bytes in frames.chunks(walk.cursor.frame_size()) {
             let offset = walk.cursor.offset() + wal::FRAME_HEADER_SIZE as u64;
@@ -206,9 +290,9 @@ impl Db {
             if let Some(commit) = frame.commit {
                 let draft = self.draft(walk, change.pages(), commit, wal);
                 let transaction = change.transaction(draft);
+                self.take_transaction(change, transaction, sink).map_err(Stop::Failed)?;
                 change.wal.cursor = Some(walk.cursor);
                 walk.start = walk.cursor;
-                self.publish(change, transaction);
                 self.verify_if_strict(change).map_err(Stop::Failed)?;
             }
         }

@@ -18,6 +18,7 @@ use crate::engine::files::next_ino;
 use crate::engine::locks::{
     Conflict, Grant, Granted, Handle, LockKind, LockTable, Outcome, Owner, Request, Woken,
 };
+use crate::engine::shared::Writing;
 use crate::sqlite::header::JournalMode;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 
@@ -196,17 +197,33 @@ impl Db {
         }
         // Without passthrough a client has to build its wal-index itself, under WRITE; what it then
         // writes to the WAL is refused.
-        let passthrough = self.shared.is_passthrough();
-        if passthrough && request.set.contains(Lock::Write) && !self.may_write() {
+        if request.set.contains(Lock::Write) && !self.may_write() && self.shared.is_passthrough() {
             self.note_refused_write();
             return Err(Refusal::WouldBlock);
         }
         let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
+        // A new primary first applies what it has received.
+        let is_behind =
+            self.may_write() && (self.inbox.has_queue() || self.has_strays.load(Ordering::SeqCst));
         let refused = || self.shared.is_fenced() || self.refuses_writers() || self.shared.is_full();
-        if writes && refused() {
+        if writes && (is_behind || refused()) {
             return Err(Refusal::WouldBlock);
         }
         Ok(())
+    }
+
+    /// Whether it has become too late to begin a transaction. Asked when the lock is held, so that
+    /// who waits for the last writer after that misses none.
+    fn is_too_late(&self, grant: &Grant) -> bool {
+        let gained = grant.gained();
+        let (wal, journal) = (gained.contains(Lock::Write), gained.contains(Lock::Reserved));
+        grant.request().kind == LockKind::Exclusive
+            && match self.shared.writing() {
+                Writing::Allowed => false,
+                Writing::Finishing => wal || journal,
+                // See `admit`.
+                Writing::Refused => wal && self.shared.is_passthrough(),
+            }
     }
 
     fn wake(&self, woken: Woken<Waiter>) {
@@ -219,6 +236,11 @@ impl Db {
     fn granted(&self, granted: Granted<Waiter>) {
         let Granted { waiter, grant } = granted;
         let client = matches!(grant.request().owner, Owner::Client(_));
+        if client && self.is_too_late(&grant) {
+            let woken = self.locks.lock().unwrap().undo(grant);
+            (waiter.answer)(Err(Refusal::WouldBlock));
+            return self.wake(woken);
+        }
         if !client || !self.is_barrier(&grant) {
             return (waiter.answer)(Ok(()));
         }

@@ -74,9 +74,10 @@ impl Db {
             // What could not be brought to one state stays as it is for the next start.
             return Ok(());
         }
+        let mut turn = self.turn();
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
-        self.let_go(&mut change);
+        self.let_go(&mut turn, &mut change);
         self.checkpoint_fully(&mut change)?;
         change.wal.clear();
         self.files.remove(FileKind::Wal)?;

@@ -1,0 +1,177 @@
+//! What a node does with what comes from its primary: applied in order, whatever readers, a full disk
+//! or a change of the role do meanwhile.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use litefs::engine::db::DbState;
+use litefs::engine::files::FileKind;
+use litefs::engine::locks::LockKind;
+use litefs::engine::{Db, DbName, Engine, Error, PageCache, PrimaryInfo, Role};
+use litefs::sqlite::lock_byte::{Lock, LockSet};
+use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
+
+use super::{PAGE, contents, database, file, image, lock, primary, unlock_all};
+use crate::support::wait;
+
+/// A kernel that has nothing cached.
+struct NoCache;
+
+impl PageCache for NoCache {
+    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
+    fn file_changed(&self, _ino: u64) {}
+    fn attr_changed(&self, _ino: u64) {}
+    fn name_changed(&self, _name: &str) {}
+}
+
+/// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
+/// `pre`: `pages` from there on.
+fn ltx_file(txid: u64, pre: Checksum, first: u32, pages: &[Vec<u8>]) -> (Vec<u8>, Checksum) {
+    let header = Header {
+        compression: Compression::None,
+        page_size: PageSize::new(4096).unwrap(),
+        commit: first + pages.len() as u32 - 1,
+        min_txid: Txid(txid),
+        max_txid: Txid(txid),
+        timestamp_ms: 1,
+        pre_apply: pre,
+        wal_offset: 0,
+        wal_size: 0,
+        wal_salt1: 0,
+        wal_salt2: 0,
+        node_id: NodeId(9),
+    };
+    let mut encoder = Encoder::new(Vec::new(), header).unwrap();
+    let mut post = if txid == 1 { Checksum::EMPTY } else { pre };
+    for (index, page) in pages.iter().enumerate() {
+        post = post.toggle(encoder.page(Pgno(first + index as u32), page).unwrap());
+    }
+    (encoder.finish(post).unwrap().0, post)
+}
+
+/// An engine on `dir` that follows somebody, with clients whose pages of the WAL it shares.
+fn replica(dir: &Path, cache: Arc<dyn PageCache>) -> Arc<Engine> {
+    let engine = primary(dir);
+    engine.mounted(cache, true);
+    let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
+    engine.set_role(Role::Replica(primary_info));
+    engine
+}
+
+/// Hands an LTX file over as it comes off the wire.
+fn receive(engine: &Engine, name: &str, bytes: &[u8]) -> Result<Pos, Error> {
+    let mut receiver = engine.receive(&DbName::new(name).unwrap()).unwrap();
+    receiver.write_all(bytes).unwrap();
+    receiver.finish()
+}
+
+/// The snapshot of a database of `rows` rows in WAL mode, its pages and its checksum.
+fn snapshot(rows: u32) -> (Vec<u8>, Vec<Vec<u8>>, Checksum) {
+    let mut content = image(rows);
+    content[18..20].fill(2); // WAL mode.
+    let pages: Vec<Vec<u8>> = content.chunks(PAGE).map(<[u8]>::to_vec).collect();
+    let (bytes, post) = ltx_file(1, Checksum::NONE, 1, &pages);
+    (bytes, pages, post)
+}
+
+#[test]
+fn a_large_transaction_leaves_no_temporary_file_on_a_replica() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = replica(dir.path(), Arc::new(NoCache));
+    let (snapshot, pages, post) = snapshot(3);
+    let large = vec![vec![3; PAGE]; 400];
+    let (second, _) = ltx_file(2, post, pages.len() as u32 + 1, &large);
+    for bytes in [snapshot, second] {
+        receive(&engine, "db", &bytes).unwrap();
+    }
+    let db = database(&engine, "db");
+    wait::until_true("the second transaction", || db.pos().txid == Txid(2));
+    engine.close().unwrap();
+    let left = contents(&dir.path().join("dbs/db/ltx")).into_keys();
+    assert_eq!(left.filter(|path| path.ends_with(".tmp")).count(), 0);
+    assert!(file(&db, FileKind::Database).file.metadata().unwrap().len() > 1 << 20);
+}
+
+/// A kernel that has to finish requests of clients before it drops a page.
+#[derive(Default)]
+struct BusyKernel {
+    db: OnceLock<Arc<Db>>,
+    /// How often pages were dropped.
+    dropped: AtomicUsize,
+    /// How often that had to wait for the engine.
+    stuck: AtomicUsize,
+}
+
+impl PageCache for BusyKernel {
+    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {
+        let db = self.db.get().unwrap().clone();
+        let (done, finished) = mpsc::channel();
+        thread::spawn(move || {
+            // What workers do that may want a lock of the engine.
+            let _ = db.remove_wal();
+            let _ = db.truncate_wal(&file(&db, FileKind::Wal), 0);
+            let _ = db.remove_journal();
+            let log = LockSet::READERS.without(LockSet::one(Lock::Read0));
+            let _ = lock(&db, log, LockKind::Exclusive);
+            unlock_all(&db);
+            done.send(()).unwrap();
+        });
+        let stuck = finished.recv_timeout(Duration::from_secs(10)).is_err();
+        self.dropped.fetch_add(1, Ordering::SeqCst);
+        self.stuck.fetch_add(usize::from(stuck), Ordering::SeqCst);
+    }
+    fn file_changed(&self, _ino: u64) {}
+    fn attr_changed(&self, _ino: u64) {}
+    fn name_changed(&self, _name: &str) {}
+}
+
+#[test]
+fn a_checkpoint_of_a_replica_holds_nothing_that_a_worker_wants() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = Arc::new(BusyKernel::default());
+    let engine = replica(dir.path(), kernel.clone());
+    let (snapshot, pages, post) = snapshot(3);
+    let _ = kernel.db.set(database(&engine, "db"));
+    receive(&engine, "db", &snapshot).unwrap();
+    // So much that the log is due.
+    let (second, _) = ltx_file(2, post, pages.len() as u32 + 1, &vec![vec![3; PAGE]; 1100]);
+    receive(&engine, "db", &second).unwrap();
+    wait::until_true("a checkpoint", || kernel.dropped.load(Ordering::SeqCst) > 0);
+    engine.close().unwrap();
+    assert_eq!(kernel.stuck.load(Ordering::SeqCst), 0);
+}
+
+/// The primary's stream is one for all databases.
+#[test]
+fn a_database_that_cannot_be_applied_does_not_hold_up_the_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = replica(dir.path(), Arc::new(NoCache));
+    let (bytes, pages, mut post) = snapshot(3);
+    receive(&engine, "db", &bytes).unwrap();
+    let db = database(&engine, "db");
+    wait::until_true("the snapshot", || db.pos().txid == Txid(1));
+    // From now on nothing that takes place in the chain can be written; the WAL can.
+    let (ltx, away) = (dir.path().join("dbs/db/ltx"), dir.path().join("away"));
+    fs::rename(&ltx, &away).unwrap();
+    fs::write(&ltx, "").unwrap();
+    let mut first = pages.len() as u32 + 1;
+    let refused = (2..200).find_map(|txid| {
+        let (bytes, next) = ltx_file(txid, post, first, &vec![vec![txid as u8; PAGE]; 250]);
+        (first, post) = (first + 250, next);
+        receive(&engine, "db", &bytes).err()
+    });
+    assert!(matches!(refused, Some(Error::Busy { .. })), "{refused:?}");
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    // When the cause has gone everything that was taken is applied.
+    fs::remove_file(&ltx).unwrap();
+    fs::rename(&away, &ltx).unwrap();
+    let target = db.received_pos();
+    wait::until_or(|| format!("{target}, at {}", db.pos()), || (db.pos() == target).then_some(()));
+    wait::until_true("the database to work", || db.state() == DbState::Ready);
+    engine.close().unwrap();
+}

@@ -95,7 +95,13 @@ impl Engine {
             Role::Replica(info) => format!("{} {}", info.hostname, info.advertise_url),
             _ => String::new(),
         });
-        self.lag_timestamp_ms.store(if primary { 0 } else { -1 }, Ordering::SeqCst);
+        if primary {
+            self.lag_timestamp_ms.store(0, Ordering::SeqCst);
+        } else {
+            // A former primary has had no news yet; on a replica the last news only grow older.
+            let _ =
+                self.lag_timestamp_ms.compare_exchange(0, -1, Ordering::SeqCst, Ordering::SeqCst);
+        }
         if primary {
             self.shared.set_writing(Writing::Allowed);
         }

@@ -175,3 +175,20 @@ fn a_database_that_cannot_be_applied_does_not_hold_up_the_stream() {
     wait::until_true("the database to work", || db.state() == DbState::Ready);
     engine.close().unwrap();
 }
+
+#[test]
+fn without_a_primary_the_lag_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    assert_eq!(engine.lag_timestamp_ms(), Some(0));
+    engine.set_role(Role::Unknown);
+    assert_eq!(engine.lag_timestamp_ms(), None, "a former primary has had no news");
+    let info = PrimaryInfo { hostname: "a".to_owned(), advertise_url: "http://a".to_owned() };
+    engine.set_role(Role::Replica(info));
+    engine.heartbeat(42);
+    engine.set_role(Role::Unknown);
+    assert_eq!(engine.lag_timestamp_ms(), Some(42));
+    engine.set_role(Role::Primary);
+    assert_eq!(engine.lag_timestamp_ms(), Some(0));
+    engine.close().unwrap();
+}

@@ -1,6 +1,7 @@
 //! The HTTP API and the replication stream.
 //!
 //! One listener serves HTTP/1.1 and HTTP/2 with prior knowledge; nodes speak HTTP/2 to each other.
+//! [`proxy`] is a server of its own, in front of the application.
 //! [`frame`] is bytes only; the others own sockets and are asynchronous. Locks of the engine are
 //! held at disk speed, never at the speed of a peer: what a peer is slow to take is spooled.
 
@@ -11,6 +12,7 @@ pub mod frame;
 mod gauges;
 mod page;
 mod peers;
+pub mod proxy;
 mod query;
 pub mod report;
 pub mod server;
@@ -29,6 +31,10 @@ pub const CLUSTER_ID: &str = "litefs-cluster-id";
 pub const OVERLAP: &str = "litefs-overlap";
 /// The value of [`OVERLAP`].
 pub const OVERLAP_ACCEPTED: &str = "accepted";
+
+/// The response header of `/stream` that says where the primary's proxy takes writes of other nodes.
+/// LiteFS ignores it.
+pub const PROXY_URL: &str = "litefs-proxy-url";
 
 /// Says when to stop: once the sender is dropped.
 pub type Stop = tokio::sync::watch::Receiver<()>;

@@ -100,6 +100,43 @@ pub const PROMOTE_WAIT: Duration = Duration::from_secs(30);
 /// Longest silence of a stream of events, which has no heartbeat; who waits for one waits shorter.
 pub const EVENTS_WAIT: Duration = Duration::from_secs(3600);
 
+// The proxy.
+
+/// How long a client is taken to have seen its last transaction, `Expires` of the cookie (LiteFS's).
+pub const TXID_COOKIE_LIFE: Duration = Duration::from_secs(300);
+/// How long a read waits for the transaction that its client has seen (LiteFS's).
+pub const TXID_WAIT: Duration = Duration::from_secs(5);
+/// How long of that it waits here before the primary is asked: far above any usual lag.
+pub const READ_HERE_WAIT: Duration = Duration::from_secs(1);
+/// How long a request waits for an application that refuses connections: it may be starting.
+pub const APPLICATION_WAIT: Duration = Duration::from_secs(30);
+/// Pause between two attempts to connect to it; nothing else would tell that it listens.
+pub const APPLICATION_RETRY: Duration = Duration::from_millis(100);
+/// How long a body is held back whose client waits to be asked for it (LiteFS's).
+pub const CONTINUE_WAIT: Duration = Duration::from_secs(1);
+/// Time until the host at the other end of a silent connection counts as dead.
+pub const PROXY_DEAD_WAIT: Duration = Duration::from_secs(30);
+/// How long a connection to the application is kept without a request (LiteFS's).
+pub const PROXY_IDLE_LIFE: Duration = Duration::from_secs(90);
+/// Such connections: enough for as many requests at a time without opening a new one for each.
+pub const PROXY_IDLE_CONNECTIONS_MAX: usize = 512;
+/// New connections that may be closed unused in a row before a request is given up.
+pub const PROXY_SEND_ATTEMPTS: u32 = 3;
+/// Connections of clients at a time, at the most: each costs two descriptors and some buffers.
+pub const PROXY_CONNECTIONS_MAX: usize = 16_384;
+/// The same where descriptors are few.
+pub const PROXY_CONNECTIONS_MIN: usize = 64;
+/// Pause after a connection that could not be taken, most likely for lack of descriptors.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Headers of a message.
+pub const PROXY_HEADERS_MAX: usize = 256;
+/// Head of a message in bytes: some applications have tens of kilobytes of cookies.
+pub const PROXY_HEAD_BYTES_MAX: usize = 64 << 10;
+/// Buffer of a connection, in bytes: enough for a gigabyte a second.
+pub const PROXY_BUFFER_BYTES: usize = 128 << 10;
+/// Nodes that a request may pass: one too many for any change of primary.
+pub const PROXY_HOPS_MAX: usize = 4;
+
 // The supervised process.
 
 /// Time from the second request to end until a supervised process is killed: for one that is

@@ -8,7 +8,7 @@ mod histogram;
 pub mod log;
 pub mod metrics;
 
-pub use metrics::{DbMetrics, Metrics};
+pub use metrics::{DbMetrics, Metrics, ProxyMetrics, ProxyWait};
 
 /// Prints a status line to stdout. A closed stdout is no reason to stop.
 pub fn say(line: impl Display) {

@@ -18,6 +18,8 @@ mod engine;
 mod http;
 // SQLite on the mount of one real primary, and everything that can go wrong there.
 mod mount;
+// Nodes with a proxy in front of a small application.
+mod proxy;
 // Each promise of docs/SEMANTICS.md, quoted above its test.
 mod semantics;
 // The rules of the source tree that no compiler checks.

@@ -20,6 +20,7 @@ use tokio::time::sleep;
 use super::lease::{self, Lease, Leaser};
 use super::replica;
 use crate::engine::{self, ClusterId, Engine, PrimaryInfo, Role, chain_text};
+use crate::http::proxy::{Link, Links};
 use crate::http::{Stop, stopped};
 
 /// What the task needs to know of the configuration.
@@ -51,6 +52,8 @@ pub struct Node {
     leaser: Leaser,
     options: Options,
     ready: watch::Sender<bool>,
+    /// Who the primary says it is, while the stream to it is open.
+    link: watch::Sender<Option<Link>>,
     /// A database needs a snapshot, which a new connection brings.
     reconnect: Arc<Notify>,
 }
@@ -102,7 +105,13 @@ impl Node {
         let reconnect = Arc::new(Notify::new());
         let request = reconnect.clone();
         engine.on_reconnect(Box::new(move || request.notify_one()));
-        (Node { engine, leaser, options, ready, reconnect }, is_ready)
+        let link = watch::channel(None).0;
+        (Node { engine, leaser, options, ready, link, reconnect }, is_ready)
+    }
+
+    /// Whether the stream to the primary is open, and to whom, from now on.
+    pub fn links(&self) -> Links {
+        self.link.subscribe()
     }
 
     /// Leads or follows until `stop`; the role is given up and the lease given back on return.
@@ -243,6 +252,7 @@ impl Node {
             primary: &primary,
             databases: &self.options.databases,
             ready: &self.ready,
+            link: &self.link,
             reconnect: &self.reconnect,
         };
         match replica.run(stop).await {

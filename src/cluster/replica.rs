@@ -23,6 +23,7 @@ use tokio::time::{sleep, timeout};
 use crate::engine::{self, ClusterId, DbName, DbState, Engine, PrimaryInfo, chain_text};
 use crate::http::client::{self, Client, Stream, StreamRequest};
 use crate::http::frame::{Event, Frame};
+use crate::http::proxy::Link;
 use crate::http::{Stop, stopped};
 use crate::limits;
 
@@ -89,6 +90,8 @@ pub(super) struct Replica<'a> {
     /// The only databases wanted; empty for all.
     pub(super) databases: &'a [String],
     pub(super) ready: &'a watch::Sender<bool>,
+    /// Who the primary says it is, while the stream is open.
+    pub(super) link: &'a watch::Sender<Option<Link>>,
     /// Notified when a database needs a snapshot.
     pub(super) reconnect: &'a Notify,
 }
@@ -100,6 +103,7 @@ impl Replica<'_> {
             stream = self.connect() => stream?,
             () = stopped(stop) => return Ok(End::Stopped),
         };
+        let open = Open::new(self.link, &stream);
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));
         let (failing, mut has_failed) = watch::channel(false);
@@ -124,6 +128,7 @@ impl Replica<'_> {
             () = retry_due(&mut has_failed) => Err(Error::Retry),
             () = self.reconnect.notified() => Err(Error::Snapshot),
         };
+        drop(open);
         // The worker's error comes first: it is why the pump could not go on.
         let end = worker.await??;
         pumped.map(|()| end)
@@ -161,6 +166,23 @@ impl Replica<'_> {
                 Err(Error::OtherCluster { theirs: text(theirs), ours: text(ours) })
             }
         }
+    }
+}
+
+/// Says that the stream is open, for as long as it is kept.
+struct Open<'a>(&'a watch::Sender<Option<Link>>);
+
+impl<'a> Open<'a> {
+    fn new(link: &'a watch::Sender<Option<Link>>, stream: &Stream) -> Open<'a> {
+        let (node_id, proxy_url) = (stream.node_id, stream.proxy_url.clone());
+        link.send_replace(Some(Link { node_id, proxy_url }));
+        Open(link)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(None);
     }
 }
 

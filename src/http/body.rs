@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Empty, Full};
-use hyper::body::Frame;
+use hyper::body::{Frame, SizeHint};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::timeout;
@@ -86,6 +86,38 @@ impl Sender {
     /// Ends the body cleanly after what was queued.
     pub fn finish(self) {
         self.finished.store(true, Ordering::Release);
+    }
+}
+
+/// A body that keeps a value until it is over or given up.
+pub(super) struct Hold<B, T> {
+    body: B,
+    _held: T,
+}
+
+impl<B, T> Hold<B, T> {
+    pub(super) fn new(body: B, held: T) -> Hold<B, T> {
+        Hold { body, _held: held }
+    }
+}
+
+impl<B: hyper::body::Body + Unpin, T: Unpin> hyper::body::Body for Hold<B, T> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
 use super::report::{Info, Status};
-use super::{CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED};
+use super::{CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL};
 use crate::limits;
 
 /// Why a call failed.
@@ -161,9 +161,14 @@ impl Client {
 
     /// Host and port, as in the URL.
     pub fn address(&self) -> String {
+        self.address_of_port(self.port)
+    }
+
+    /// The host with another port.
+    pub fn address_of_port(&self, port: u16) -> String {
         match self.host.contains(':') {
-            true => format!("[{}]:{}", self.host, self.port),
-            false => format!("{}:{}", self.host, self.port),
+            true => format!("[{}]:{port}", self.host),
+            false => format!("{}:{port}", self.host),
         }
     }
 
@@ -242,6 +247,7 @@ impl Client {
             client: self.clone(),
             node_id: answer.node_id,
             cluster_id: answer.cluster_id.clone(),
+            proxy_url: answer.proxy_url.clone(),
             decoder: Decoder::new(),
             is_ready: false,
             answer,
@@ -418,6 +424,7 @@ struct Answer {
     status: StatusCode,
     node_id: Option<NodeId>,
     cluster_id: Option<String>,
+    proxy_url: Option<String>,
     body: Incoming,
     _connection: Connection,
 }
@@ -429,6 +436,7 @@ impl Answer {
             status: response.status(),
             node_id: header(NODE_ID).and_then(|id| id.parse().ok()),
             cluster_id: header(CLUSTER_ID).map(str::to_owned),
+            proxy_url: header(PROXY_URL).map(str::to_owned),
             body: response.into_body(),
             _connection: connection,
         }
@@ -490,6 +498,8 @@ pub struct Stream {
     pub node_id: Option<NodeId>,
     /// The primary's cluster id, unchecked.
     pub cluster_id: Option<String>,
+    /// Where the primary's proxy takes writes of other nodes, if it has one.
+    pub proxy_url: Option<String>,
     decoder: Decoder,
     is_ready: bool,
     answer: Answer,

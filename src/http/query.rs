@@ -1,5 +1,7 @@
-//! Query strings: `name=a%20b&id=1`. Broken escapes stay as they are, unknown parameters are ignored
-//! by never being asked for, and of several with one name the first counts.
+//! Query strings: `name=a%20b&id=1`, and paths. Broken escapes stay as they are, unknown parameters
+//! are ignored by never being asked for, and of several with one name the first counts.
+
+use std::borrow::Cow;
 
 /// The value of the parameter `name`; empty if it is absent.
 pub(super) fn parameter(query: Option<&str>, name: &str) -> String {
@@ -8,12 +10,22 @@ pub(super) fn parameter(query: Option<&str>, name: &str) -> String {
     pairs.find(|(key, _)| decode(key) == name).map(|(_, value)| decode(value)).unwrap_or_default()
 }
 
+/// A path without its escapes.
+pub(super) fn decode_path(path: &str) -> Cow<'_, str> {
+    if path.contains('%') { decode_with(path, b'+').into() } else { path.into() }
+}
+
 fn decode(text: &str) -> String {
+    decode_with(text, b' ')
+}
+
+/// `text` without its escapes, with `plus` for each plus sign.
+fn decode_with(text: &str, plus: u8) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
         let (byte, len) = match (first, tail) {
-            (b'+', _) => (b' ', 1),
+            (b'+', _) => (plus, 1),
             (b'%', [high, low, ..]) => match (hex(*high), hex(*low)) {
                 (Some(high), Some(low)) => (high << 4 | low, 3),
                 _ => (b'%', 1),

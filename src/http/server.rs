@@ -38,8 +38,8 @@ use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::socket::Socket;
 use super::{
-    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, Stop, events, frame, gauges, page, spool,
-    stopped, stream, transfer,
+    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, events, frame, gauges, page,
+    spool, stopped, stream, transfer,
 };
 use crate::engine::{
     self, Db, DbName, DbState, Engine, Event, EventWatch, InvalidName, Overlap, Role, chain_text,
@@ -60,6 +60,8 @@ pub struct Options {
     pub hostname: String,
     /// How long a snapshot or an export may take to be made; `None` for as long as it takes.
     pub snapshot_timeout: Option<Duration>,
+    /// Where this node's proxy takes writes of other nodes, if it has one.
+    pub proxy_url: Option<String>,
     /// What `/metrics` tells.
     pub metrics: Metrics,
 }
@@ -374,6 +376,11 @@ impl Api {
             Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.to_string()),
         };
         let (sender, body) = body::channel();
+        let mut response = Response::new(body);
+        let url = self.options.proxy_url.as_deref().and_then(|url| HeaderValue::from_str(url).ok());
+        if let Some(url) = url {
+            response.headers_mut().insert(PROXY_URL, url);
+        }
         tokio::spawn(async move {
             let _open = self.peers.add(peer, address);
             tracing::info!(%peer, "stream connected");
@@ -382,7 +389,7 @@ impl Api {
             stream::serve(self.clone(), request, sender, stop, lost).await;
             tracing::info!(%peer, "stream disconnected");
         });
-        Ok(Response::new(body))
+        Ok(response)
     }
 
     /// The number of the present primaryship.

@@ -21,6 +21,10 @@ use prometheus::{
 use super::histogram;
 use crate::engine::times::Noted;
 
+mod proxy;
+
+pub use proxy::{InFlight, ProxyMetrics, ProxyWait};
+
 /// The `Content-Type` of what [`Metrics::encode`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -48,6 +52,8 @@ pub struct Metrics {
     /// When the primary last gave news, in seconds since the Unix epoch; 0 before the first.
     pub last_news_seconds: Gauge,
     transport: IntGaugeVec,
+    /// What the proxy counts.
+    pub proxy: ProxyMetrics,
     frame_send_count: IntCounterVec,
     databases: DatabaseVecs,
     times: Times,
@@ -131,6 +137,7 @@ impl Metrics {
             lag_seconds: register
                 .add(Gauge::new("litefs_lag_seconds", "Lag behind the primary.")?)?,
             stream_count: register.gauge("litefs_http_stream_count", "Open streams.")?,
+            proxy: ProxyMetrics::register(&register)?,
             frame_send_count: register.add(IntCounterVec::new(
                 Opts::new("litefs_http_frame_send_count", "Frames sent."),
                 &["db", "type"],

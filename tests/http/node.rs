@@ -42,6 +42,7 @@ fn serve(engine: &Arc<Engine>, listener: TcpListener, candidate: bool) -> Task {
         candidate,
         hostname: "primary-host".to_owned(),
         snapshot_timeout: Some(DEADLINE),
+        proxy_url: None,
         metrics: Metrics::new().unwrap(),
     };
     let api = Api::new(engine.clone(), options).unwrap();

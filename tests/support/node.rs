@@ -35,6 +35,8 @@ pub struct Settings {
     pub lease: &'static str,
     /// More lines.
     pub lines: &'static str,
+    /// More variables of its environment.
+    pub environment: &'static [(&'static str, &'static str)],
 }
 
 /// Which node of a static cluster.
@@ -75,6 +77,7 @@ impl Running {
 pub struct Node {
     dir: tempfile::TempDir,
     address: String,
+    environment: &'static [(&'static str, &'static str)],
     child: Option<Running>,
     /// Where in the log the present run began.
     run_start: u64,
@@ -84,7 +87,8 @@ impl Node {
     /// A node with its configuration, not started.
     pub fn new(settings: &Settings, member: Member<'_>) -> Node {
         let address = free_address();
-        let node = Node { dir: tempfile::tempdir().unwrap(), address, child: None, run_start: 0 };
+        let (dir, environment) = (tempfile::tempdir().unwrap(), settings.environment);
+        let node = Node { dir, address, environment, child: None, run_start: 0 };
         node.configure(settings, member);
         node
     }
@@ -98,7 +102,7 @@ impl Node {
 
     /// Writes the configuration, for the next start.
     pub fn configure(&self, settings: &Settings, member: Member<'_>) {
-        let Settings { passthrough, transport, data, lease, lines } = settings;
+        let Settings { passthrough, transport, data, lease, lines, .. } = settings;
         let (candidate, primary) = match member {
             Member::Primary => (true, self.url()),
             Member::Replica(url) => (false, url.to_owned()),
@@ -133,6 +137,7 @@ impl Node {
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
         command.arg("mount").arg("-config").arg(self.dir.path().join("litefs.yml"));
+        command.envs(self.environment.iter().copied());
         command
             .stdout(log.try_clone().unwrap())
             .stderr(log)

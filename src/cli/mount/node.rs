@@ -1,13 +1,13 @@
 //! A running node: its parts, opened one after the other, and closed.
 //!
 //! ```text
-//! open:   API port -> databases -> lease task -> mount -> API -> ready -> exec
-//! close:  mount -> API (streams end) -> lease task (lease given back) -> databases
+//! open:   ports -> databases -> lease task -> proxy -> mount -> API -> ready -> exec
+//! close:  proxy -> mount -> API (streams end) -> lease task (lease given back) -> databases
 //! ```
 //!
-//! The mount goes first, so that nothing is committed that the streams do not send any more; what
-//! was committed before is sent before a stream ends. Requests that come in while the node opens
-//! wait in the port's queue.
+//! The mount goes before the API, so that nothing is committed that the streams do not send any
+//! more; what was committed before is sent before a stream ends. Requests to the API that come in
+//! while the node opens wait in the port's queue; the proxy says that the node is not ready.
 //!
 //! Invariants: whatever was opened is closed, also after an error or a signal half-way; a signal
 //! has its effect at every moment; a step that fails while closing does not keep the later ones
@@ -27,9 +27,10 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::{Settings, StaleMount};
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
-use crate::config::{BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
+use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
 use crate::engine::{self, Engine, PrimaryInfo};
 use crate::http::client::Client;
+use crate::http::proxy::{self, Admission, Links, Proxy, Way};
 use crate::http::server::{Api, Options as ApiOptions};
 use crate::os;
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
@@ -110,8 +111,15 @@ async fn serve(
 struct Node {
     engine: Option<Arc<Engine>>,
     cluster: Option<Task>,
+    proxy: Option<Task>,
     mount: Option<Mount>,
     api: Option<Task>,
+}
+
+/// What the lease task says of itself.
+struct Membership {
+    ready: Ready,
+    links: Links,
 }
 
 /// A mounted volume.
@@ -142,22 +150,58 @@ impl Node {
     async fn open(&mut self, settings: &Settings, stopper: Stopper) -> anyhow::Result<()> {
         let Settings { config, environment, .. } = settings;
         refuse_unknown_parts(config)?;
-        let listener = bind(&config.http.addr).await?;
+        if is_fly(environment) {
+            tracing::info!("host environment detected type=fly.io");
+        }
+        let metrics = Metrics::new()?;
+        let listener = bind_api(&config.http.addr).await?;
+        let proxy_listener = bind_proxy(&config.proxy).await?;
         let leaser = leaser(config)?;
-        let engine = open_engine(config).await?;
+        let engine = match &proxy_listener {
+            Some(listener) => tokio::select! {
+                engine = open_engine(config) => engine?,
+                never = proxy::refuse_all(listener) => match never {},
+            },
+            None => open_engine(config).await?,
+        };
         self.engine = Some(engine.clone());
-        let ready = self.start_cluster(config, &engine, leaser);
-        self.mount = Some(mount(settings, &engine, stopper).await?);
-        self.start_api(config, environment, engine, listener).await?;
+        let membership = self.start_cluster(config, &engine, leaser);
+        let proxy_url = match proxy_listener {
+            Some(listener) => {
+                let url = proxy_url(config, environment, &listener)?;
+                self.start_proxy(settings, engine.clone(), &membership, listener, &metrics)?;
+                Some(url)
+            }
+            None => None,
+        };
+        let mount = mount(settings, &engine, stopper).await?;
+        metrics.set_transport(match mount.mount.transport() {
+            fuse::Transport::Uring => "uring",
+            fuse::Transport::Dev | fuse::Transport::Auto => "dev",
+        });
+        self.mount = Some(mount);
+        let timeout = config.http.snapshot_timeout;
+        let options = ApiOptions {
+            candidate: config.lease.candidate,
+            hostname: hostname(config, environment),
+            snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
+            proxy_url,
+            metrics,
+        };
+        self.start_api(config, options, engine, listener).await?;
         match config.skip_sync {
             true => say("skipping cluster sync, starting immediately"),
-            false => self.wait_until(ready, config).await?,
+            false => self.wait_until(membership.ready, config).await?,
         }
-        say("no proxy target set, skipping proxy");
         Ok(())
     }
 
-    fn start_cluster(&mut self, config: &Config, engine: &Arc<Engine>, leaser: Leaser) -> Ready {
+    fn start_cluster(
+        &mut self,
+        config: &Config,
+        engine: &Arc<Engine>,
+        leaser: Leaser,
+    ) -> Membership {
         let lease = &config.lease;
         let options = ClusterOptions {
             candidacy: match lease.candidate {
@@ -168,32 +212,38 @@ impl Node {
             databases: lease.databases.clone(),
         };
         let (cluster, ready) = Cluster::new(engine.clone(), leaser, options);
+        let links = cluster.links();
         let (stop, stopped) = watch::channel(());
         self.cluster = Some(Task { stop, handle: tokio::spawn(cluster.run(stopped)) });
-        ready
+        Membership { ready, links }
+    }
+
+    fn start_proxy(
+        &mut self,
+        settings: &Settings,
+        engine: Arc<Engine>,
+        membership: &Membership,
+        listener: TcpListener,
+        metrics: &Metrics,
+    ) -> anyhow::Result<()> {
+        let address = listener.local_addr().context("cannot init proxy server")?;
+        let Membership { ready, links } = membership;
+        let options = proxy_options(settings, metrics);
+        let proxy = Proxy::new(engine, links.clone(), ready.clone(), options);
+        let (stop, stopped) = watch::channel(());
+        self.proxy = Some(Task { stop, handle: tokio::spawn(proxy.serve(listener, stopped)) });
+        let url = shown_url(&settings.config.proxy.addr, address);
+        tracing::info!("proxy server listening on: {url}");
+        Ok(())
     }
 
     async fn start_api(
         &mut self,
         config: &Config,
-        environment: &Environment,
+        options: ApiOptions,
         engine: Arc<Engine>,
         listener: TcpListener,
     ) -> anyhow::Result<()> {
-        let metrics = Metrics::new()?;
-        if let Some(mount) = &self.mount {
-            metrics.set_transport(match mount.mount.transport() {
-                fuse::Transport::Uring => "uring",
-                fuse::Transport::Dev | fuse::Transport::Auto => "dev",
-            });
-        }
-        let timeout = config.http.snapshot_timeout;
-        let options = ApiOptions {
-            candidate: config.lease.candidate,
-            hostname: hostname(config, environment),
-            snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
-            metrics,
-        };
         let api = spawn_blocking(move || Api::new(engine, options)).await?;
         let api = api.context("cannot init http server")?;
         let address = listener.local_addr().context("cannot init http server")?;
@@ -223,6 +273,10 @@ impl Node {
 
     /// Closes what is open. Every step is done; the first error is returned.
     async fn close(&mut self) -> anyhow::Result<()> {
+        let refused = match self.proxy.take() {
+            Some(proxy) => proxy.end("proxy server").await,
+            None => Ok(()),
+        };
         let unmounted = match &self.mount {
             Some(mount) => mount.unmount().await,
             None => Ok(()),
@@ -239,7 +293,7 @@ impl Node {
             Some(engine) => close_engine(engine).await,
             None => Ok(()),
         };
-        unmounted.and(served).and(led).and(closed)
+        refused.and(unmounted).and(served).and(led).and(closed)
     }
 }
 
@@ -256,9 +310,6 @@ impl Mount {
 
 /// A configuration that asks for what this version does not have is refused, not half done.
 fn refuse_unknown_parts(config: &Config) -> anyhow::Result<()> {
-    if !config.proxy.target.is_empty() {
-        anyhow::bail!("proxy.target is set, but this version has no proxy");
-    }
     if config.backup.kind != BackupKind::None {
         anyhow::bail!("backup.type is set, but this version has no backup client");
     }
@@ -268,9 +319,29 @@ fn refuse_unknown_parts(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the API's port; it is served later. An empty host means every address.
-async fn bind(addr: &str) -> anyhow::Result<TcpListener> {
-    let bound = match addr.strip_prefix(':') {
+/// Takes the API's port; it is served later.
+async fn bind_api(addr: &str) -> anyhow::Result<TcpListener> {
+    let bound = bind(addr).await;
+    bound
+        .with_context(|| format!("cannot init http server: cannot open http server: listen {addr}"))
+}
+
+/// Takes the proxy's port, if there is a proxy.
+async fn bind_proxy(proxy: &config::Proxy) -> anyhow::Result<Option<TcpListener>> {
+    if proxy.target.is_empty() {
+        say("no proxy target set, skipping proxy");
+        return Ok(None);
+    }
+    let addr = &proxy.addr;
+    let bound = bind(addr).await;
+    bound.map(Some).with_context(|| {
+        format!("cannot init proxy server: cannot open proxy server: listen {addr}")
+    })
+}
+
+/// Takes a port. An empty host means every address.
+async fn bind(addr: &str) -> std::io::Result<TcpListener> {
+    match addr.strip_prefix(':') {
         Some(port) => match TcpListener::bind(format!("[::]:{port}")).await {
             // A machine without IPv6.
             Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
@@ -279,9 +350,50 @@ async fn bind(addr: &str) -> anyhow::Result<TcpListener> {
             bound => bound,
         },
         None => TcpListener::bind(addr).await,
+    }
+}
+
+fn proxy_options(settings: &Settings, metrics: &Metrics) -> proxy::Options {
+    let Settings { config, environment, .. } = settings;
+    let config::Proxy { target, db, passthrough, always_forward, .. } = config.proxy.clone();
+    proxy::Options {
+        target,
+        db,
+        max_lag: config.proxy.max_lag,
+        debug: config.proxy.debug,
+        passthrough,
+        always_forward,
+        primary_wait: config.proxy.primary_redirect_timeout,
+        timeouts: proxy::Timeouts {
+            read: config.proxy.read_timeout,
+            read_header: config.proxy.read_header_timeout,
+            write: config.proxy.write_timeout,
+            idle: config.proxy.idle_timeout,
+        },
+        way: if is_fly(environment) { Way::FlyReplay } else { Way::Forward },
+        admission: if config.skip_sync { Admission::AtOnce } else { Admission::WhenReady },
+        metrics: metrics.proxy.clone(),
+    }
+}
+
+/// Where the proxy takes writes of other nodes: on the host at which they reach the API.
+fn proxy_url(
+    config: &Config,
+    environment: &Environment,
+    listener: &TcpListener,
+) -> anyhow::Result<String> {
+    let port = listener.local_addr().context("cannot init proxy server")?.port();
+    let advertised = match config.lease.advertise_url.as_str() {
+        "" => format!("http://{}", hostname(config, environment)),
+        url => url.to_owned(),
     };
-    bound
-        .with_context(|| format!("cannot init http server: cannot open http server: listen {addr}"))
+    let api = Client::new(&advertised).with_context(|| format!("advertise {advertised:?}"))?;
+    Ok(format!("http://{}", api.address_of_port(port)))
+}
+
+/// Whether this is a machine of Fly.io.
+fn is_fly(environment: &Environment) -> bool {
+    environment.get("FLY_APP_NAME").is_some_and(|name| !name.is_empty())
 }
 
 /// The URL as people type it: `localhost` for an empty host, and the real port.

@@ -1,0 +1,123 @@
+//! A primary that is not there when a write comes.
+
+use std::thread;
+
+use super::wire::{self, Connection};
+use super::{Plan, Site};
+use crate::support::node::{Member, Node, Settings};
+use crate::support::wait;
+
+const PATIENT: Plan = Plan { proxy: ", primary-redirect-timeout: 25s", environment: &[] };
+
+#[test]
+fn a_write_waits_for_a_primary_that_comes_back() {
+    let mut site = Site::with(2, &PATIENT);
+    assert_eq!(site.ask(1, "POST", "/add/a", "").seen(), (200, "1".to_owned()));
+    site.nodes[0].kill();
+    let proxy = site.proxies[1].clone();
+    let body = "x".repeat(100_000);
+    let writer = thread::spawn(move || {
+        let mut connection = Connection::open(&proxy);
+        connection.ask("POST", "/add/a", "", body.as_bytes()).seen()
+    });
+    let waits = "litefs_proxy_in_flight";
+    wait::until_true("the write at the replica", || site.metric(1, waits) == 1.0);
+    site.nodes[0].start();
+    assert_eq!(writer.join().unwrap(), (200, "2".to_owned()));
+    // The application got it once.
+    assert_eq!(site.ask(0, "GET", "/get/a", "").text(), "2");
+    assert_eq!(site.metric(1, "litefs_proxy_wait_count{for=\"primary\",result=\"met\"}"), 1.0);
+}
+
+#[test]
+fn a_write_is_refused_when_no_primary_comes() {
+    let mut site = Site::with(2, &Plan { proxy: ", primary-redirect-timeout: 100ms", ..PATIENT });
+    site.nodes[0].kill();
+    wait::until_true("the end of the stream", || {
+        site.nodes[1].log_count("disconnected from primary") > 0
+    });
+    let refused = site.ask(1, "POST", "/add/a", "");
+    let url = site.nodes[0].url();
+    let text = format!("Proxy error: no connection to the primary primary at {url}\n");
+    assert_eq!(refused.seen(), (503, text));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    // Reads go on.
+    assert_eq!(site.ask(1, "GET", "/echo", "").status(), 200);
+}
+
+/// A LiteFS primary has no proxy that it tells of; nor has this one.
+#[test]
+fn a_write_is_refused_when_the_primary_has_no_proxy() {
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    let primary = Node::primary(&Settings::default());
+    site.add(&Plan::default(), Member::Replica(&primary.url()));
+    site.nodes[0].start();
+    let text = "Proxy error: the primary primary has no proxy that takes writes of other nodes\n";
+    assert_eq!(site.ask(0, "POST", "/add/a", "").seen(), (503, text.to_owned()));
+}
+
+#[test]
+fn a_node_that_is_not_ready_says_so() {
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    site.add(&Plan::default(), Member::Primary);
+    let url = site.nodes[0].url();
+    site.add(
+        &Plan { proxy: ", primary-redirect-timeout: 100ms", ..PATIENT },
+        Member::Replica(&url),
+    );
+    site.nodes[1].spawn();
+    site.nodes[1].wait_for_log("waiting to connect to cluster");
+    let health = site.ask(1, "GET", "/litefs/health", "");
+    assert_eq!(health.seen(), (503, "not ready\n".to_owned()));
+    assert_eq!(site.ask(1, "HEAD", "/litefs/health", "").status(), 503);
+    let refused = site.ask(1, "GET", "/get/a", "");
+    assert_eq!(refused.seen(), (503, "Proxy error: the node is not ready\n".to_owned()));
+    assert_eq!(site.apps[1].requests(), 0);
+    site.nodes[0].start();
+    site.nodes[1].wait_ready();
+    assert_eq!(site.ask(1, "GET", "/litefs/health", "").status(), 200);
+    assert_eq!(site.ask(1, "GET", "/echo", "").status(), 200);
+}
+
+#[test]
+fn an_application_that_starts_late_is_waited_for() {
+    let mut site = Site::of(1);
+    let app = site.apps.remove(0);
+    let (address, database) = (app.address.clone(), site.nodes[0].file("app.db"));
+    drop(app);
+    wait::until_true("the end of the application", || {
+        std::net::TcpStream::connect(&address).is_err()
+    });
+    let proxy = site.proxies[0].clone();
+    let client = thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x").seen());
+    wait::until_true("the request", || site.metric(0, "litefs_proxy_in_flight") == 1.0);
+    site.apps.push(super::app::App::start(&address, &database));
+    assert_eq!(client.join().unwrap(), (200, "1".to_owned()));
+}
+
+#[test]
+fn a_primary_that_dies_with_the_request_is_an_error() {
+    let mut site = Site::with(2, &PATIENT);
+    let proxy = site.proxies[1].clone();
+    let client = thread::spawn(move || wire::ask(&proxy, "POST", "/late", "", b"x"));
+    wait::until_true("the request", || site.apps[0].requests() == 1);
+    site.nodes[0].kill();
+    // It may have taken effect, so it is not sent again.
+    assert_eq!(client.join().unwrap().status(), 502);
+    site.apps[0].release();
+    assert_eq!(site.apps[0].requests(), 1);
+}
+
+#[test]
+fn a_node_that_stops_refuses_what_waits() {
+    let mut site = Site::with(2, &PATIENT);
+    site.nodes[0].kill();
+    wait::until_true("the end of the stream", || {
+        site.nodes[1].log_count("disconnected from primary") > 0
+    });
+    let proxy = site.proxies[1].clone();
+    let client = thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x").seen());
+    wait::until_true("the request", || site.metric(1, "litefs_proxy_in_flight") == 1.0);
+    assert!(site.nodes[1].stop().success());
+    assert_eq!(client.join().unwrap(), (503, "Proxy error: the node stops\n".to_owned()));
+}

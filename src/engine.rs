@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -109,8 +109,10 @@ pub struct Engine {
     /// Ends the retention thread.
     stop: Arc<(Mutex<bool>, Condvar)>,
     retention: Mutex<Option<JoinHandle<()>>>,
-    /// Last, so that the thread outlives everything that queues work for it.
+    /// The thread outlives everything that queues work for it.
     writer: Mutex<Option<chain::Writer>>,
+    /// Last: as long as this is open, no other process uses the data directory.
+    lock: Mutex<Option<File>>,
 }
 
 impl Engine {
@@ -118,6 +120,7 @@ impl Engine {
     /// left as it is and logged; the others work.
     pub fn open(options: Options) -> Result<Arc<Engine>> {
         let dir = DataDir::new(&options.dir);
+        let lock = lock_directory(&dir)?;
         for path in [dir.databases(), dir.super_journals()] {
             os::create_dirs("engine:dir", &path)
                 .map_err(Error::io("create data directory", &path))?;
@@ -146,6 +149,7 @@ impl Engine {
             stop: Arc::default(),
             retention: Mutex::default(),
             writer: Mutex::new(Some(writer)),
+            lock: Mutex::new(Some(lock)),
         });
         engine.start_retention(options.retention, options.retention_interval);
         Ok(engine)
@@ -315,6 +319,7 @@ impl Engine {
             }
         }
         drop(self.writer.lock().unwrap().take());
+        drop(self.lock.lock().unwrap().take());
         result
     }
 
@@ -355,6 +360,20 @@ fn wait_for_stop(stop: &(Mutex<bool>, Condvar), interval: Duration) -> bool {
     true
 }
 
+/// Makes the directory, if it is missing, and keeps other processes from using it as long as the file
+/// is open: two that write one database would each destroy what the other has.
+fn lock_directory(dir: &DataDir) -> Result<File> {
+    os::create_dirs("engine:dir", dir.path())
+        .map_err(Error::io("create data directory", dir.path()))?;
+    let path = dir.lock();
+    let file = os::open_or_create("engine:lock", &path).map_err(Error::io("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { dir: dir.path().to_owned() }),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+    }
+}
+
 fn open_databases(dir: &DataDir, shared: &Arc<Shared>) -> Result<BTreeMap<DbName, Arc<Db>>> {
     let path = dir.databases();
     let mut databases = BTreeMap::new();
@@ -369,7 +388,12 @@ fn open_databases(dir: &DataDir, shared: &Arc<Shared>) -> Result<BTreeMap<DbName
             tracing::warn!(path = %entry.path().display(), "not a directory: left alone");
             continue;
         }
-        let db = open_database(dir, shared, &name)?;
+        let db = open_database(dir, shared, &name).unwrap_or_else(|error| {
+            let db_dir = dir.database(name.as_str());
+            let db = Db::unopened(name.clone(), db_dir, shared.clone());
+            db.fail_for_good(&error);
+            db
+        });
         databases.insert(name, db);
     }
     Ok(databases)
@@ -387,7 +411,9 @@ fn open_database(dir: &DataDir, shared: &Arc<Shared>, name: &DbName) -> Result<A
     };
     let (recovered, failure) = match recover::recover(&db_dir, &dir.super_journals(), &options) {
         Ok(recovered) => (recovered, None),
-        Err(source) => (nothing_recovered(), Some(Error::Recover { db: name.clone(), source })),
+        Err(source) => {
+            (recover::Recovered::nothing(), Some(Error::Recover { db: name.clone(), source }))
+        }
     };
     for path in &recovered.set_aside {
         tracing::warn!(db = %name, path = %path.display(), "set aside at start");
@@ -412,21 +438,6 @@ fn make_directory(dir: &DataDir, db_dir: &DbDir) -> Result<()> {
         .and_then(|()| os::sync_dir("engine:dir", db_dir.path()))
         .and_then(|()| os::sync_dir("engine:dir", &dir.databases()))
         .map_err(Error::io("create database directory", &path))
-}
-
-/// The state of a database that could not be recovered: nothing is known of it.
-fn nothing_recovered() -> recover::Recovered {
-    recover::Recovered {
-        page_size: None,
-        pos: Pos::ZERO,
-        pages: 0,
-        mode: crate::sqlite::header::JournalMode::Rollback,
-        sums: checksum::PageSums::default(),
-        timestamp_ms: 0,
-        rebuilt: Vec::new(),
-        applied: Vec::new(),
-        set_aside: Vec::new(),
-    }
 }
 
 fn read_cluster_id(dir: &DataDir) -> Result<Option<ClusterId>> {

@@ -22,8 +22,8 @@ pub mod fault {
     static FAULT: Mutex<Option<Fault>> = Mutex::new(None);
 
     thread_local! {
-        /// The fault that is armed for this thread's calls, or none.
-        static FAULT_HERE: RefCell<Option<Fault>> = const { RefCell::new(None) };
+        /// The faults that are armed for this thread's calls.
+        static FAULTS_HERE: RefCell<Vec<Fault>> = const { RefCell::new(Vec::new()) };
     }
 
     /// What to do to which call.
@@ -47,22 +47,32 @@ pub mod fault {
         replace(&mut FAULT.lock().unwrap(), None)
     }
 
-    /// As [`arm`], but only for calls of this thread, so that tests do not meet.
+    /// As [`arm`], but only for calls of this thread, so that tests do not meet; beside those that are
+    /// armed here already.
     pub fn arm_here(fault: Fault) {
-        FAULT_HERE.with_borrow_mut(|armed| replace(armed, Some(fault)));
+        ARMED.fetch_add(1, Ordering::SeqCst);
+        FAULTS_HERE.with_borrow_mut(|armed| armed.push(fault));
     }
 
-    /// As [`disarm`], for [`arm_here`].
+    /// Takes all of [`arm_here`] back; whether any was still waiting to fire.
     pub fn disarm_here() -> bool {
-        FAULT_HERE.with_borrow_mut(|armed| replace(armed, None))
+        let waiting = FAULTS_HERE.take().len();
+        ARMED.fetch_sub(waiting, Ordering::SeqCst);
+        waiting > 0
     }
 
     pub(super) fn check(label: &str) -> io::Result<()> {
         if ARMED.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        FAULT_HERE.with_borrow_mut(|armed| count(armed, label))?;
-        count(&mut FAULT.lock().unwrap(), label)
+        let here = FAULTS_HERE.with_borrow_mut(|armed| {
+            let due = armed.iter_mut().position(|fault| is_due(fault, label))?;
+            Some(armed.swap_remove(due))
+        });
+        let fault = here.or_else(|| FAULT.lock().unwrap().take_if(|fault| is_due(fault, label)));
+        let Some(fault) = fault else { return Ok(()) };
+        ARMED.fetch_sub(1, Ordering::SeqCst);
+        Err(io::Error::from_raw_os_error(fault.errno))
     }
 
     /// Puts another fault in the place of one; whether one was armed.
@@ -74,17 +84,14 @@ pub mod fault {
         before
     }
 
-    fn count(armed: &mut Option<Fault>, label: &str) -> io::Result<()> {
-        let Some(fault) = armed.as_mut().filter(|fault| label.starts_with(&fault.label)) else {
-            return Ok(());
-        };
-        if fault.after > 0 {
-            fault.after -= 1;
-            return Ok(());
+    /// Counts a call; whether it is the one to fail.
+    fn is_due(fault: &mut Fault, label: &str) -> bool {
+        if !label.starts_with(&fault.label) {
+            return false;
         }
-        let errno = fault.errno;
-        replace(armed, None);
-        Err(io::Error::from_raw_os_error(errno))
+        let due = fault.after == 0;
+        fault.after = fault.after.saturating_sub(1);
+        due
     }
 }
 

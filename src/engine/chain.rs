@@ -59,9 +59,11 @@ struct Inner {
     written: Txid,
     /// The last transaction that is in a durable file.
     synced: Txid,
-    /// Written files that are not durable yet, by first and last transaction: names rather than open
-    /// files, of which a node with many databases would run out.
-    unsynced: Vec<(Txid, Txid)>,
+    /// Written files that are not durable yet: names rather than open files, of which a node with many
+    /// databases would run out.
+    unsynced: Vec<Unsynced>,
+    /// Files of transactions that were rolled back and could not be removed.
+    withdrawn: Vec<PathBuf>,
     /// Files are being synced that are no longer in `unsynced`.
     syncing: bool,
     /// Who waits for which transaction to be durable.
@@ -69,6 +71,16 @@ struct Inner {
     /// Why the last attempt to write failed; cleared by the next success.
     error: Option<String>,
     reaped: u64,
+}
+
+/// A written file that is not durable yet.
+#[derive(Clone)]
+struct Unsynced {
+    /// What it was made of, without the bytes.
+    transaction: Arc<Transaction>,
+    /// A sync has failed: what the kernel could not write it may have forgotten, and another sync
+    /// would not tell. So the file is written again.
+    suspect: bool,
 }
 
 /// A file of the chain.
@@ -118,6 +130,18 @@ impl Chain {
         Ok(Chain { db, dir, compression, inner: Mutex::new(inner), files: Mutex::new(()) })
     }
 
+    /// The chain of a directory that cannot be listed.
+    pub fn unknown(db: DbName, dir: DbDir, compression: Compression) -> Chain {
+        Chain { db, dir, compression, inner: Mutex::default(), files: Mutex::new(()) }
+    }
+
+    /// Looks again which files there are: a snapshot takes the place of all of them.
+    pub fn list_again(&self) -> Result<()> {
+        let _files = self.files.lock().unwrap();
+        self.inner.lock().unwrap().files = list(&self.dir)?;
+        Ok(())
+    }
+
     /// Adds a captured transaction behind all others. The caller wakes the [`Writer`].
     pub fn push(&self, transaction: Arc<Transaction>) {
         let mut inner = self.inner.lock().unwrap();
@@ -133,7 +157,7 @@ impl Chain {
         debug_assert!(self.inner.lock().unwrap().queue.is_empty(), "journal commit after wal ones");
         let (file, _) = self.write_file(transaction)?;
         if durability == Durability::Synced {
-            let synced = os::sync("chain:ltx", &file)
+            let synced = os::sync("chain:sync", &file)
                 .map_err(Error::io("sync ltx file", &self.dir.ltx()))
                 .and_then(|()| self.sync_dir());
             if synced.is_err() {
@@ -141,7 +165,7 @@ impl Chain {
                 return synced;
             }
         } else {
-            self.inner.lock().unwrap().unsynced.push((transaction.min, transaction.max));
+            self.inner.lock().unwrap().unsynced.push(Unsynced::new(transaction));
         }
         Ok(())
     }
@@ -175,18 +199,37 @@ impl Chain {
     /// would be taken for the newest transaction.
     pub fn withdraw(&self, transaction: &Transaction) {
         let _files = self.files.lock().unwrap();
-        self.inner.lock().unwrap().unsynced.retain(|(min, _)| *min != transaction.min);
+        let min = transaction.min;
+        self.inner.lock().unwrap().unsynced.retain(|file| file.transaction.min != min);
         self.remove_unconfirmed(transaction);
     }
 
     fn remove_unconfirmed(&self, transaction: &Transaction) {
         let path = self.dir.ltx_file(transaction.min, transaction.max);
-        let removed = os::remove_if_present("chain:withdraw", &path)
-            .map_err(Error::io("remove ltx file", &path))
-            .and_then(|()| self.sync_dir());
-        if let Err(error) = removed {
-            tracing::error!(db = %self.db, error = chain_text(&error), "take transaction back");
+        self.inner.lock().unwrap().withdrawn.push(path);
+        if let Err(error) = self.remove_withdrawn() {
+            tracing::error!(db = %self.db, error = chain_text(&error), "take transaction back: no other is taken before");
         }
+    }
+
+    /// Removes the files of transactions that were rolled back, for good: at the next start they would
+    /// count. Until that is done nothing else is written.
+    fn remove_withdrawn(&self) -> Result<()> {
+        let paths = self.inner.lock().unwrap().withdrawn.clone();
+        if paths.is_empty() {
+            return Ok(());
+        }
+        let remove = |path: &PathBuf| {
+            os::remove_if_present("chain:withdraw", path)
+                .map_err(Error::io("remove ltx file", path))
+        };
+        let removed = paths.iter().try_for_each(remove).and_then(|()| self.sync_dir());
+        let mut inner = self.inner.lock().unwrap();
+        inner.error = removed.as_ref().err().map(|error| chain_text(error));
+        if removed.is_ok() {
+            inner.withdrawn.clear();
+        }
+        removed
     }
 
     /// Takes a written, verified, synced LTX file into the chain under its name. Files that it
@@ -232,6 +275,7 @@ impl Chain {
     /// Writes all that is queued. An error leaves the rest queued and is remembered.
     pub fn flush(&self) -> Result<()> {
         let _files = self.files.lock().unwrap();
+        self.remove_withdrawn()?;
         while let Some(batch) = self.next_batch() {
             let result = self.write_batch(&batch);
             let mut inner = self.inner.lock().unwrap();
@@ -383,6 +427,11 @@ impl Chain {
         set_aside_as(&self.dir, &temporary, &format!("{}-{}.ltx", transaction.min, transaction.max))
     }
 
+    /// Where its files are.
+    pub fn dir(&self) -> &DbDir {
+        &self.dir
+    }
+
     /// How much there is.
     pub fn stats(&self) -> Stats {
         let inner = self.inner.lock().unwrap();
@@ -432,7 +481,7 @@ impl Chain {
         let (min, max) = (transaction.min, transaction.max);
         let mut inner = self.inner.lock().unwrap();
         inner.add_file(LtxFile { min, max, size, mtime: SystemTime::now() });
-        inner.unsynced.push((min, max));
+        inner.unsynced.push(Unsynced::new(transaction));
         Ok(())
     }
 
@@ -490,10 +539,7 @@ impl Chain {
             inner.syncing = true;
             (std::mem::take(&mut inner.unsynced), inner.written)
         };
-        let result = self
-            .sync_all(&unsynced)
-            .map_err(Error::io("sync ltx files", &self.dir.ltx()))
-            .and_then(|()| self.sync_dir());
+        let result = self.sync_all(&unsynced).and_then(|()| self.sync_dir());
         let mut inner = self.inner.lock().unwrap();
         inner.syncing = false;
         match &result {
@@ -503,7 +549,9 @@ impl Chain {
             }
             Err(error) => {
                 inner.error = Some(chain_text(error));
-                inner.unsynced.extend(unsynced);
+                // Before those that were written meanwhile.
+                let suspects = unsynced.into_iter().map(|file| Unsynced { suspect: true, ..file });
+                inner.unsynced.splice(0..0, suspects);
             }
         }
         result
@@ -511,15 +559,57 @@ impl Chain {
 
     /// Starts the write-back of all files before waiting for the first: one journal commit of the
     /// file system instead of one for each.
-    fn sync_all(&self, files: &[(Txid, Txid)]) -> io::Result<()> {
-        for part in files.chunks(limits::SYNC_FILES) {
-            let open =
-                |(min, max): &(Txid, Txid)| os::open("chain:ltx", &self.dir.ltx_file(*min, *max));
-            let opened = part.iter().map(open).collect::<io::Result<Vec<File>>>()?;
+    fn sync_all(&self, files: &[Unsynced]) -> Result<()> {
+        let (suspect, fresh): (Vec<_>, Vec<_>) = files.iter().partition(|file| file.suspect);
+        suspect.into_iter().try_for_each(|file| self.write_again(&file.transaction))?;
+        let dir = self.dir.ltx();
+        for part in fresh.chunks(limits::SYNC_FILES) {
+            let error = || Error::io("sync ltx files", &dir);
+            let open = |file: &&Unsynced| os::open("chain:ltx", &file.path(&self.dir));
+            let opened = part.iter().map(open).collect::<io::Result<Vec<File>>>();
+            let opened = opened.map_err(error())?;
             opened.iter().for_each(os::start_writeback);
-            opened.iter().try_for_each(|file| os::sync("chain:ltx", file))?;
+            opened.iter().try_for_each(|file| os::sync("chain:sync", file)).map_err(error())?;
         }
         Ok(())
+    }
+
+    /// Writes a file again, durably: from what it was made of, or, where that has changed since, from
+    /// itself. If neither is right any more the chain has a gap there.
+    fn write_again(&self, transaction: &Transaction) -> Result<()> {
+        let path = self.dir.ltx_file(transaction.min, transaction.max);
+        let temporary = path.with_extension("ltx.tmp");
+        let copied = match self.write_temporary_file(transaction, &temporary) {
+            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => {
+                self.copy_verified(&path, &temporary)?
+            }
+            written => Some(written?),
+        };
+        match copied {
+            Some(file) => {
+                os::sync("chain:sync", &file).map_err(Error::io("sync ltx file", &temporary))?;
+                os::rename("chain:ltx", &temporary, &path)
+                    .map_err(Error::io("rename ltx file", &path))
+            }
+            None => {
+                let kept = set_aside(&self.dir, &path)?;
+                tracing::error!(db = %self.db, path = %kept.display(), "ltx file is damaged after a failed sync, and what it was made of is gone: replicas that need it get a snapshot");
+                self.inner.lock().unwrap().files.remove(&transaction.min);
+                Ok(())
+            }
+        }
+    }
+
+    /// Copies an LTX file that verifies; none if it does not.
+    fn copy_verified(&self, path: &Path, temporary: &Path) -> Result<Option<File>> {
+        let bytes = fs::read(path).map_err(Error::io("read ltx file", path))?;
+        if ltx::verify(&bytes[..]).is_err() {
+            return Ok(None);
+        }
+        os::remove_if_present("chain:ltx", temporary)
+            .and_then(|()| os::create_new("chain:ltx", temporary))
+            .and_then(|file| os::write_at("chain:ltx", &file, &bytes, 0).map(|()| Some(file)))
+            .map_err(Error::io("write ltx file", temporary))
     }
 
     fn sync_dir(&self) -> Result<()> {
@@ -535,7 +625,7 @@ impl Chain {
         }
         let mut inner = self.inner.lock().unwrap();
         // The first transaction of a database is one too, and not always durable yet.
-        inner.unsynced.retain(|(min, max)| self.dir.ltx_file(*min, *max) == keep);
+        inner.unsynced.retain(|file| file.path(&self.dir) == keep);
         inner.forget_recent();
     }
 
@@ -603,6 +693,16 @@ fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
     os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
     os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
     Ok(target)
+}
+
+impl Unsynced {
+    fn new(transaction: &Transaction) -> Unsynced {
+        Unsynced { transaction: Arc::new(transaction.without_bytes()), suspect: false }
+    }
+
+    fn path(&self, dir: &DbDir) -> PathBuf {
+        dir.ltx_file(self.transaction.min, self.transaction.max)
+    }
 }
 
 impl Inner {

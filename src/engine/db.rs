@@ -170,9 +170,27 @@ impl Db {
     ) -> Result<Arc<Db>> {
         let txid = recovered.pos.txid;
         let chain = Chain::open(name.clone(), dir.clone(), shared.compression, txid)?;
-        let change = Change::new(recovered);
         let files = Files::open(dir.clone())?;
-        Ok(Arc::new_cyclic(|me| Db {
+        Ok(Db::of_parts(name, dir, shared, Change::new(recovered), chain, files))
+    }
+
+    /// A database whose directory cannot even be opened: nothing is known of it, and nothing of it can
+    /// be seen. The caller puts it into the failed state.
+    pub(super) fn unopened(name: DbName, dir: DbDir, shared: Arc<Shared>) -> Arc<Db> {
+        let chain = Chain::unknown(name.clone(), dir.clone(), shared.compression);
+        let files = Files::none(dir.clone());
+        Db::of_parts(name, dir, shared, Change::new(Recovered::nothing()), chain, files)
+    }
+
+    fn of_parts(
+        name: DbName,
+        dir: DbDir,
+        shared: Arc<Shared>,
+        change: Change,
+        chain: Chain,
+        files: Files,
+    ) -> Arc<Db> {
+        Arc::new_cyclic(|me| Db {
             me: me.clone(),
             files,
             name,
@@ -189,7 +207,7 @@ impl Db {
             virtual_inos: [next_ino(), next_ino()],
             hwm: AtomicU64::new(0),
             counters: Counters::default(),
-        }))
+        })
     }
 
     /// Its name.
@@ -278,6 +296,7 @@ impl Db {
 
     /// Makes one of its files.
     pub fn create_file(&self, kind: FileKind) -> Result<Arc<Backing>, Refusal> {
+        self.refuse_lost()?;
         match kind {
             FileKind::Journal if !self.may_write() => {
                 self.note_refused_write();
@@ -434,15 +453,16 @@ impl Db {
             let transaction = self.deletion(&change, &database.file);
             self.chain.flush()?;
             self.chain.write_now(&transaction, super::chain::Durability::Synced)?;
-            self.remove_files()?;
+            // It is dropped: the next start would come to that, whatever happens to the files now.
             change.reset();
             change.advance(&transaction);
             let transaction = Arc::new(transaction);
             self.chain.confirm(transaction.clone());
+            self.discard_files();
             self.announce(&change, &transaction);
         } else {
-            self.remove_files()?;
             change.reset();
+            self.discard_files();
         }
         self.shared.names_changed(self.name.as_str());
         self.refuse_late_commit()
@@ -457,6 +477,14 @@ impl Db {
             return Err(Refusal::Os(libc::EIO));
         }
         Ok(())
+    }
+
+    /// Takes SQLite's files away, which mean nothing any more. What cannot be removed now goes before a
+    /// file is made again, or at the next start.
+    fn discard_files(&self) {
+        if let Err(error) = self.files.discard() {
+            tracing::warn!(db = %self.name, error = chain_text(&error), "remove the files of a dropped database: tried again later");
+        }
     }
 
     /// Removes SQLite's files.

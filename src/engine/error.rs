@@ -48,6 +48,15 @@ pub enum Error {
         /// Where it would have to stand.
         need: Pos,
     },
+    /// Another process uses the data directory.
+    #[error(
+        "data directory {} is in use by another process: stop that one, or set another data.dir",
+        dir.display()
+    )]
+    InUse {
+        /// The data directory.
+        dir: PathBuf,
+    },
     /// Only the primary can do this.
     #[error("this node is not the primary")]
     NotPrimary,

@@ -79,26 +79,41 @@ pub struct Files {
     naming: Mutex<()>,
     /// A name was made or removed since the directory was synced.
     names_changed: AtomicBool,
+    /// Files that do not exist any more could not be removed from the directory.
+    has_leftovers: AtomicBool,
 }
 
 impl Files {
     /// The files that stand in `dir` now.
     pub fn open(dir: DbDir) -> Result<Files> {
-        let files = Files {
+        let files = Files::none(dir);
+        files.find()?;
+        Ok(files)
+    }
+
+    /// No file, whatever stands in `dir`.
+    pub fn none(dir: DbDir) -> Files {
+        Files {
             dir,
             slots: Mutex::default(),
             naming: Mutex::default(),
             names_changed: AtomicBool::new(false),
-        };
-        for kind in FileKind::ALL {
-            let path = kind.path(&files.dir);
+            has_leftovers: AtomicBool::new(false),
+        }
+    }
+
+    /// Opens the files that stand in the directory and are not known.
+    pub fn find(&self) -> Result<()> {
+        let _naming = self.naming.lock().unwrap();
+        for kind in FileKind::ALL.into_iter().filter(|kind| self.get(*kind).is_none()) {
+            let path = kind.path(&self.dir);
             match os::open("files:open", &path) {
-                Ok(file) => drop(files.set(kind, Some(file))),
+                Ok(file) => drop(self.set(kind, Some(file))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::io("open", &path)(error)),
             }
         }
-        Ok(files)
+        Ok(())
     }
 
     /// The file as it exists now.
@@ -128,6 +143,7 @@ impl Files {
     }
 
     fn make(&self, kind: FileKind) -> Result<Arc<Backing>> {
+        self.remove_leftovers()?;
         let path = kind.path(&self.dir);
         let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
         let backing = self.set(kind, Some(file));
@@ -144,6 +160,32 @@ impl Files {
         self.set(kind, None);
         self.names_changed.fetch_or(existed, Ordering::SeqCst);
         Ok(existed)
+    }
+
+    /// Takes all files away. They are gone even if they cannot be removed from the directory yet:
+    /// then that is done before another file is made.
+    pub fn discard(&self) -> Result<()> {
+        let _naming = self.naming.lock().unwrap();
+        for kind in FileKind::ALL {
+            self.set(kind, None);
+        }
+        self.names_changed.store(true, Ordering::SeqCst);
+        self.has_leftovers.store(true, Ordering::SeqCst);
+        self.remove_leftovers()
+    }
+
+    /// A log beside another database than its own would be taken for that one's.
+    fn remove_leftovers(&self) -> Result<()> {
+        if !self.has_leftovers.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        // A journal goes before what it would be played back to.
+        for kind in [FileKind::Journal, FileKind::Database, FileKind::Wal, FileKind::Shm] {
+            let path = kind.path(&self.dir);
+            os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
+        }
+        self.has_leftovers.store(false, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Makes the names durable, if any changed: what SQLite asks for by a sync of the directory once

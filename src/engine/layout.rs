@@ -1,6 +1,7 @@
 //! Where the files of a node and of a database stand.
 //!
 //! ```text
+//! DATA/lock                      locked (flock) by the process that uses the directory
 //! DATA/clusterid                 the cluster id and a newline
 //! DATA/node-ids                  the ids that this node has had
 //! DATA/super-journals/           super-journals of transactions over several databases
@@ -30,6 +31,11 @@ impl DataDir {
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// The file that is locked by the process that uses the directory.
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
     }
 
     /// The file that holds the cluster id.

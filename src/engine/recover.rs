@@ -142,6 +142,23 @@ pub struct Recovered {
     pub set_aside: Vec<PathBuf>,
 }
 
+impl Recovered {
+    /// The state of a database that could not be recovered: nothing is known of it.
+    pub fn nothing() -> Recovered {
+        Recovered {
+            page_size: None,
+            pos: Pos::ZERO,
+            pages: 0,
+            mode: JournalMode::Rollback,
+            sums: PageSums::default(),
+            timestamp_ms: 0,
+            rebuilt: Vec::new(),
+            applied: Vec::new(),
+            set_aside: Vec::new(),
+        }
+    }
+}
+
 /// Makes the database in `dir` right. `super_journals` is the directory of super-journals.
 ///
 /// Afterwards `database` holds the pages of the position, durably; there is no journal, no WAL and no

@@ -184,6 +184,24 @@ impl Transaction {
         }
     }
 
+    /// The same without the bytes of its LTX file: some 24 bytes a page.
+    pub fn without_bytes(&self) -> Transaction {
+        Transaction {
+            min: self.min,
+            max: self.max,
+            pre: self.pre,
+            post: self.post,
+            page_size: self.page_size,
+            commit: self.commit,
+            pages: self.pages.clone(),
+            source: self.source.clone(),
+            timestamp_ms: self.timestamp_ms,
+            node_id: self.node_id,
+            wal: self.wal,
+            encoded: Mutex::new(None),
+        }
+    }
+
     /// The header of its LTX file.
     pub fn header(&self, compression: Compression) -> Header {
         Header {

@@ -1,8 +1,10 @@
 //! What must not get lost when a step fails or the process ends there.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
+use litefs::engine::Db;
 use litefs::engine::db::{DbState, Refusal};
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
@@ -11,9 +13,12 @@ use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno, Txid};
 
+use crate::support::local::copy;
 use crate::support::wait;
 
-use super::{PAGE, begin, commit, contents, database, file, image, lock, primary, unlock_all};
+use super::{
+    PAGE, begin, commit, contents, database, file, image, lock, open, primary, unlock_all,
+};
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
 fn fail(label: &str, after: u32) {
@@ -134,7 +139,7 @@ fn an_import_leaves_no_journal_that_would_be_played_back_over_it() {
 #[test]
 fn a_commit_that_fails_does_not_come_back_at_the_next_start() {
     // While the LTX file is made durable, and when the journal is to go.
-    for label in ["chain:ltx", "chain:dir", "files:remove"] {
+    for label in ["chain:ltx", "chain:sync", "chain:dir", "files:remove"] {
         for after in 0.. {
             let dir = tempfile::tempdir().unwrap();
             let engine = primary(dir.path());
@@ -183,10 +188,177 @@ fn writers_are_let_in_again_after_a_sync_that_failed_once() {
     db.write_database(&file(&db, FileKind::Database), 0, &content).unwrap();
     db.remove_journal().unwrap();
     unlock_all(&db);
-    fail("chain:ltx", 0);
+    fail("chain:sync", 0);
     db.chain().sync().unwrap_err();
     let reserved = LockSet::one(Lock::Reserved);
     wait::until_true("a write lock", || lock(&db, reserved, LockKind::Exclusive).is_ok());
     assert_eq!(db.state(), DbState::Ready);
     assert!(db.chain().is_durable(Txid(1)));
+}
+
+/// One transaction whose journal the application does not sync.
+fn commit_unsynced(db: &Db, content: &[u8]) {
+    lock(db, super::write_locks(), LockKind::Exclusive).unwrap();
+    let journal = file(db, FileKind::Journal);
+    db.write_journal(&journal, 0, &[1; 512]).unwrap();
+    db.write_database(&file(db, FileKind::Database), 0, content).unwrap();
+    db.remove_journal().unwrap();
+    unlock_all(db);
+}
+
+/// The LTX file of one transaction.
+fn ltx_path(db: &Db, txid: u64) -> PathBuf {
+    db.chain().dir().ltx_file(Txid(txid), Txid(txid))
+}
+
+fn is_whole(path: &Path) -> bool {
+    ltx::verify(fs::File::open(path).unwrap()).is_ok()
+}
+
+/// After a failed sync Linux takes the pages for clean, and may drop them.
+#[test]
+fn a_file_whose_sync_failed_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit_unsynced(&db, &image(3));
+    fail("chain:sync", 0);
+    db.chain().sync().unwrap_err();
+    let path = ltx_path(&db, 1);
+    let len = fs::metadata(&path).unwrap().len();
+    fs::write(&path, vec![0; len as usize]).unwrap();
+    db.chain().sync().unwrap();
+    assert!(db.chain().is_durable(Txid(1)) && is_whole(&path));
+}
+
+#[test]
+fn a_file_whose_sync_failed_is_copied_or_set_aside_when_its_pages_have_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    for rows in [3, 9, 4] {
+        commit_unsynced(&db, &image(rows));
+    }
+    let paths = [1, 2, 3].map(|txid| ltx_path(&db, txid));
+    fail("chain:sync", 0);
+    db.chain().sync().unwrap_err();
+    let inode = |path: &PathBuf| fs::metadata(path).unwrap().ino();
+    let before = inode(&paths[0]);
+    fs::write(&paths[1], "").unwrap();
+    db.chain().sync().unwrap();
+    assert!(inode(&paths[0]) != before, "it is another file");
+    assert!(is_whole(&paths[0]) && is_whole(&paths[2]) && !paths[1].exists());
+    assert_eq!(db.lost_found_count(), 1);
+    engine.close().unwrap();
+    let db = database(&primary(dir.path()), "db");
+    assert_eq!((db.pos().txid, db.state()), (Txid(3), DbState::Ready));
+}
+
+/// What is to be found after a crash here: the state of the files and of the memory is one.
+#[track_caller]
+fn check_dropped_or_not(dir: &Path, db: &Db, failed: bool, what: &str) {
+    let pos = db.pos();
+    assert_eq!(pos.txid, Txid(if failed { 1 } else { 2 }), "{what}");
+    assert_eq!(db.files().get(FileKind::Database).is_some(), failed, "{what}");
+    let crashed = tempfile::tempdir().unwrap();
+    copy(&dir.join("dbs"), &crashed.path().join("dbs"));
+    let engine = primary(crashed.path());
+    let again = database(&engine, "db");
+    assert_eq!((again.pos(), again.state()), (pos, DbState::Ready), "{what}");
+    assert_eq!(again.files().get(FileKind::Database).is_some(), failed, "{what}");
+    engine.close().unwrap();
+}
+
+#[test]
+fn a_drop_that_fails_anywhere_is_done_or_not_done() {
+    for label in ["chain:ltx", "chain:sync", "chain:dir", "files:remove"] {
+        for after in 0.. {
+            let what = format!("{label} {after}");
+            let dir = tempfile::tempdir().unwrap();
+            let engine = primary(dir.path());
+            let db = database(&engine, "db");
+            commit(&db, &image(3));
+            fail(label, after);
+            let failed = db.drop_database().is_err();
+            let fired = !fault::disarm_here();
+            check_dropped_or_not(dir.path(), &db, failed, &what);
+            if !failed {
+                // It can be made again, whatever was left of it.
+                file(&db, FileKind::Database);
+                commit(&db, &image(5));
+                assert_eq!(db.pos().txid, Txid(3), "{what}");
+            }
+            engine.close().unwrap();
+            if !fired {
+                assert!(after > 0, "{label} is never called");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_could_not_be_taken_back_keeps_others_out_until_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(3));
+    fail("chain:sync", 0);
+    fail("chain:withdraw", 0);
+    db.drop_database().unwrap_err();
+    assert!(!fault::disarm_here());
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    let reserved = LockSet::one(Lock::Reserved);
+    wait::until_true("a write lock", || lock(&db, reserved, LockKind::Exclusive).is_ok());
+    unlock_all(&db);
+    check_dropped_or_not(dir.path(), &db, true, "after the retry");
+}
+
+#[test]
+fn one_bad_database_fails_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    for name in ["good", "listless", "shapeless"] {
+        commit(&database(&engine, name), &image(3));
+    }
+    engine.close().unwrap();
+    let dbs = dir.path().join("dbs");
+    fs::remove_dir_all(dbs.join("listless/ltx")).unwrap();
+    fs::write(dbs.join("listless/ltx"), "no directory").unwrap();
+    fs::remove_file(dbs.join("shapeless/database")).unwrap();
+    fs::create_dir(dbs.join("shapeless/database")).unwrap();
+    let before = contents(&dbs.join("listless"));
+    let engine = primary(dir.path());
+    assert_eq!(database(&engine, "good").state(), DbState::Ready);
+    commit(&database(&engine, "good"), &image(4));
+    for name in ["listless", "shapeless"] {
+        let db = database(&engine, name);
+        assert!(matches!(db.state(), DbState::Failed(_)), "{name}");
+        assert!(db.create_file(FileKind::Database).is_err(), "{name}");
+        assert_eq!(
+            lock(&db, LockSet::one(Lock::Reserved), LockKind::Exclusive),
+            Err(Refusal::WouldBlock)
+        );
+    }
+    assert!(contents(&dbs.join("listless")) == before);
+    // Once the cause is gone, an import takes its place.
+    fs::remove_dir(dbs.join("shapeless/database")).unwrap();
+    let source = dir.path().join("import");
+    fs::write(&source, image(7)).unwrap();
+    let pos = database(&engine, "shapeless").import(&source).unwrap();
+    engine.close().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "shapeless");
+    assert_eq!((db.pos(), db.state()), (pos, DbState::Ready));
+}
+
+#[test]
+fn a_data_directory_in_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let refused = open(dir.path()).err().unwrap().to_string();
+    assert!(refused.contains(&dir.path().display().to_string()), "{refused}");
+    assert!(refused.contains("in use by another process"), "{refused}");
+    engine.close().unwrap();
+    open(dir.path()).unwrap();
 }

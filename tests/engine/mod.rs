@@ -27,9 +27,9 @@ const PAGE: usize = 4096;
 /// The one client of these tests.
 const CLIENT: u64 = 7;
 
-/// An engine on `dir` that may write.
-fn primary(dir: &Path) -> Arc<Engine> {
-    let engine = Engine::open(engine::Options {
+/// An engine on `dir`.
+fn open(dir: &Path) -> engine::Result<Arc<Engine>> {
+    Engine::open(engine::Options {
         dir: dir.to_owned(),
         compression: Compression::Lz4,
         retention: Duration::ZERO,
@@ -37,8 +37,12 @@ fn primary(dir: &Path) -> Arc<Engine> {
         strict_verify: true,
         node_id: NodeId(1),
         clock: Box::new(|| 1),
-    });
-    let engine = engine.unwrap();
+    })
+}
+
+/// An engine on `dir` that may write.
+fn primary(dir: &Path) -> Arc<Engine> {
+    let engine = open(dir).unwrap();
     engine.set_role(Role::Primary);
     engine
 }

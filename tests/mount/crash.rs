@@ -144,3 +144,26 @@ fn an_application_survives_the_node_and_opens_its_database_again(
     shell.close();
     check_chain(&node.db_dir(DB), node.pos(DB));
 }
+
+/// Two processes on one data directory would each destroy what the other writes.
+#[test]
+fn a_second_process_on_a_data_directory_is_refused() {
+    let mut node = strict("auto");
+    sqlite::run(&node.file(DB), "create table t(x)");
+    let config = fs::read_to_string(node.scratch("litefs.yml")).unwrap();
+    let mount = node.mount().display().to_string();
+    let other = node.scratch("other.yml");
+    let config = config.replace(&mount, &format!("{mount}-2")).replace("addr: '", "addr: ':0' #");
+    fs::write(&other, config.replace("#", "}\n# ")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let output = command.args(["mount", "-config"]).arg(&other).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{said}");
+    let data = node.data().display().to_string();
+    let line = said.lines().find(|line| line.contains("in use by another process"));
+    assert!(line.is_some_and(|line| line.contains(&data)), "{said}");
+    sqlite::run(&node.file(DB), "insert into t values (1)");
+    node.kill();
+    node.start();
+    assert_eq!(sqlite::run(&node.file(DB), "select count(*) from t"), "1");
+}

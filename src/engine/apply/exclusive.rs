@@ -85,6 +85,11 @@ impl Db {
         stale: &mut Stale,
     ) -> Result<()> {
         self.check_outcome(change, received)?;
+        if self.is_lost() {
+            // Perhaps nothing could be opened, and can be now.
+            self.files.find()?;
+            self.chain.list_again()?;
+        }
         // Before the LTX file is there, so that a WAL found beside it is never older than it.
         self.retire_wal(change, stale)?;
         self.store(change, received)?;

@@ -95,10 +95,17 @@ impl IndexHeader {
         (first == second).then(|| IndexHeader::parse_copy(first)).flatten()
     }
 
+    /// Whether a client takes the header at the start of the file as it is, rather than building the
+    /// index anew. That of an empty WAL is taken too, though it has no page size and does not parse.
+    pub fn is_taken(bytes: &[u8]) -> bool {
+        let Some((copies, _)) = bytes.split_at_checked(CKPT_AT) else { return false };
+        let (first, second) = copies.split_at(HEADER_COPY_SIZE);
+        first == second && is_whole(first)
+    }
+
     /// One copy of the header.
     fn parse_copy(copy: &[u8]) -> Option<IndexHeader> {
-        let checksum = WalChecksum(ne_u32(copy, CHECKSUM_AT), ne_u32(copy, CHECKSUM_AT + 4));
-        if copy[IS_INIT_AT] == 0 || checksum != checksum_of(copy) || ne_u32(copy, 0) != VERSION {
+        if !is_whole(copy) || ne_u32(copy, 0) != VERSION {
             return None;
         }
         let page_size = match u16::from_ne_bytes([copy[PAGE_SIZE_AT], copy[PAGE_SIZE_AT + 1]]) {
@@ -139,6 +146,12 @@ impl IndexHeader {
         put_ne_u32(&mut copy, CHECKSUM_AT + 4, checksum.1);
         copy
     }
+}
+
+/// Whether a copy of the header was initialised and written in full.
+fn is_whole(copy: &[u8]) -> bool {
+    let checksum = WalChecksum(ne_u32(copy, CHECKSUM_AT), ne_u32(copy, CHECKSUM_AT + 4));
+    copy[IS_INIT_AT] != 0 && checksum == checksum_of(copy)
 }
 
 fn checksum_of(copy: &[u8]) -> WalChecksum {

@@ -13,6 +13,8 @@ use crate::support::sqlite;
 mod crash;
 /// What shells and scripts do to files.
 mod files;
+/// A disk without room.
+mod full;
 /// Journal modes, page sizes, locking modes, attached databases.
 mod modes;
 /// A primary that becomes something else while applications write.

@@ -207,14 +207,25 @@ impl Db {
         if !self.shared.is_passthrough() {
             return Ok(self.wal_header(wal)?.map(|header| (End::LastCommit, header.salts)));
         }
-        let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(None) };
-        let mut bytes = [0; CKPT_AT];
-        let read = os::read_up_to(&shm.file, &mut bytes, 0)
-            .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
         // Two copies that differ are a client that died while writing them: SQLite's next client
         // recovers the index, and what that finds is captured when it gives the WRITE lock back.
-        let header = (read == bytes.len()).then(|| IndexHeader::parse(&bytes)).flatten();
+        let header = IndexHeader::parse(&self.index_header()?);
         Ok(header.map(|header| (End::Frame(header.mx_frame), header.salts)))
+    }
+
+    /// The header of the wal-index, zeros if it is not all there. Only with passthrough do we see what
+    /// clients see.
+    fn index_header(&self) -> Result<[u8; CKPT_AT]> {
+        let mut bytes = [0; CKPT_AT];
+        let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(bytes) };
+        let read = os::read_up_to(&shm.file, &mut bytes, 0)
+            .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
+        Ok(if read == bytes.len() { bytes } else { [0; CKPT_AT] })
+    }
+
+    /// Whether the next client has to build the wal-index anew.
+    pub(in crate::engine) fn needs_index(&self) -> Result<bool> {
+        Ok(!IndexHeader::is_taken(&self.index_header()?))
     }
 
     fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {

@@ -206,10 +206,20 @@ impl Db {
         let is_behind =
             self.may_write() && (self.inbox.has_queue() || self.has_strays.load(Ordering::SeqCst));
         let refused = || self.shared.is_fenced() || self.refuses_writers() || self.shared.is_full();
-        if writes && (is_behind || refused()) {
+        if writes && (is_behind || (refused() && !self.builds_index(request.set))) {
             return Err(Refusal::WouldBlock);
         }
         Ok(())
+    }
+
+    /// Whether WRITE is wanted to build the wal-index, as the first reader of a WAL does. Nobody can
+    /// commit before that is done, so readers get in where writers must not.
+    fn builds_index(&self, set: LockSet) -> bool {
+        let passthrough = self.shared.is_passthrough();
+        passthrough
+            && set.contains(Lock::Write)
+            && self.refuse_lost().is_ok()
+            && matches!(self.needs_index(), Ok(true))
     }
 
     /// Whether it has become too late to begin a transaction. Asked when the lock is held, so that

@@ -182,6 +182,28 @@ fn only_os_changes_files() {
     refuse("a call that changes a file has a label, in src/os.rs", broken);
 }
 
+/// The keys of `src/config.rs`, as the paths that a person writes.
+#[test]
+fn the_configuration_page_has_every_key() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(root.join("src/config.rs")).unwrap();
+    let page = fs::read_to_string(root.join("docs/configuration.md")).unwrap();
+    let keys =
+        source.lines().filter_map(|line| line.trim().strip_prefix('"')?.split_once("\" => "));
+    let keys = keys.filter(|(_, rest)| rest.contains(": ") && rest.contains(" = "));
+    let sections = ["data", "fuse", "http", "proxy", "lease", "consul", "backup", "log", "tracing"];
+    let (mut count, mut missing) = (0, Vec::new());
+    for (key, _) in keys.filter(|(key, _)| !sections.contains(key)) {
+        count += 1;
+        let stands = page.contains(&format!("| `{key}` |")) || page.contains(&format!(".{key}` |"));
+        if !stands {
+            missing.push(key);
+        }
+    }
+    assert!(count > 50, "only {count} keys found");
+    assert!(missing.is_empty(), "not in docs/configuration.md: {missing:?}");
+}
+
 #[test]
 fn only_the_kernels_side_is_unsafe() {
     let sources = sources();

@@ -327,6 +327,26 @@ mod tests {
     }
 
     #[test]
+    fn the_dashboard_asks_for_metrics_that_exist() {
+        let metrics = Metrics::new().unwrap();
+        let db = metrics.database("app.db");
+        db.txid.set(1);
+        metrics.set_transport("dev");
+        let times = crate::engine::times::Times::default().noted();
+        metrics.set_times("app.db", times, times);
+        let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
+        let dashboard = include_str!("../../docs/grafana.json");
+        let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
+        let words = dashboard.split(|c| !is_name(c));
+        let asked: Vec<_> = words.filter(|word| word.starts_with("litefs_")).collect();
+        assert!(asked.len() > 20, "only {} metrics", asked.len());
+        for name in asked {
+            let exists = text.lines().any(|line| line.split(['{', ' ']).next() == Some(name));
+            assert!(exists, "{name} is not in:\n{text}");
+        }
+    }
+
+    #[test]
     fn one_database_has_one_set_of_counters() {
         let metrics = Metrics::new().unwrap();
         metrics.database("a").commits.inc();

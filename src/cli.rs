@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use crate::telemetry::log::chain;
 use crate::telemetry::say;
 
+mod config;
 mod export;
 mod flags;
 mod import;
@@ -40,6 +41,7 @@ Commands:
   status   show what the local node knows and does
   export   copy a database out of the cluster into a file
   import   copy a SQLite file into the cluster
+  config   check the configuration file
   version  print the version
 
 litefs COMMAND -h shows the flags of a command.";
@@ -56,6 +58,7 @@ const COMMANDS: &[Command] = &[
     Command { spec: &status::SPEC, run: status::run },
     Command { spec: &export::SPEC, run: export::run },
     Command { spec: &import::SPEC, run: import::run },
+    Command { spec: &config::SPEC, run: config::run },
     Command { spec: &version::SPEC, run: version::run },
 ];
 

@@ -108,6 +108,16 @@ pub enum Invalid {
     ProxyDb,
     #[error("proxy bind address required")]
     ProxyAddr,
+    #[error("proxy.target must be HOST:PORT or unix:PATH, got {0:?}")]
+    ProxyTarget(String),
+    #[error("{0} must be HOST:PORT or :PORT, got {1:?}")]
+    Address(&'static str, String),
+    #[error("proxy.addr and http.addr cannot be the same address: {0}")]
+    SameAddress(String),
+    #[error("a path cannot be in both proxy.passthrough and proxy.always-forward: {0:?}")]
+    BothPatterns(String),
+    #[error("data.dir cannot be inside fuse.dir: the mount would hide the databases from litefs")]
+    DataInMount,
 }
 
 /// Reads the file at `path`, or without one the first that exists of `./litefs.yml`,
@@ -214,6 +224,9 @@ impl Config {
         if lease.kind == Some(LeaseKind::Consul) && lease.consul.key.is_empty() {
             return Err(Invalid::ConsulKey);
         }
+        if !has_port(&self.http.addr) {
+            return Err(Invalid::Address("http.addr", self.http.addr.clone()));
+        }
         self.check_backup()?;
         self.check_proxy()
     }
@@ -225,8 +238,11 @@ impl Config {
         if self.data.dir.as_os_str().is_empty() {
             return Err(Invalid::DataDir);
         }
-        let same = same_directory(&self.fuse.dir, &self.data.dir);
-        if same { Err(Invalid::SameDir) } else { Ok(()) }
+        if same_directory(&self.fuse.dir, &self.data.dir) {
+            return Err(Invalid::SameDir);
+        }
+        let inside = absolute(&self.data.dir).starts_with(absolute(&self.fuse.dir));
+        if inside { Err(Invalid::DataInMount) } else { Ok(()) }
     }
 
     fn check_backup(&self) -> Result<(), Invalid> {
@@ -244,18 +260,41 @@ impl Config {
         if self.proxy.db.is_empty() {
             return Err(Invalid::ProxyDb);
         }
-        if self.proxy.addr.is_empty() {
+        let Proxy { addr, target, passthrough, always_forward, .. } = &self.proxy;
+        if addr.is_empty() {
             return Err(Invalid::ProxyAddr);
         }
-        Ok(())
+        if !has_port(addr) {
+            return Err(Invalid::Address("proxy.addr", addr.clone()));
+        }
+        if *addr == self.http.addr && !addr.ends_with(":0") {
+            return Err(Invalid::SameAddress(addr.clone()));
+        }
+        let is_target =
+            target.strip_prefix("unix:").map_or(has_port(target), |path| !path.is_empty());
+        if !is_target {
+            return Err(Invalid::ProxyTarget(target.clone()));
+        }
+        match passthrough.iter().find(|pattern| always_forward.contains(pattern)) {
+            Some(pattern) => Err(Invalid::BothPatterns(pattern.clone())),
+            None => Ok(()),
+        }
     }
 }
 
 /// Whether two paths name one directory, by their text after `.`, doubled and trailing slashes
 /// are gone; symbolic links are not followed.
 fn same_directory(a: &Path, b: &Path) -> bool {
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     absolute(a).components().eq(absolute(b).components())
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Whether a text ends with a port.
+fn has_port(address: &str) -> bool {
+    address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
 }
 
 /// A value of the file: how it reads itself. A layer over `Deserialize` because durations and

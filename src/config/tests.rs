@@ -186,6 +186,26 @@ fn values_that_cannot_work_are_refused_in_order() {
     invalid(&format!("{lease}backup: {{type: file}}\n"), "backup path required");
     invalid(&format!("{lease}proxy: {{target: ':1'}}\n"), "proxy database name required");
     invalid(&format!("{lease}proxy: {{target: ':1', db: d}}\n"), "proxy bind address required");
+    let proxy = |keys: &str| format!("{lease}proxy: {{db: d, {keys}}}\n");
+    let text = "proxy.addr must be HOST:PORT or :PORT, got \"8080\"";
+    invalid(&proxy("target: ':1', addr: '8080'"), text);
+    let text = "proxy.target must be HOST:PORT or unix:PATH, got \"localhost\"";
+    invalid(&proxy("target: localhost, addr: ':2'"), text);
+    invalid(
+        &proxy("target: ':1', addr: ':20202'"),
+        "proxy.addr and http.addr cannot be the same address: :20202",
+    );
+    invalid(
+        &proxy("target: ':1', addr: ':2', passthrough: [/a], always-forward: [/b, /a]"),
+        "a path cannot be in both proxy.passthrough and proxy.always-forward: \"/a\"",
+    );
+    let text = "http.addr must be HOST:PORT or :PORT, got \"localhost\"";
+    invalid(&format!("{lease}http: {{addr: localhost}}\n"), text);
+    invalid(
+        "fuse: {dir: /a}\ndata: {dir: /a/b}\n",
+        "data.dir cannot be inside fuse.dir: the mount would hide the databases from litefs",
+    );
+    read(&proxy("target: 'unix:/run/app.sock', addr: 'localhost:2'")).unwrap().check().unwrap();
 }
 
 #[test]

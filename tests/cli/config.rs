@@ -87,3 +87,29 @@ fn an_unknown_flag_shows_the_usage() {
     assert_eq!(output.stderr, b"ERROR: flag provided but not defined: -frob\n");
     assert!(output.stdout.starts_with(b"Mounts the file system"));
 }
+
+#[test]
+fn a_file_is_checked_without_a_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("litefs.yml");
+    let text_path = path.to_str().unwrap().to_owned();
+    let check_file = |text: &str, expected: Expected<'_>| {
+        fs::write(&path, text).unwrap();
+        check(&["config", "check", "-config", &text_path], expected);
+    };
+    let stdout = format!("{text_path}: ok\n");
+    let lease = "lease: {type: static, hostname: \"${HOST_NAME:-a}\"}\n";
+    check_file(lease, Expected { code: 0, stdout: &stdout, stderr: "" });
+    let stderr = format!("ERROR: {text_path}:1: unknown key \"leese\", expected one of: ");
+    fs::write(&path, "leese: {}\n").unwrap();
+    let output = litefs(&["config", "check", "-config", &text_path]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with(&stderr));
+    let same = "fuse: {dir: /a}\ndata: {dir: /a}\n";
+    let stderr = "ERROR: fuse directory and data directory cannot be the same path\n";
+    check_file(same, Expected { code: 2, stdout: "", stderr });
+    let stderr = "ERROR: litefs config frob: unknown command\n";
+    check(&["config", "frob"], Expected { code: 2, stdout: "", stderr });
+    let stderr = "ERROR: config file not found\n";
+    check(&["config", "check"], Expected { code: 2, stdout: "", stderr });
+}

@@ -11,6 +11,7 @@ use crate::config::{self, Command, Config, Environment, Expansion, LeaseKind};
 use crate::telemetry;
 
 mod node;
+mod users;
 
 pub const SPEC: Spec = Spec {
     name: "mount",

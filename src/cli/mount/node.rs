@@ -24,7 +24,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::{Settings, StaleMount};
+use super::{Settings, StaleMount, users};
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
@@ -304,7 +304,19 @@ impl Mount {
             anyhow::bail!("{} was unmounted by somebody else", self.mount.dir().display());
         }
         let mount = self.mount.clone();
-        spawn_blocking(move || mount.unmount()).await?.context("unmount")
+        let unmounted = spawn_blocking(move || {
+            let unmounted = mount.unmount();
+            // Asked while it still is in its place; with the last handle it is taken away.
+            let users = match &unmounted {
+                Err(fuse::Error::Busy { dir }) => users::describe(dir),
+                _ => String::new(),
+            };
+            unmounted.map_err(|error| match users.as_str() {
+                "" => anyhow::Error::new(error).context("unmount"),
+                users => anyhow::anyhow!("unmount: {error}: {users}"),
+            })
+        });
+        unmounted.await?
     }
 }
 

@@ -11,29 +11,34 @@ use crate::support::wait;
 /// The database of a site.
 pub const DB: &str = ".ht.sqlite";
 
-/// A site is made on the primary through its own pages, and read on the replica.
+/// A site is made through its own pages on the primary; a visitor of the replica reads and, through
+/// its proxy, logs in and writes.
 #[test]
-fn wordpress_is_installed_on_the_primary_and_read_on_the_replica() {
+fn wordpress_is_read_and_written_on_both_nodes() {
     let (ours, theirs) = (Site::new(), Site::new());
     let primary = node(&ours, Member::Primary);
     let replica = node(&theirs, Member::Replica(&primary.url()));
     let pair = Pair::start(primary, replica);
 
-    ours.install("A replicated site");
-    ours.log_in();
-    ours.publish("First of all", "This was written on the primary.");
+    let author = ours.visit();
+    author.install("A replicated site");
+    author.log_in();
+    author.publish("First of all", "This was written on the primary.");
     let settings = [("description", "Two nodes, one database")];
-    assert_eq!(ours.rest("/wp/v2/settings", &settings).status, 200);
+    assert_eq!(author.rest("/wp/v2/settings", &settings).status, 200);
     pair.sync(DB);
 
-    let home = theirs.get("/");
-    home.shows("A replicated site");
-    home.shows("First of all");
-    theirs.get("/?s=primary").shows("This was written on the primary.");
-    theirs.get("/wp-login.php").shows("Username or Email Address");
-    // Who writes here is told so, and nothing is changed.
+    let editor = theirs.visit();
+    editor.get("/").shows("A replicated site");
+    editor.get("/?s=primary").shows("This was written on the primary.");
+    editor.log_in();
+    editor.publish("Second", "This was written on the replica.");
+    // Who has written sees it at once, on the replica.
+    editor.get("/").shows("Second");
+    author.get("/").shows("Second");
+    // Who passes the proxy by is told that it did not work.
     let form = [("comment_post_ID", "1"), ("author", "a"), ("email", "a@b.cd"), ("comment", "no")];
-    let refused = theirs.post("/wp-comments-post.php", &form);
+    let refused = theirs.visit_past_proxy().post("/wp-comments-post.php", &form);
     assert!(refused.text.contains("could not be saved"), "{}", refused.text);
     pair.check(DB);
 }
@@ -41,7 +46,7 @@ fn wordpress_is_installed_on_the_primary_and_read_on_the_replica() {
 /// A node that serves `site`.
 pub fn node(site: &Site, member: Member<'_>) -> Node {
     let node = Node::new(&Settings::default(), member);
-    let lines = site.exec(&node).leak();
+    let lines = site.lines(&node).leak();
     node.configure(&Settings { lines, ..Settings::default() }, member);
     node
 }
@@ -50,10 +55,17 @@ pub fn node(site: &Site, member: Member<'_>) -> Node {
 const USER: &str = "admin";
 const PASSWORD: &str = "correct horse battery staple";
 
-/// One node's web server, and a browser's cookies for it.
+/// One node's web server, with the proxy of litefs in front of it.
 pub struct Site {
-    /// Where it answers, `HOST:PORT`.
-    pub address: String,
+    /// Where PHP answers, `HOST:PORT`.
+    php: String,
+    /// Where the proxy answers.
+    proxy: String,
+}
+
+/// A browser with its cookies, at one address.
+pub struct Browser {
+    address: String,
     jar: PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -80,18 +92,38 @@ impl Page {
 }
 
 impl Site {
-    /// A site that answers at a free address, once a node with [`Site::exec`] runs.
+    /// A site at free addresses, once a node with [`Site::lines`] runs.
     pub fn new() -> Site {
-        let dir = tempfile::tempdir().unwrap();
-        Site { address: free_address(), jar: dir.path().join("cookies"), _dir: dir }
+        Site { php: free_address(), proxy: free_address() }
     }
 
-    /// The line of a configuration that makes `node` serve the site.
-    pub fn exec(&self, node: &Node) -> String {
-        let (dir, log) = (node.mount(), node.scratch("php.log"));
-        let (dir, log, files) = (dir.display(), log.display(), files());
-        let php = format!("php -S {} -t {}", self.address, files.display());
-        format!("exec: 'env DB_DIR={dir} WP_DEBUG_LOG={log} {php}'")
+    /// The lines of a configuration that make `node` serve the site.
+    pub fn lines(&self, node: &Node) -> String {
+        let Site { php, proxy } = self;
+        let (dir, log, files) = (node.mount(), node.scratch("php.log"), files());
+        let (dir, log, files) = (dir.display(), log.display(), files.display());
+        format!(
+            "exec: 'env DB_DIR={dir} WP_DEBUG_LOG={log} php -S {php} -t {files}'\n\
+             proxy: {{addr: '{proxy}', target: '{php}', db: {DB}, \
+             always-forward: [/wp-login.php, '/wp-admin/*']}}"
+        )
+    }
+
+    /// A browser without cookies that goes through the proxy.
+    pub fn visit(&self) -> Browser {
+        Browser::at(&self.proxy)
+    }
+
+    /// A browser that passes the proxy by.
+    pub fn visit_past_proxy(&self) -> Browser {
+        Browser::at(&self.php)
+    }
+}
+
+impl Browser {
+    fn at(address: &str) -> Browser {
+        let dir = tempfile::tempdir().unwrap();
+        Browser { address: address.to_owned(), jar: dir.path().join("cookies"), _dir: dir }
     }
 
     /// A page. Waits until somebody answers.

@@ -1,10 +1,12 @@
 //! How long a lock call on a mounted file takes: F_SETLK there and back, from another process.
 //!
-//! `cargo bench -p fuse` prints median, mean and 99th percentile in microseconds for each transport
-//! and each placement of client and workers on the CPUs, of all calls of several runs. The volume
-//! answers at once, so what is measured is the transport. Beside it stands the same on a file
-//! of the bare file system, where a lock call is one system call; and an fsync(2) of a page just
-//! written, bare and through the mount.
+//! `cargo bench -p fuse` prints a line for each transport and each placement of client and workers
+//! on the CPUs, over all calls of several runs: median, mean, 99th percentile in microseconds; how
+//! many of a hundred calls came back on another CPU; and the CPU time of both sides together for one
+//! call. Words behind `--` choose lines that contain them all. The volume answers at once, so what
+//! is measured is the transport. Beside it stands the same on a file of the bare file system, where
+//! a lock call is one system call; calls with a pause before each, after which everybody sleeps; an
+//! fsync(2) of a page just written; and the CPU time of a second in which nothing is asked.
 
 #![allow(clippy::unwrap_used, reason = "a step that fails ends the benchmark")]
 
@@ -22,12 +24,19 @@ use fuse::{
     WaitId, Write,
 };
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike as _;
 use nix::unistd::Pid;
 
 /// Calls of one run.
 const LOCKS: usize = 20_000;
+const PACED: usize = 500;
 const SYNCS: usize = 300;
+/// The pause before a paced call.
+const PAUSE: Duration = Duration::from_millis(2);
+/// How long nothing is asked.
+const IDLE: Duration = Duration::from_secs(1);
 /// Runs of one placement.
 const RUNS: usize = 3;
 
@@ -35,7 +44,22 @@ const RUNS: usize = 3;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
     Lock,
+    Paced,
     Sync,
+    Idle,
+}
+
+impl Work {
+    const ALL: [Work; 4] = [Work::Lock, Work::Paced, Work::Sync, Work::Idle];
+
+    fn calls(self) -> usize {
+        match self {
+            Work::Lock => LOCKS,
+            Work::Paced => PACED,
+            Work::Sync => SYNCS,
+            Work::Idle => 0,
+        }
+    }
 }
 
 /// One file, on which every lock is granted.
@@ -136,7 +160,8 @@ fn cpus() -> usize {
     online.unwrap().unwrap() as usize
 }
 
-/// The client's process: does its work, and prints the nanoseconds of each call.
+/// The client's process: does its work, and prints the nanoseconds of each call, negative if it
+/// ended on another CPU than it began on.
 fn client(path: &str, work: Work, place: Place) {
     pin(place);
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
@@ -150,39 +175,64 @@ fn client(path: &str, work: Work, place: Place) {
         };
         fcntl(&file, FcntlArg::F_SETLK(&lock)).unwrap();
     };
-    let calls = if work == Work::Lock { LOCKS } else { SYNCS };
-    let times = (0..calls).map(|call| {
-        if work == Work::Sync {
-            file.write_all_at(&[call as u8; 4096], 0).unwrap();
+    if work == Work::Idle {
+        lock(libc::F_WRLCK);
+        std::thread::sleep(IDLE);
+    }
+    let times = (0..work.calls()).map(|call| {
+        match work {
+            Work::Sync => file.write_all_at(&[call as u8; 4096], 0).unwrap(),
+            Work::Paced => std::thread::sleep(PAUSE),
+            Work::Lock | Work::Idle => {}
         }
+        let before = sched_getcpu().unwrap();
         let start = Instant::now();
         match work {
             Work::Sync => file.sync_all().unwrap(),
-            Work::Lock if call % 2 == 0 => lock(libc::F_WRLCK),
-            Work::Lock => lock(libc::F_UNLCK),
+            _ if call % 2 == 0 => lock(libc::F_WRLCK),
+            _ => lock(libc::F_UNLCK),
         }
-        start.elapsed().as_nanos()
+        let nanos = start.elapsed().as_nanos() as i64;
+        if sched_getcpu().unwrap() == before { nanos } else { -nanos }
     });
     let times: Vec<String> = times.map(|nanos| nanos.to_string()).collect();
     println!("{}", times.join(" "));
 }
 
-/// Median, mean and 99th percentile in microseconds.
-fn measure(path: &Path, work: Work, place: Place) -> [f64; 3] {
-    let mut times: Vec<f64> = (0..RUNS).flat_map(|_| run_client(path, work, place)).collect();
-    times.sort_by(f64::total_cmp);
-    let mean = times.iter().sum::<f64>() / times.len() as f64;
-    [times[times.len() / 2], mean, times[times.len() * 99 / 100]]
+/// What the runs of one line have in common: the nanoseconds of each call, as the client says them,
+/// and the CPU time of this process and of its clients.
+#[derive(Default)]
+struct Measured {
+    times: Vec<i64>,
+    server: Duration,
+    clients: Duration,
 }
 
-fn run_client(path: &Path, work: Work, place: Place) -> Vec<f64> {
+fn measure(path: &Path, work: Work, place: Place) -> Measured {
+    let mut measured = Measured::default();
+    for _ in 0..RUNS {
+        let before = (cpu_time(UsageWho::RUSAGE_SELF), cpu_time(UsageWho::RUSAGE_CHILDREN));
+        measured.times.extend(run_client(path, work, place));
+        measured.server += cpu_time(UsageWho::RUSAGE_SELF) - before.0;
+        measured.clients += cpu_time(UsageWho::RUSAGE_CHILDREN) - before.1;
+    }
+    measured
+}
+
+fn cpu_time(who: UsageWho) -> Duration {
+    let usage = getrusage(who).unwrap();
+    let total = usage.user_time() + usage.system_time();
+    Duration::from_micros(total.num_microseconds() as u64)
+}
+
+fn run_client(path: &Path, work: Work, place: Place) -> Vec<i64> {
     let place = place.map_or("any".to_owned(), |cpu| cpu.to_string());
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["client", path.to_str().unwrap(), &format!("{work:?}"), &place])
         .output()
         .unwrap();
     let times = String::from_utf8(output.stdout).unwrap();
-    times.split_whitespace().map(|nanos| nanos.parse::<f64>().unwrap() / 1000.0).collect()
+    times.split_whitespace().map(|nanos| nanos.parse().unwrap()).collect()
 }
 
 /// Where the workers may run, and where the client.
@@ -192,65 +242,115 @@ struct Placement {
     client: Place,
 }
 
-fn run(transport: Transport, workers: usize, work: Work, placement: Placement) -> [f64; 3] {
+/// What is measured in a mount.
+#[derive(Clone, Copy)]
+struct Case {
+    transport: Transport,
+    workers: usize,
+    work: Work,
+    placement: Placement,
+}
+
+fn run(case: Case) -> Measured {
     let temp = tempfile::tempdir().unwrap();
     // Threads inherit the place, and so do the workers.
-    pin(placement.server);
+    pin(case.placement.server);
     let mut options = MountOptions::new(temp.path(), tempfile::tempfile().unwrap());
-    options.transport = transport;
-    options.workers = workers;
+    options.transport = case.transport;
+    options.workers = case.workers;
     let backing = tempfile::NamedTempFile::new().unwrap();
     let volume = Grants { file: backing.reopen().unwrap() };
     let mount = fuse::mount(Arc::new(volume), options).unwrap();
-    let times = measure(&temp.path().join("db-shm"), work, placement.client);
+    let measured = measure(&temp.path().join("db-shm"), case.work, case.placement.client);
     mount.unmount().unwrap();
     pin(None);
-    times
+    measured
 }
+
+const ANYWHERE: Placement = Placement { server: None, client: None };
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, role, path, work, place] = arguments.as_slice()
         && role == "client"
     {
-        let work = if work == "Sync" { Work::Sync } else { Work::Lock };
+        let work = Work::ALL.into_iter().find(|known| format!("{known:?}") == *work).unwrap();
         client(path, work, place.parse().ok());
         return;
     }
-    println!("us per call                median    mean     p99");
-    bare();
-    let (anywhere, together) =
-        (Placement { server: None, client: None }, Placement { server: Some(0), client: Some(0) });
-    let apart = Placement { server: Some(1), client: Some(0) };
-    for workers in [1, 2] {
-        let name = |placement: &str| format!("lock, dev x{workers}, {placement}");
-        report(&name("anywhere"), run(Transport::Dev, workers, Work::Lock, anywhere));
-        report(&name("one cpu"), run(Transport::Dev, workers, Work::Lock, together));
-        report(&name("two cpus"), run(Transport::Dev, workers, Work::Lock, apart));
+    let words: Vec<&str> =
+        arguments[1..].iter().map(String::as_str).filter(|word| !word.starts_with('-')).collect();
+    println!("us per call                median    mean     p99   moved     CPU");
+    let report = |name: &str, work: Work, run: &dyn Fn() -> Measured| {
+        if words.iter().all(|word| name.contains(word)) {
+            report(name, work, &run());
+        }
+    };
+    for work in [Work::Lock, Work::Sync] {
+        report(&format!("{} bare", name(work)), work, &|| bare(work));
     }
-    report("sync, dev x2", run(Transport::Dev, 2, Work::Sync, anywhere));
-    if !fuse::uring_enabled() {
-        println!("io_uring is not enabled: /sys/module/fuse/parameters/enable_uring");
-        return;
+    for (transport, workers, placement, placed) in columns() {
+        let which = match transport {
+            Transport::Uring => "uring".to_owned(),
+            _ => format!("dev x{workers}"),
+        };
+        let is_anywhere = placed == "anywhere";
+        for work in Work::ALL.into_iter().filter(|work| *work == Work::Lock || is_anywhere) {
+            let case = Case { transport, workers, work, placement };
+            report(&format!("{} {which} {placed}", name(work)), work, &|| run(case));
+        }
     }
-    // Its threads choose their own CPUs.
-    report("lock, uring, anywhere", run(Transport::Uring, 0, Work::Lock, anywhere));
-    for cpu in [0, 1] {
-        let placement = Placement { server: None, client: Some(cpu) };
-        let name = format!("lock, uring, on cpu {cpu}");
-        report(&name, run(Transport::Uring, 0, Work::Lock, placement));
-    }
-    report("sync, uring", run(Transport::Uring, 0, Work::Sync, anywhere));
 }
 
-fn bare() {
+fn name(work: Work) -> &'static str {
+    match work {
+        Work::Lock => "lock",
+        Work::Paced => "paced",
+        Work::Sync => "sync",
+        Work::Idle => "idle",
+    }
+}
+
+/// Every transport with its placements. The threads of io_uring choose their own CPUs.
+fn columns() -> Vec<(Transport, usize, Placement, &'static str)> {
+    let together = Placement { server: Some(0), client: Some(0) };
+    let apart = Placement { server: Some(1), client: Some(0) };
+    let mut columns = Vec::new();
+    for workers in [1, 2] {
+        columns.push((Transport::Dev, workers, ANYWHERE, "anywhere"));
+        columns.push((Transport::Dev, workers, together, "one cpu"));
+        columns.push((Transport::Dev, workers, apart, "two cpus"));
+    }
+    if !fuse::uring_enabled() {
+        println!("io_uring is not enabled: /sys/module/fuse/parameters/enable_uring");
+        return columns;
+    }
+    columns.push((Transport::Uring, 0, ANYWHERE, "anywhere"));
+    columns.push((Transport::Uring, 0, together, "cpu 0"));
+    columns.push((Transport::Uring, 0, Placement { server: None, client: Some(1) }, "cpu 1"));
+    columns
+}
+
+fn bare(work: Work) -> Measured {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("bare");
     File::create(&path).unwrap();
-    report("lock, bare file system", measure(&path, Work::Lock, None));
-    report("sync, bare file system", measure(&path, Work::Sync, None));
+    measure(&path, work, None)
 }
 
-fn report(name: &str, [median, mean, p99]: [f64; 3]) {
-    println!("{name:24} {median:8.1} {mean:7.1} {p99:7.1}");
+fn report(name: &str, work: Work, measured: &Measured) {
+    if work == Work::Idle {
+        let cpu = measured.server.as_secs_f64() / (RUNS as f64 * IDLE.as_secs_f64());
+        println!("{name:24} {:>41.2} % of a CPU, mount and client's start", cpu * 100.0);
+        return;
+    }
+    let mut times: Vec<f64> =
+        measured.times.iter().map(|nanos| nanos.unsigned_abs() as f64 / 1000.0).collect();
+    times.sort_by(f64::total_cmp);
+    let calls = times.len() as f64;
+    let mean = times.iter().sum::<f64>() / calls;
+    let (median, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+    let moved = measured.times.iter().filter(|nanos| **nanos < 0).count() as f64 * 100.0 / calls;
+    let cpu = (measured.server + measured.clients).as_secs_f64() * 1e6 / calls;
+    println!("{name:24} {median:8.1} {mean:7.1} {p99:7.1} {moved:6.1}% {cpu:7.1}");
 }

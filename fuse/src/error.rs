@@ -76,10 +76,23 @@ pub enum Error {
         /// Its minor version.
         minor: u32,
     },
-    /// The io_uring transport was wanted and is not to be had.
-    #[error("use fuse over io_uring (see /sys/module/fuse/parameters/enable_uring)")]
+    /// The kernel does not have FUSE over io_uring.
+    #[error("fuse over io_uring needs Linux 6.14 with CONFIG_FUSE_IO_URING")]
+    UringMissing,
+    /// The kernel has FUSE over io_uring switched off.
+    #[error(
+        "fuse over io_uring is switched off: set fuse.enable-uring, \
+         or echo Y >/sys/module/fuse/parameters/enable_uring"
+    )]
+    UringOff,
+    /// The kernel offers FUSE over io_uring, and it could not be had.
+    #[error(
+        "use fuse over io_uring: {doing}; seccomp, kernel.io_uring_disabled or a limit may forbid it"
+    )]
     Uring {
-        /// What the system said; EOPNOTSUPP if the kernel does not offer it.
+        /// What was being done.
+        doing: &'static str,
+        /// What the system said.
         source: Errno,
     },
     /// Talking to the kernel failed.

@@ -17,7 +17,7 @@ use crate::mount::{PassthroughMode, Transport};
 /// The most bytes that one read or write request carries.
 pub(crate) const TRANSFER_MAX: usize = 1 << 20;
 /// The same over io_uring, where each slot of each CPU's queue has room for it.
-pub(crate) const RING_TRANSFER_MAX: usize = 256 << 10;
+pub(crate) const RING_TRANSFER_MAX: usize = 128 << 10;
 /// The smallest page; a request's limit is also one of pages.
 const PAGE: usize = 4096;
 /// How far the kernel reads ahead: enough for a scan of a database, little for single pages.
@@ -122,7 +122,7 @@ mod tests {
         let ready = Ready { passthrough: PassthroughMode::Off, transport: Transport::Uring };
         let agreed = agree(&offer(45, u64::MAX), ready).unwrap();
         assert!(!agreed.passthrough && agreed.uring);
-        assert_eq!((agreed.answer.max_write, agreed.answer.max_pages), (256 << 10, 64));
+        assert_eq!((agreed.answer.max_write, agreed.answer.max_pages), (128 << 10, 32));
         let old = init::INIT_EXT | init::POSIX_LOCKS;
         let agreed = agree(&offer(36, old), AUTO).unwrap();
         assert!(!agreed.passthrough);

@@ -26,7 +26,7 @@ use crate::notify::{Notifier, Shared};
 use crate::passthrough::{self, Ways};
 use crate::reply::Responder;
 use crate::request::{Operation, Parts};
-use crate::uring::{self, Queues};
+use crate::uring::{self, Offer, Rings};
 use crate::volume::Volume;
 use crate::{Kernel, abi};
 
@@ -109,35 +109,59 @@ const WORKERS: usize = 2;
 /// another mount namespace still has it.
 const UNMOUNT_WAIT: Duration = Duration::from_secs(5);
 
-/// Mounts `volume` as `options` say.
+/// Mounts `volume` as `options` say. The log says in one line which transport it is, and why if it
+/// is not the fastest one.
 pub fn mount<V: Volume>(volume: Arc<V>, options: MountOptions) -> Result<Mount, Error> {
     let dir = mount_point::prepare(&options.dir, options.skip_unmount_stale)?;
-    let is_optional = options.transport == Transport::Auto;
-    if options.enable_uring && options.transport != Transport::Dev {
-        match uring::enable_uring() {
-            Err(error) if is_optional => tracing::warn!(%error, "no fuse over io_uring"),
-            other => other?,
+    let over_device = || attempt(&volume, &options, &dir, None);
+    match options.transport {
+        Transport::Dev => {
+            let mount = over_device()?;
+            tracing::info!("fuse requests come over /dev/fuse");
+            Ok(mount)
         }
-    }
-    let attempt =
-        rings(options.transport).and_then(|rings| attempt(&volume, &options, &dir, rings));
-    match attempt {
-        Err(Error::Uring { source }) if is_optional => {
-            tracing::warn!(error = %source, "fuse over io_uring failed, using /dev/fuse");
-            self::attempt(&volume, &options, &dir, None)
-        }
-        other => other,
+        Transport::Uring => over_rings(&volume, &options, &dir),
+        Transport::Auto => match over_rings(&volume, &options, &dir) {
+            Err(why @ (Error::UringMissing | Error::UringOff | Error::Uring { .. })) => {
+                let mount = over_device()?;
+                log_device(&why);
+                Ok(mount)
+            }
+            other => other,
+        },
     }
 }
 
-/// The rings to serve, if any. They are made before the mount, which could not do without them.
-fn rings(transport: Transport) -> Result<Option<Queues>, Error> {
-    let is_offered = uring::uring_enabled();
-    match transport {
-        Transport::Dev => Ok(None),
-        Transport::Auto if !is_offered => Ok(None),
-        Transport::Uring if !is_offered => Err(Error::Uring { source: Errno::EOPNOTSUPP }),
-        _ => Queues::new().map(Some).map_err(|source| Error::Uring { source }),
+/// Mounts with rings, which are made before, since the mount could not do without them.
+fn over_rings<V: Volume>(
+    volume: &Arc<V>,
+    options: &MountOptions,
+    dir: &Path,
+) -> Result<Mount, Error> {
+    if options.enable_uring {
+        uring::enable_uring()?;
+    }
+    match Offer::of_kernel() {
+        Offer::Missing => return Err(Error::UringMissing),
+        Offer::Off => return Err(Error::UringOff),
+        Offer::On => {}
+    }
+    let rings = Rings::new().map_err(|source| Error::Uring { doing: "make rings", source })?;
+    let mount = attempt(volume, options, dir, Some(rings))?;
+    tracing::info!("fuse requests come over io_uring");
+    Ok(mount)
+}
+
+/// Says why the slower way was taken, as a warning if a person has to do with it.
+fn log_device(why: &Error) {
+    match why {
+        Error::Uring { source, .. } => tracing::warn!(
+            error = %source,
+            "fuse requests come over /dev/fuse, which is slower than io_uring: {why}"
+        ),
+        _ => tracing::info!(
+            "fuse requests come over /dev/fuse, which is slower than io_uring: {why}"
+        ),
     }
 }
 
@@ -145,25 +169,13 @@ fn attempt<V: Volume>(
     volume: &Arc<V>,
     options: &MountOptions,
     dir: &Path,
-    rings: Option<Queues>,
+    rings: Option<Rings>,
 ) -> Result<Mount, Error> {
     let device = mount_point::mount(dir, options.allow_other)?;
     let mut guard = UnmountOnError { dir: Some(dir) };
     let mount = start(volume.clone(), options, dir, device, rings)?;
     guard.dir = None;
-    log_transport(mount.transport);
     Ok(mount)
-}
-
-fn log_transport(transport: Transport) {
-    match transport {
-        Transport::Uring => tracing::info!("fuse requests come over io_uring"),
-        _ if uring::uring_enabled() => tracing::info!("fuse requests come over /dev/fuse"),
-        _ => tracing::info!(
-            "fuse requests come over /dev/fuse; io_uring is faster: \
-             echo Y > /sys/module/fuse/parameters/enable_uring"
-        ),
-    }
 }
 
 /// Takes a half-made mount away again.
@@ -184,7 +196,7 @@ fn start<V: Volume>(
     options: &MountOptions,
     dir: &Path,
     device: OwnedFd,
-    rings: Option<Queues>,
+    rings: Option<Rings>,
 ) -> Result<Mount, Error> {
     let channel = Arc::new(Channel::new(device));
     let transport = if rings.is_some() { Transport::Uring } else { Transport::Dev };
@@ -192,10 +204,10 @@ fn start<V: Volume>(
     let passthrough = agreed.passthrough && try_backing(&channel, &options.probe);
     let rings = match rings {
         Some(rings) if agreed.uring => rings.register(&channel),
-        Some(_) => Err(Errno::EOPNOTSUPP),
+        Some(_) => return Err(Error::UringMissing),
         None => Ok(Vec::new()),
     };
-    let rings = rings.map_err(|source| Error::Uring { source })?;
+    let rings = rings.map_err(|source| Error::Uring { doing: "register rings", source })?;
 
     let (notifier, posts) = Notifier::connected(channel.clone());
     let ways = Ways::new(channel.clone(), passthrough);
@@ -221,7 +233,8 @@ fn start<V: Volume>(
         let (session, end) = (session.clone(), end.clone());
         let serve = Box::new(move |runner| finish(uring::work(&session, runner), &session, &end));
         // A thread that is gone has been counted as a worker all the same: the mount cannot be.
-        ring.send(serve).map_err(|_| Error::Uring { source: Errno::EPIPE })?;
+        let gone = |_| Error::Session { doing: "start fuse ring", source: Errno::EPIPE };
+        ring.send(serve).map_err(gone)?;
     }
     Ok(Mount { dir: dir.to_owned(), transport, notifier, end })
 }

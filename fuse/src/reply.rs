@@ -13,7 +13,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::abi;
 use crate::dev::Channel;
-use crate::uring::Queue;
+use crate::uring::{Ring, Slot};
 use crate::volume::{self, FileType};
 
 /// Whether the kernel still wanted the answer.
@@ -38,7 +38,7 @@ enum Way {
     /// Out through the descriptor that the request came in by.
     Device(Arc<Channel>),
     /// Into the slot of the ring that holds the request.
-    Ring(Arc<Queue>, u16),
+    Ring(Arc<Ring>, Slot),
 }
 
 impl Responder {
@@ -48,13 +48,13 @@ impl Responder {
     }
 
     /// The answer to request `unique` goes into `slot`, which it came in.
-    pub fn over_ring(queue: Arc<Queue>, slot: u16, unique: u64) -> Responder {
-        Responder { way: Some(Way::Ring(queue, slot)), unique }
+    pub fn over_ring(ring: Arc<Ring>, slot: Slot, unique: u64) -> Responder {
+        Responder { way: Some(Way::Ring(ring, slot)), unique }
     }
 
     /// Whether a request that waits for long takes away what others need.
     pub fn is_crowded(&self) -> bool {
-        matches!(&self.way, Some(Way::Ring(queue, _)) if queue.is_crowded())
+        matches!(&self.way, Some(Way::Ring(ring, slot)) if ring.is_crowded(*slot))
     }
 
     /// Whether the kernel may forget to tell that the request was interrupted.
@@ -124,7 +124,7 @@ impl Responder {
     fn send(&mut self, error: i32, body: &[u8]) -> Delivery {
         match self.way.take() {
             Some(Way::Device(channel)) => channel.answer(self.unique, error, body),
-            Some(Way::Ring(queue, slot)) => queue.answer(slot, self.unique, error, body),
+            Some(Way::Ring(ring, slot)) => ring.answer(slot, self.unique, error, body),
             None => Delivery::Gone,
         }
     }

@@ -5,11 +5,18 @@
 //! the worker, and the worker's of the client, stay on one CPU: a round trip is two context
 //! switches, and never a wake-up of another, perhaps sleeping, CPU.
 //!
-//! A queue is a ring with a number of slots. A slot is a header, a payload area, and one command
+//! It wants a queue for every CPU that is possible, be it there or not, and numbers them from zero
+//! without gaps; who runs on a CPU with a higher number than the last queue's uses queue 0. Here a ring
+//! with its thread serves the queue of each CPU that this process may run on, and one more ring, bound
+//! to no CPU, all other queues: those of CPUs that are not there, that a container has not got, or
+//! that an administrator set aside. So threads, descriptors and memory are bounded by the CPUs that are
+//! used (computed in the tests below).
+//!
+//! A queue has a number of slots. A slot is a header, a payload area, and one command
 //! under way: REGISTER gives the slot to the kernel; completed, the slot holds a request; COMMIT_AND_FETCH
 //! gives it back with the answer. A request has its header, its fixed struct and its data in three places
 //! of the slot; the answer's struct and data stand together in the payload. Who answers from another
-//! thread leaves the answer with the queue and wakes its thread, since only that one may submit.
+//! thread leaves the answer with the ring and wakes its thread, since only that one may submit.
 //!
 //! Interrupts, forgets and notifications go through `/dev/fuse` as ever; one worker reads it.
 //!
@@ -18,10 +25,10 @@
 //! before; what fails later ends the mount.
 //!
 //! A slot is taken for as long as its request is unanswered. Lock calls that wait may not take them all,
-//! or the unlock that they wait for would find none, so a queue grows; see `queue`.
+//! or the unlock that they wait for would find none; see `ring`.
 
 mod memory;
-mod queue;
+mod ring;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,34 +36,64 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use nix::errno::Errno;
+use nix::sched::sched_getaffinity;
+use nix::unistd::Pid;
 
-pub(crate) use queue::Queue;
+pub(crate) use ring::{Ring, Slot};
 
-use crate::dev::Channel;
+use crate::dev::{self, Blocking, Channel};
 use crate::dispatch::Session;
 use crate::error::Error;
 use crate::volume::Volume;
 
 /// The kernel's switch for FUSE over io_uring: `Y` or `N`, for all mounts made afterwards.
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
-/// The CPUs that there may ever be; the kernel wants a queue for each.
+/// The CPUs that there may ever be.
 const CPUS: &str = "/sys/devices/system/cpu/possible";
 
 /// Whether the kernel offers FUSE over io_uring to new mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Offer {
+    /// It does.
+    On,
+    /// It could.
+    Off,
+    /// It is too old, or was built without it.
+    Missing,
+}
+
+impl Offer {
+    /// What it says now.
+    pub fn of_kernel() -> Offer {
+        let switch = std::fs::read(SWITCH).or_else(|_| {
+            // The module may not be loaded yet; opening the device does that.
+            dev::open_device(Blocking::Yes)?;
+            std::fs::read(SWITCH)
+        });
+        match switch.as_deref() {
+            Ok([b'Y', ..]) => Offer::On,
+            Ok(_) => Offer::Off,
+            Err(_) => Offer::Missing,
+        }
+    }
+}
+
+/// Whether the kernel offers FUSE over io_uring to new mounts.
 pub fn uring_enabled() -> bool {
-    std::fs::read(SWITCH).is_ok_and(|switch| switch.first() == Some(&b'Y'))
+    Offer::of_kernel() == Offer::On
 }
 
 /// Has the kernel offer FUSE over io_uring to every mount on this machine that is made from now on.
 /// Needs root; does nothing if it is so already.
 pub fn enable_uring() -> Result<(), Error> {
-    if uring_enabled() {
-        return Ok(());
+    match Offer::of_kernel() {
+        Offer::On => Ok(()),
+        Offer::Missing => Err(Error::UringMissing),
+        Offer::Off => write_switch().map_err(|error| Error::Uring {
+            doing: "switch it on in the kernel",
+            source: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+        }),
     }
-    write_switch().map_err(|error| Error::Session {
-        doing: "enable fuse over io_uring",
-        source: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
-    })
 }
 
 fn write_switch() -> std::io::Result<()> {
@@ -64,40 +101,41 @@ fn write_switch() -> std::io::Result<()> {
     std::fs::OpenOptions::new().write(true).open(Path::new(SWITCH))?.write_all(b"Y")
 }
 
-/// The queues of a mount to be, each with its thread waiting for a device.
-pub(crate) struct Queues {
+/// The rings of a mount to be, each with its thread waiting for a device.
+pub(crate) struct Rings {
     starts: Vec<Sender<Start>>,
     readies: Receiver<Result<(), Errno>>,
-    queues: Vec<Arc<Queue>>,
 }
 
-/// What a queue's thread gets when the mount is there.
+/// What a ring's thread gets when the mount is there.
 type Start = (Arc<Channel>, Receiver<Serve>);
 
-/// A queue that the kernel has, waiting to be served.
-pub(crate) type Serve = Box<dyn FnOnce(queue::Runner) + Send>;
+/// A ring that the kernel has, waiting to be served.
+pub(crate) type Serve = Box<dyn FnOnce(ring::Runner) + Send>;
 
-impl Queues {
-    /// Makes a ring for each CPU, on a thread of its own.
-    pub fn new() -> Result<Queues, Errno> {
+impl Rings {
+    /// Makes the rings, each on a thread of its own.
+    pub fn new() -> Result<Rings, Errno> {
         let (ready, readies) = channel();
-        let mut queues = Queues { starts: Vec::new(), readies, queues: Vec::new() };
-        for id in 0..possible_cpus()? {
-            let queue = Arc::new(Queue::new(id)?);
+        let mut rings = Rings { starts: Vec::new(), readies };
+        let own = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        let seats = seats(possible_cpus()?, |cpu| own.is_set(usize::from(cpu)).unwrap_or(false));
+        for Seat { cpu, queues } in seats {
+            let ring = Arc::new(Ring::new(cpu, &queues)?);
             let (start, started) = channel();
-            let (ready, thread_queue) = (ready.clone(), queue.clone());
+            let ready = ready.clone();
             thread::Builder::new()
-                .name(format!("fuse-ring-{id}"))
-                .spawn(move || run(thread_queue, &ready, &started))
+                .name(cpu.map_or("fuse-ring".to_owned(), |cpu| format!("fuse-ring-{cpu}")))
+                .spawn(move || run(ring, &ready, &started))
                 .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))?;
-            queues.starts.push(start);
-            queues.queues.push(queue);
+            rings.starts.push(start);
         }
-        queues.all_ready()?;
-        Ok(queues)
+        rings.all_ready()?;
+        Ok(rings)
     }
 
-    /// Gives every queue to the connection of `device`; through the result each begins to serve.
+    /// Gives every queue to the connection of `device`; through the result each ring begins to
+    /// serve.
     pub fn register(self, device: &Arc<Channel>) -> Result<Vec<Sender<Serve>>, Errno> {
         let mut serves = Vec::new();
         for start in &self.starts {
@@ -111,15 +149,15 @@ impl Queues {
 
     /// Waits for an answer of each thread; the first failure.
     fn all_ready(&self) -> Result<(), Errno> {
-        let answers = self.queues.iter().map(|_| self.readies.recv().unwrap_or(Err(Errno::EPIPE)));
+        let answers = self.starts.iter().map(|_| self.readies.recv().unwrap_or(Err(Errno::EPIPE)));
         answers.collect()
     }
 }
 
-/// A queue's thread: makes the ring, registers it, serves; ends early when its mount does not come.
-fn run(queue: Arc<Queue>, ready: &Sender<Result<(), Errno>>, started: &Receiver<Start>) {
-    queue.pin();
-    let mut runner = match queue::Runner::new(queue) {
+/// A ring's thread: makes the ring, registers it, serves; ends early when its mount does not come.
+fn run(ring: Arc<Ring>, ready: &Sender<Result<(), Errno>>, started: &Receiver<Start>) {
+    ring.pin();
+    let mut runner = match ring::Runner::new(ring) {
         Ok(runner) => runner,
         Err(errno) => {
             let _ = ready.send(Err(errno));
@@ -128,7 +166,8 @@ fn run(queue: Arc<Queue>, ready: &Sender<Result<(), Errno>>, started: &Receiver<
     };
     let _ = ready.send(Ok(()));
     let Ok((device, served)) = started.recv() else { return };
-    let registered = runner.register(device);
+    let registered = runner.register(&device);
+    drop(device);
     let failed = registered.is_err();
     let _ = ready.send(registered);
     if let (false, Ok(serve)) = (failed, served.recv()) {
@@ -136,35 +175,111 @@ fn run(queue: Arc<Queue>, ready: &Sender<Result<(), Errno>>, started: &Receiver<
     }
 }
 
-/// Serves a queue until the mount ends.
-pub(crate) fn work<V: Volume>(
-    session: &Session<V>,
-    mut runner: queue::Runner,
-) -> Result<(), Error> {
+/// A thread to be, with its CPU and the kernel's queues that it serves.
+#[derive(Debug, PartialEq, Eq)]
+struct Seat {
+    cpu: Option<u16>,
+    queues: Vec<u16>,
+}
+
+/// Which thread serves which of so many queues, on a process that may run on its `own` CPUs.
+fn seats(queues: u16, own: impl Fn(u16) -> bool) -> Vec<Seat> {
+    let (own, others): (Vec<u16>, Vec<u16>) = (0..queues).partition(|queue| own(*queue));
+    let mut seats: Vec<Seat> =
+        own.into_iter().map(|cpu| Seat { cpu: Some(cpu), queues: vec![cpu] }).collect();
+    if !others.is_empty() {
+        seats.push(Seat { cpu: None, queues: others });
+    }
+    seats
+}
+
+/// Serves a ring until the mount ends.
+pub(crate) fn work<V: Volume>(session: &Session<V>, mut runner: ring::Runner) -> Result<(), Error> {
     runner.serve(session).map_err(|source| Error::Session { doing: "serve fuse ring", source })
 }
 
-/// How many CPUs the kernel counts: of `0-3,8`, nine.
+/// How many CPUs the kernel counts as possible, and so how many queues it wants: of `0-3,8`, five.
 fn possible_cpus() -> Result<u16, Errno> {
     let list = std::fs::read_to_string(CPUS).map_err(|_| Errno::ENOENT)?;
     count_of_list(&list).ok_or(Errno::EINVAL)
 }
 
 fn count_of_list(list: &str) -> Option<u16> {
-    let last = list.trim().rsplit([',', '-']).next()?;
-    last.parse::<u16>().ok()?.checked_add(1)
+    list.trim().split(',').try_fold(0u16, |count, range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
+        count.checked_add(last.checked_sub(first)?.checked_add(1)?)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::init::RING_TRANSFER_MAX;
 
     #[test]
-    fn there_is_a_queue_for_the_last_possible_cpu() {
+    fn the_kernel_wants_a_queue_for_each_possible_cpu() {
         assert_eq!(count_of_list("0\n"), Some(1));
         assert_eq!(count_of_list("0-1\n"), Some(2));
-        assert_eq!(count_of_list("0-3,8\n"), Some(9));
-        assert_eq!(count_of_list("65535"), None);
+        assert_eq!(count_of_list("0-3,8\n"), Some(5));
+        assert_eq!(count_of_list("0,2-3\n"), Some(3));
+        assert_eq!(count_of_list("0-65535"), None);
+        assert_eq!(count_of_list("3-1"), None);
         assert_eq!(count_of_list(""), None);
+    }
+
+    #[test]
+    fn a_thread_serves_each_cpu_of_ours_and_one_the_others() {
+        let on = |cpu| Seat { cpu: Some(cpu), queues: vec![cpu] };
+        let rest = |queues: &[u16]| Seat { cpu: None, queues: queues.to_vec() };
+        assert_eq!(seats(2, |_| true), [on(0), on(1)]);
+        // A container with two CPUs of four.
+        assert_eq!(seats(4, |cpu| cpu == 1 || cpu == 3), [on(1), on(3), rest(&[0, 2])]);
+        // CPUs 0 to 3 and 8: nobody runs on queue 4, and who runs on CPU 8 uses queue 0.
+        assert_eq!(seats(5, |cpu| cpu < 4 || cpu == 8), [on(0), on(1), on(2), on(3), rest(&[4])]);
+        assert_eq!(seats(3, |_| false), [rest(&[0, 1, 2])]);
+    }
+
+    /// What the rings of a mount cost, on a process that may run on `own` of `possible` CPUs.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Needs {
+        threads: usize,
+        /// Of the rings and their wake-up counters.
+        descriptors: usize,
+        /// How many commands the kernel keeps, at some 400 bytes each.
+        slots: usize,
+        /// Address space in MiB. What is touched of it are the headers, and as much of the payloads as
+        /// requests under way at one time have needed.
+        address_space: usize,
+    }
+
+    fn needs(possible: u16, own: u16) -> Needs {
+        let seats = seats(possible, |cpu| cpu < own);
+        let slots = |seat: &Seat| {
+            let slots = if seat.cpu.is_some() { ring::SLOTS } else { ring::SLOTS_FOREIGN };
+            (seat.queues.len(), usize::from(slots))
+        };
+        let memory = |(queues, slots)| queues * memory::memory_len(slots, RING_TRANSFER_MAX);
+        Needs {
+            threads: seats.len(),
+            descriptors: 2 * seats.len(),
+            slots: seats.iter().map(slots).map(|(queues, slots)| queues * slots).sum(),
+            address_space: seats.iter().map(slots).map(memory).sum::<usize>() >> 20,
+        }
+    }
+
+    /// The figures of docs/decisions/0011-a-ring-for-each-cpu.md.
+    #[test]
+    fn rings_cost_what_the_record_says() {
+        let check = |(possible, own), threads, slots, address_space| {
+            let expected = Needs { threads, descriptors: 2 * threads, slots, address_space };
+            assert_eq!(needs(possible, own), expected);
+        };
+        check((2, 2), 2, 512, 64);
+        check((64, 64), 64, 16384, 2052);
+        // A container with two of 64 CPUs.
+        check((64, 2), 3, 2496, 312);
+        // Two CPUs of a virtual machine to which 238 more can be added.
+        check((240, 2), 3, 8128, 1018);
     }
 }

@@ -47,7 +47,7 @@ fn what_is_written_is_read_and_stands_in_the_backing_file() {
 
 #[test]
 fn a_large_write_comes_in_large_pieces() {
-    for (transport, pieces) in [(Transport::Dev, 4), (Transport::Uring, 16)] {
+    for (transport, pieces) in [(Transport::Dev, 4), (Transport::Uring, 32)] {
         let mounted = mounted(transport, Way::Direct);
         create(&mounted, "db").write_all(&vec![7; 4 << 20]).unwrap();
         // One more if the memory does not begin on a page.

@@ -12,5 +12,7 @@ mod files;
 mod locks;
 // What the mount itself does: ending, stale mounts, notifications, panics.
 mod mounts;
+// Which transport it is, and which CPUs its rings use.
+mod rings;
 // SQLite's own program at work on the mount.
 mod sqlite;

@@ -4,8 +4,10 @@
 //! none is. [`Memory`] does not know which; its caller does (`queue`), and that is what each
 //! `unsafe` rests on. Nothing is ever referenced across a submission.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+
+use nix::errno::Errno;
 
 use crate::abi::RingHeader;
 
@@ -25,14 +27,13 @@ unsafe impl Send for Memory {}
 
 impl Memory {
     /// Zeroed memory for so many slots with so much payload each, a multiple of the page size.
-    pub fn new(slots: usize, payload_len: usize) -> Memory {
+    pub fn new(slots: usize, payload_len: usize) -> Result<Memory, Errno> {
         assert!(slots > 0 && payload_len.is_multiple_of(PAGE), "whole pages");
-        let size = headers_len(slots) + slots * payload_len;
+        let size = memory_len(slots, payload_len);
         let layout = Layout::from_size_align(size, PAGE).expect("far below the address space");
         // SAFETY: the size is not zero.
-        let base = NonNull::new(unsafe { alloc_zeroed(layout) });
-        let base = base.unwrap_or_else(|| handle_alloc_error(layout));
-        Memory { base, layout, slots, payload_len }
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Errno::ENOMEM)?;
+        Ok(Memory { base, layout, slots, payload_len })
     }
 
     /// Where the header of a slot and its payload are, as the kernel wants to know them.
@@ -102,6 +103,11 @@ impl Drop for Memory {
     }
 }
 
+/// Bytes of address space for so many slots with so much payload each.
+pub(super) fn memory_len(slots: usize, payload_len: usize) -> usize {
+    headers_len(slots) + slots * payload_len
+}
+
 fn headers_len(slots: usize) -> usize {
     (slots * size_of::<RingHeader>()).next_multiple_of(PAGE)
 }
@@ -112,7 +118,7 @@ mod tests {
 
     #[test]
     fn slots_do_not_overlap() {
-        let memory = Memory::new(20, PAGE);
+        let memory = Memory::new(20, PAGE).unwrap();
         for slot in 0..20 {
             let mut header: RingHeader = zerocopy::FromZeros::new_zeroed();
             header.entry.commit_id = slot as u64;

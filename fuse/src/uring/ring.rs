@@ -1,20 +1,19 @@
-//! One queue: its slots, its ring, and the thread that serves it ([`Runner`]), and what other
-//! threads see of it ([`Queue`]).
+//! One ring: the thread that serves it ([`Runner`]), the kernel's queues that it serves ([`Lane`])
+//! with their slots, and what other threads see of it ([`Ring`]).
 //!
 //! Each slot is in one of two states: with the kernel, from the submission of a command until
-//! its completion; here, from the completion until the next submission. `Runner::here` counts the
-//! second, and only in it is the slot's memory touched.
+//! its completion; here, from the completion until the next submission. `Lane::here` counts the
+//! second, and only in it is the slot's memory touched. A slot whose command failed stays here.
 //!
 //! A lock call that waits keeps its slot, and the unlock that it waits for needs another one of
-//! perhaps the same queue. So a queue begins with [`CHUNK`] slots and gets as many again whenever few are left,
-//! up to [`SLOTS_MAX`]; from there on a lock call is not allowed to wait. Slots are never given
-//! back. A queue with all its slots in use has 256 MiB of address space for payloads, of which
-//! a waiting lock call has touched nothing; a queue at rest has 4 MiB, two descriptors, and one
-//! thread. 64 CPUs at rest: 256 MiB of address space, 128 descriptors.
+//! perhaps the same queue. While all slots of a queue are taken the kernel keeps further requests back,
+//! and hands one out with each answer; it does not with a slot that is new. So a queue has all its slots
+//! from the beginning, and a lock call that finds only [`RESERVE`] left is not allowed to wait: the call
+//! that takes the last slot is answered, and with its answer comes the next one.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 
 use io_uring::squeue::Entry128;
@@ -34,30 +33,55 @@ use crate::reply::{Delivery, Responder};
 use crate::request::Parts;
 use crate::volume::Volume;
 
-/// How many slots a queue begins with and grows by.
-const CHUNK: usize = 16;
-/// How many requests of one CPU may be under way at most.
-const SLOTS_MAX: usize = 1024;
-/// With fewer slots than this with the kernel, a queue grows, or is crowded.
-const FREE_MIN: usize = 4;
+/// How many requests of one of our CPUs may be under way.
+pub(super) const SLOTS: u16 = 256;
+/// The same of a CPU that is not ours, where hardly ever somebody runs.
+pub(super) const SLOTS_FOREIGN: u16 = 32;
+/// How many of them no waiting lock call may take.
+const RESERVE: usize = 16;
 /// Submissions that fit into the ring at once; with more, they are submitted in between.
 const SUBMISSIONS: u32 = 32;
-/// Completions that fit into the ring: one of each slot, and more.
-const COMPLETIONS: u32 = 2 * SLOTS_MAX as u32;
 /// The completion of the read that others wake the thread by; slots are below it.
 const WAKE: u64 = u64::MAX;
 
-/// What every thread may do with a queue: answer a request of it.
+/// What every thread may do with a ring: answer a request of it.
 #[derive(Debug)]
-pub(crate) struct Queue {
-    id: u16,
-    /// The thread that serves the queue, once it does.
-    thread: Mutex<Option<ThreadId>>,
+pub(crate) struct Ring {
+    /// The CPU to run on; none serves queues of CPUs that this process does not run on.
+    cpu: Option<u16>,
+    lanes: Vec<Lane>,
+    /// The thread that serves the ring, once it does.
+    thread: OnceLock<ThreadId>,
     wake: EventFd,
     answers: Mutex<Answers>,
-    /// How many slots there are, and how many of them are here.
-    slots: AtomicUsize,
+}
+
+/// One of the kernel's queues.
+#[derive(Debug)]
+struct Lane {
+    /// The kernel's number of it, which is that of its CPU.
+    qid: u16,
+    slots: u16,
+    /// How many slots are here. Written by the ring's thread alone.
     here: AtomicUsize,
+}
+
+/// A slot: of which lane of a ring, and which of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slot {
+    lane: u16,
+    index: u16,
+}
+
+impl Slot {
+    /// As a command carries it.
+    fn user_data(self) -> u64 {
+        u64::from(self.lane) << 16 | u64::from(self.index)
+    }
+
+    fn of_user_data(data: u64) -> Slot {
+        Slot { lane: (data >> 16) as u16, index: data as u16 }
+    }
 }
 
 /// Answers that wait to be submitted, their bodies one after the other.
@@ -71,32 +95,36 @@ struct Answers {
 
 #[derive(Debug)]
 struct Head {
-    slot: u16,
+    slot: Slot,
     unique: u64,
     error: i32,
     len: usize,
 }
 
-impl Queue {
-    /// The queue of CPU `id`.
-    pub fn new(id: u16) -> Result<Queue, Errno> {
+impl Ring {
+    /// A ring for the kernel's queues with these numbers, served on `cpu` if there is one.
+    pub fn new(cpu: Option<u16>, queues: &[u16]) -> Result<Ring, Errno> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
-        let (thread, answers) = (Mutex::default(), Mutex::default());
-        let (slots, here) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Ok(Queue { id, thread, wake, answers, slots, here })
+        let (thread, answers) = (OnceLock::new(), Mutex::default());
+        let slots = if cpu.is_some() { SLOTS } else { SLOTS_FOREIGN };
+        let lane = |qid: &u16| Lane { qid: *qid, slots, here: AtomicUsize::new(0) };
+        let lanes = queues.iter().map(lane).collect();
+        Ok(Ring { cpu, lanes, thread, wake, answers })
     }
 
-    /// Runs the current thread on the queue's CPU, if there is one and it may.
+    /// Runs the current thread on the ring's CPU. A CPU that is not to be had any more costs time
+    /// and nothing else.
     pub fn pin(&self) {
+        let Some(cpu) = self.cpu else { return };
         let mut set = CpuSet::new();
-        let pinned = set.set(usize::from(self.id));
+        let pinned = set.set(usize::from(cpu));
         if let Err(error) = pinned.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
-            tracing::debug!(cpu = self.id, %error, "pin fuse ring thread");
+            tracing::debug!(cpu, %error, "pin fuse ring thread");
         }
     }
 
     /// Answers the request in `slot`, from any thread.
-    pub fn answer(&self, slot: u16, unique: u64, error: i32, body: &[u8]) -> Delivery {
+    pub fn answer(&self, slot: Slot, unique: u64, error: i32, body: &[u8]) -> Delivery {
         let mut answers = self.answers.lock().unwrap();
         if answers.ended {
             return Delivery::Gone;
@@ -105,92 +133,102 @@ impl Queue {
         answers.heads.push(Head { slot, unique, error, len: body.len() });
         answers.bodies.extend_from_slice(body);
         drop(answers);
-        // The queue's own thread looks after each request; others wake it, the first for all.
-        if is_first && *self.thread.lock().unwrap() != Some(thread::current().id()) {
+        // The ring's own thread looks after each request; others wake it, the first for all.
+        if is_first && self.thread.get() != Some(&thread::current().id()) {
             let _ = self.wake.write(1);
         }
         Delivery::Taken
     }
 
-    /// Whether so many slots are taken, and no more to be had, that no lock call should wait in one.
-    pub fn is_crowded(&self) -> bool {
-        self.slots.load(Ordering::Relaxed) >= SLOTS_MAX && self.is_short()
+    /// Whether the queue of `slot` has so few others left that no lock call should wait in it.
+    pub fn is_crowded(&self, slot: Slot) -> bool {
+        let lane = &self.lanes[usize::from(slot.lane)];
+        lane.here.load(Ordering::Relaxed) + RESERVE > usize::from(lane.slots)
     }
 
-    /// Whether few slots are left.
-    fn is_short(&self) -> bool {
-        self.here.load(Ordering::Relaxed) + FREE_MIN > self.slots.load(Ordering::Relaxed)
+    /// How many slots there are in all queues.
+    fn slots(&self) -> u32 {
+        self.lanes.iter().map(|lane| u32::from(lane.slots)).sum()
     }
 }
 
-/// The thread of a queue: the only one that touches its ring and its slots.
+/// The thread of a ring: the only one that touches the ring itself and its slots.
 pub(crate) struct Runner {
     // First, so that the kernel is done with the memory before it goes.
-    ring: IoUring<Entry128>,
-    /// The slots, [`CHUNK`] in each.
-    chunks: Vec<Memory>,
-    queue: Arc<Queue>,
-    device: Option<Arc<Channel>>,
+    io: IoUring<Entry128>,
+    /// The slots of each lane.
+    memories: Vec<Memory>,
+    ring: Arc<Ring>,
     /// Where the read of the wake-up counter goes.
     woken: Box<u64>,
-    /// Taken from the queue, being submitted.
+    /// Taken from the ring, being submitted.
     answers: Answers,
 }
 
+/// The device in a submission: the ring's first file. So the count of who uses the device, which all
+/// rings would share, is not touched for each request.
+const DEVICE: types::Fixed = types::Fixed(0);
+
 impl Runner {
     /// Makes the ring. The thread that calls this is the one that serves.
-    pub fn new(queue: Arc<Queue>) -> Result<Runner, Errno> {
-        let ring = IoUring::<Entry128>::builder()
+    pub fn new(ring: Arc<Ring>) -> Result<Runner, Errno> {
+        let io = IoUring::<Entry128>::builder()
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
-            .setup_cqsize(COMPLETIONS)
+            // One of each slot, and the wake-up.
+            .setup_cqsize(ring.slots() + 1)
             .build(SUBMISSIONS)
             .map_err(|error| errno(&error))?;
-        *queue.thread.lock().unwrap() = Some(thread::current().id());
-        let (chunks, answers) = (Vec::new(), Answers::default());
-        Ok(Runner { ring, chunks, queue, device: None, woken: Box::default(), answers })
+        let is_new = ring.thread.set(thread::current().id()).is_ok();
+        assert!(is_new, "one thread serves a ring");
+        let (memories, answers) = (Vec::new(), Answers::default());
+        Ok(Runner { io, memories, ring, woken: Box::default(), answers })
     }
 
-    /// Gives the first slots to the kernel.
-    pub fn register(&mut self, device: Arc<Channel>) -> Result<(), Errno> {
-        self.device = Some(device);
+    /// Gives the slots of each queue to the kernel.
+    pub fn register(&mut self, device: &Channel) -> Result<(), Errno> {
+        let file = device.as_fd().as_raw_fd();
+        self.io.submitter().register_files(&[file]).map_err(|error| errno(&error))?;
         self.read_wake()?;
-        self.grow()?;
+        for lane in 0..self.ring.lanes.len() {
+            self.register_lane(lane as u16)?;
+        }
         // A request cannot have come yet: requests wait until every queue is registered, and
         // completions of those that do wait for the first call that asks for them.
-        match self.ring.completion().map(|completion| completion.result()).find(|code| *code < 0) {
+        match self.io.completion().map(|completion| completion.result()).find(|code| *code < 0) {
             Some(code) => Err(Errno::from_raw(-code)),
             None => Ok(()),
         }
     }
 
-    /// Gives [`CHUNK`] more slots to the kernel.
-    fn grow(&mut self) -> Result<(), Errno> {
-        let memory = Memory::new(CHUNK, RING_TRANSFER_MAX);
-        let vectors: Vec<_> = (0..CHUNK).map(|slot| memory.vectors(slot)).collect();
-        let first = self.chunks.len() * CHUNK;
-        self.chunks.push(memory);
-        for (slot, vectors) in (first..).zip(&vectors) {
-            let mut register = opcode::UringCmd80::new(self.descriptor()?, abi::RING_REGISTER)
-                .cmd(command(self.queue.id, 0))
+    fn register_lane(&mut self, lane: u16) -> Result<(), Errno> {
+        let Lane { qid, slots, .. } = *self.lane(lane);
+        let memory = Memory::new(usize::from(slots), RING_TRANSFER_MAX)?;
+        let vectors: Vec<_> = (0..slots).map(|slot| memory.vectors(usize::from(slot))).collect();
+        self.memories.push(memory);
+        for (index, vectors) in (0..slots).zip(&vectors) {
+            let mut register = opcode::UringCmd80::new(DEVICE, abi::RING_REGISTER)
+                .cmd(command(qid, 0))
                 .addr(Some(vectors.as_ptr() as u64))
                 .build()
-                .user_data(slot as u64);
+                .user_data(Slot { lane, index }.user_data());
             set_len(&mut register, vectors.len() as u32);
             self.push(register)?;
         }
         // Here, since the kernel reads the vectors now.
-        self.submit()?;
-        self.queue.slots.fetch_add(CHUNK, Ordering::Relaxed);
-        Ok(())
+        self.submit()
+    }
+
+    fn lane(&self, lane: u16) -> &Lane {
+        &self.ring.lanes[usize::from(lane)]
     }
 
     /// Serves requests until the mount ends.
     pub fn serve<V: Volume>(&mut self, session: &Session<V>) -> Result<(), Errno> {
         let mut buffer = vec![0; RING_TRANSFER_MAX];
         let served = self.serve_with(session, &mut buffer);
-        self.queue.answers.lock().unwrap().ended = true;
+        self.ring.answers.lock().unwrap().ended = true;
         match served {
             Err(Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ENODEV | Errno::ECANCELED) => Ok(()),
             other => other,
@@ -203,18 +241,14 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         loop {
-            match self.ring.submit_and_wait(1).map_err(|error| errno(&error)) {
+            match self.io.submit_and_wait(1).map_err(|error| errno(&error)) {
                 Ok(_) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
                 Err(errno) => return Err(errno),
             }
             while let Some(completion) = self.next_completion() {
                 self.complete(session, &completion, buffer)?;
-                self.submit_answers()?;
-                if self.queue.is_short() && self.chunks.len() * CHUNK < SLOTS_MAX {
-                    self.grow()?;
-                }
                 // Nobody's answer waits until the next request is served.
-                if !self.ring.completion().is_empty() {
+                if !self.io.completion().is_empty() {
                     self.submit()?;
                 }
             }
@@ -222,7 +256,7 @@ impl Runner {
     }
 
     fn next_completion(&mut self) -> Option<cqueue::Entry> {
-        self.ring.completion().next()
+        self.io.completion().next()
     }
 
     /// A command is done: there is a request, or somebody left an answer.
@@ -233,13 +267,24 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         if completion.user_data() == WAKE {
-            return self.read_wake();
+            self.read_wake()?;
+            return self.submit_answers();
         }
+        let slot = Slot::of_user_data(completion.user_data());
+        self.lane(slot.lane).here.fetch_add(1, Ordering::Relaxed);
         if completion.result() < 0 {
-            return self.lost(Errno::from_raw(-completion.result()));
+            return self.lost(slot, Errno::from_raw(-completion.result()));
         }
-        let slot = completion.user_data() as u16;
-        self.queue.here.fetch_add(1, Ordering::Relaxed);
+        self.serve_slot(session, slot, buffer)?;
+        self.submit_answers()
+    }
+
+    fn serve_slot<V: Volume>(
+        &self,
+        session: &Session<V>,
+        slot: Slot,
+        buffer: &mut [u8],
+    ) -> Result<(), Errno> {
         let (memory, place) = self.place(slot);
         // SAFETY: the slot's command was completed just now, and the next one is submitted by
         // `submit_answers`, after this call.
@@ -252,17 +297,17 @@ impl Runner {
             return Err(Errno::EPROTO);
         };
         let parts = Parts { header: request, fixed: &header.op_in, rest: payload };
-        let responder = Responder::over_ring(self.queue.clone(), slot, request.unique);
+        let responder = Responder::over_ring(self.ring.clone(), slot, request.unique);
         session.serve(&parts, responder, buffer);
         Ok(())
     }
 
     /// A command failed: with the connection, or it alone, and its slot is of no more use.
-    fn lost(&self, errno: Errno) -> Result<(), Errno> {
+    fn lost(&self, slot: Slot, errno: Errno) -> Result<(), Errno> {
         match errno {
             Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ENODEV | Errno::ECANCELED => Err(errno),
             errno => {
-                tracing::error!(cpu = self.queue.id, %errno, "fuse ring command");
+                tracing::error!(queue = self.lane(slot.lane).qid, %errno, "fuse ring command");
                 Ok(())
             }
         }
@@ -270,7 +315,7 @@ impl Runner {
 
     /// Submits the answers that were left so far; they reach their clients with this.
     fn submit_answers(&mut self) -> Result<(), Errno> {
-        let mut left = self.queue.answers.lock().unwrap();
+        let mut left = self.ring.answers.lock().unwrap();
         if left.heads.is_empty() {
             return Ok(());
         }
@@ -306,28 +351,23 @@ impl Runner {
             memory.write_header(place, &header);
             memory.write_payload(place, body);
         }
-        self.queue.here.fetch_sub(1, Ordering::Relaxed);
-        let commit = opcode::UringCmd80::new(self.descriptor()?, abi::RING_COMMIT_AND_FETCH)
-            .cmd(command(self.queue.id, head.unique))
+        let lane = self.lane(head.slot.lane);
+        lane.here.fetch_sub(1, Ordering::Relaxed);
+        let commit = opcode::UringCmd80::new(DEVICE, abi::RING_COMMIT_AND_FETCH)
+            .cmd(command(lane.qid, head.unique))
             .build()
-            .user_data(u64::from(head.slot));
+            .user_data(head.slot.user_data());
         self.push(commit)
     }
 
     /// Where a slot is.
-    fn place(&self, slot: u16) -> (&Memory, usize) {
-        let slot = usize::from(slot);
-        (&self.chunks[slot / CHUNK], slot % CHUNK)
-    }
-
-    fn descriptor(&self) -> Result<types::Fd, Errno> {
-        let device = self.device.as_ref().ok_or(Errno::ENOTCONN)?;
-        Ok(types::Fd(device.as_fd().as_raw_fd()))
+    fn place(&self, slot: Slot) -> (&Memory, usize) {
+        (&self.memories[usize::from(slot.lane)], usize::from(slot.index))
     }
 
     /// Asks to be woken again.
     fn read_wake(&mut self) -> Result<(), Errno> {
-        let wake = types::Fd(self.queue.wake.as_fd().as_raw_fd());
+        let wake = types::Fd(self.ring.wake.as_fd().as_raw_fd());
         let into: *mut u64 = &raw mut *self.woken;
         let read = opcode::Read::new(wake, into.cast(), size_of::<u64>() as u32);
         self.push(Entry128::from(read.build().user_data(WAKE)))
@@ -335,18 +375,18 @@ impl Runner {
 
     fn push(&mut self, entry: Entry128) -> Result<(), Errno> {
         // SAFETY: what the entry points to lives as long as its command: the slots and the counter
-        // until the ring is gone, the vectors until `grow` has submitted them.
-        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+        // until the ring is gone, the vectors until `register_lane` has submitted them.
+        if unsafe { self.io.submission().push(&entry) }.is_ok() {
             return Ok(());
         }
         self.submit()?;
         // SAFETY: as above.
-        unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::EBUSY)
+        unsafe { self.io.submission().push(&entry) }.map_err(|_| Errno::EBUSY)
     }
 
     fn submit(&self) -> Result<(), Errno> {
         loop {
-            match self.ring.submit().map_err(|error| errno(&error)) {
+            match self.io.submit().map_err(|error| errno(&error)) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno),

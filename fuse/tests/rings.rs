@@ -1,0 +1,136 @@
+//! The choice of the transport, the CPUs of rings, and queues that are full.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use fuse::{Error, Transport};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::child::Process;
+use crate::volume::{Way, directories, mounted, options, wait_for};
+
+/// Forbids io_uring to this thread and those that it starts, as containers do.
+fn forbid_uring() {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+    let step = |code: u32, k: u32, jf: u8| sock_filter { code: code as u16, jt: 0, jf, k };
+    let refusal = libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned();
+    let mut filter = [
+        // The number of the system call is the first word of what the filter sees.
+        step(BPF_LD | BPF_W | BPF_ABS, 0, 0),
+        step(BPF_JMP | BPF_JEQ | BPF_K, libc::SYS_io_uring_setup as u32, 1),
+        step(BPF_RET | BPF_K, refusal, 0),
+        step(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: takes numbers only.
+    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(result, 0);
+    // SAFETY: the program and its steps live until the call returns, which copies them.
+    let result =
+        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn where_io_uring_is_forbidden_the_device_does_it() {
+    // In a thread of its own, since nothing allows it again.
+    let forbidden = std::thread::spawn(|| {
+        forbid_uring();
+        let temp = tempfile::tempdir().unwrap();
+        directories(temp.path());
+        let volume =
+            || std::sync::Arc::new(crate::volume::TempVolume::new(temp.path(), Way::Cached));
+        let error = fuse::mount(volume(), options(temp.path(), Transport::Uring)).unwrap_err();
+        assert!(matches!(error, Error::Uring { source: Errno::EPERM, .. }), "{error}");
+        let mount = fuse::mount(volume(), options(temp.path(), Transport::Auto)).unwrap();
+        assert_eq!(mount.transport(), Transport::Dev);
+        File::create(temp.path().join("mount/db")).unwrap();
+        wait_for("unmount", || mount.unmount().is_ok());
+    });
+    forbidden.join().unwrap();
+}
+
+/// The CPUs that this thread may run on.
+fn cpus() -> Vec<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect()
+}
+
+fn pin(thread: i32, cpu: usize) {
+    let mut set = CpuSet::new();
+    set.set(cpu).unwrap();
+    sched_setaffinity(Pid::from_raw(thread), &set).unwrap();
+}
+
+/// The process may run on one CPU, its clients on all.
+#[test]
+fn clients_on_cpus_that_the_process_has_not_got_are_served() {
+    let cpus = cpus();
+    pin(0, cpus[0]);
+    let mounted = mounted(Transport::Uring, Way::Cached);
+    File::create(mounted.path("db")).unwrap();
+    for cpu in cpus {
+        let open = format!("open {}", mounted.path("db").display());
+        let mut processes: Vec<Process> = (0..10).map(|_| Process::start()).collect();
+        for process in &mut processes {
+            pin(process.thread, cpu);
+            assert_eq!(process.tell(&open), "ok");
+        }
+        assert_eq!(processes[0].tell("setlk w 120 1"), "ok");
+        for process in &mut processes[1..] {
+            process.send("setlkw r 120 1");
+        }
+        wait_for("all to wait", || mounted.volume.waiting() == 9);
+        assert_eq!(processes[0].tell("setlk u 120 1"), "ok");
+        for process in &mut processes[1..] {
+            assert_eq!(process.answer(), "ok");
+        }
+    }
+}
+
+/// More calls than a queue has slots wait on one CPU: some are refused, and the unlock is served.
+#[test]
+fn waiting_calls_never_fill_a_queue() {
+    const CALLS: usize = 400;
+    let mounted = mounted(Transport::Uring, Way::Cached);
+    let file = File::create(mounted.path("db")).unwrap();
+    let mut holder = Process::start();
+    let cpu = cpus()[0];
+    pin(holder.thread, cpu);
+    assert_eq!(holder.tell(&format!("open {}", mounted.path("db").display())), "ok");
+    assert_eq!(holder.tell("setlk w 120 1"), "ok");
+    let (refused, granted) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..CALLS {
+            let builder = std::thread::Builder::new().stack_size(64 << 10);
+            let wait = || {
+                pin(0, cpu);
+                match lock_and_wait(&file) {
+                    Ok(()) => granted.fetch_add(1, Ordering::Relaxed),
+                    Err(Errno::ENOLCK) => refused.fetch_add(1, Ordering::Relaxed),
+                    Err(errno) => panic!("{errno}"),
+                };
+            };
+            builder.spawn_scoped(scope, wait).unwrap();
+        }
+        wait_for("each call to wait or to be refused", || {
+            mounted.volume.waiting() + refused.load(Ordering::Relaxed) == CALLS
+        });
+        assert_eq!(holder.tell("setlk u 120 1"), "ok");
+    });
+    assert_eq!(refused.into_inner() + granted.into_inner(), CALLS);
+}
+
+fn lock_and_wait(file: &File) -> Result<(), Errno> {
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 120,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_SETLKW(&lock)).map(drop)
+}

@@ -7,6 +7,7 @@ use std::io::{self, Write as _};
 mod histogram;
 pub mod log;
 pub mod metrics;
+pub mod trace;
 
 pub use metrics::{DbMetrics, Metrics, ProxyMetrics, ProxyWait};
 

@@ -9,6 +9,8 @@ use super::flags::{Flag, Flags, Kind, Spec};
 use super::{Failure, say, usage, version};
 use crate::config::{self, Command, Config, Environment, Expansion, LeaseKind};
 use crate::telemetry;
+use crate::telemetry::log::Traces;
+use crate::telemetry::trace::RollingFile;
 
 mod node;
 mod users;
@@ -46,7 +48,7 @@ pub const SPEC: Spec = Spec {
         },
         Flag { name: "fuse.debug", kind: Kind::Switch, about: "log every request" },
         Flag { name: "debug", kind: Kind::Switch, about: "log debug lines" },
-        Flag { name: "tracing", kind: Kind::Switch, about: "the same as -debug" },
+        Flag { name: "tracing", kind: Kind::Switch, about: "write the trace to stdout too" },
     ],
 };
 
@@ -67,6 +69,7 @@ struct Settings {
     config: Config,
     environment: Environment,
     stale_mount: StaleMount,
+    trace_on_stdout: bool,
     /// What to tell a person once the node is ready.
     hint: Option<String>,
 }
@@ -75,11 +78,26 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     let settings = settings(&flags).map_err(usage)?;
     say(version::text());
     let verbose: &[_] = if settings.config.fuse.debug { &["fuse"] } else { &[] };
-    telemetry::log::init(&settings.config.log, verbose)?;
+    let traces =
+        Traces { file: trace_file(&settings.config.tracing)?, on_stdout: settings.trace_on_stdout };
+    let has_file = traces.file.is_some();
+    telemetry::log::init(&settings.config.log, verbose, traces)?;
+    if has_file {
+        tracing::info!("trace log enabled: {}", settings.config.tracing.path.display());
+    }
     let runtime = tokio::runtime::Runtime::new().context("start threads")?;
     let code = runtime.block_on(node::run(&settings));
     runtime.shutdown_timeout(THREADS_WAIT);
     Ok(code?)
+}
+
+/// The trace file, if there is to be one.
+fn trace_file(config: &config::Tracing) -> anyhow::Result<Option<RollingFile>> {
+    if !config.enabled || config.path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let file = RollingFile::open(config);
+    file.map(Some).with_context(|| format!("cannot open trace log {}", config.path.display()))
 }
 
 fn settings(flags: &Flags) -> anyhow::Result<Settings> {
@@ -93,7 +111,7 @@ fn settings(flags: &Flags) -> anyhow::Result<Settings> {
         false => (configured(flags, &environment)?, None),
     };
     config.fuse.debug |= flags.is_on("fuse.debug");
-    config.log.debug |= flags.is_on("debug") || flags.is_on("tracing");
+    config.log.debug |= flags.is_on("debug");
     if let Some(words) = &flags.command {
         config.exec = exec(words);
     }
@@ -101,7 +119,8 @@ fn settings(flags: &Flags) -> anyhow::Result<Settings> {
         true => StaleMount::Keep,
         false => StaleMount::Free,
     };
-    Ok(Settings { config, environment, stale_mount, hint })
+    let trace_on_stdout = flags.is_on("tracing");
+    Ok(Settings { config, environment, stale_mount, trace_on_stdout, hint })
 }
 
 /// The words after `--`, taken as they are.

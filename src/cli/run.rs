@@ -27,6 +27,7 @@ use super::{DEFAULT_URL, Failure, block_on};
 use crate::config::Log;
 use crate::http::client::{Client, Error as ClientError};
 use crate::limits;
+use crate::telemetry::log::Traces;
 use crate::{os, telemetry};
 
 pub const SPEC: Spec = Spec {
@@ -73,7 +74,7 @@ const FORWARDED: [Signal; 6] = [
 pub fn run(flags: Flags) -> Result<u8, Failure> {
     let words = words(&flags)?;
     if flags.is_on("v") {
-        telemetry::log::init(&Log::default(), &[])?;
+        telemetry::log::init(&Log::default(), &[], Traces::default())?;
     }
     let halt_on = flags.value("with-halt-lock-on").filter(|path| !path.is_empty());
     if flags.is_on("promote") && halt_on.is_some() {

@@ -11,6 +11,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io;
+use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serializer as _;
@@ -24,6 +25,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 
+use super::trace::RollingFile;
 use crate::config::{Log, LogFormat};
 
 const SECONDS_PER_DAY: u64 = 86_400;
@@ -33,18 +35,42 @@ const SECONDS_PER_DAY: u64 = 86_400;
 #[error("init logger")]
 pub struct InitError(#[source] tracing::subscriber::SetGlobalDefaultError);
 
-/// Sends the events of the whole process to stderr; debug events of `verbose` modules in any case.
-/// To be called once.
+/// Where every line goes beside the log, debug lines too, each with its time.
+#[derive(Debug, Default)]
+pub struct Traces {
+    /// The trace file.
+    pub file: Option<RollingFile>,
+    /// Standard output too, `-tracing`.
+    pub on_stdout: bool,
+}
+
+/// Sends the events of the whole process to stderr, and to `traces`; debug events of `verbose`
+/// modules in any case. To be called once.
 ///
 /// # Errors
 /// A logger is there already.
-pub fn init(config: &Log, verbose: &[&str]) -> Result<(), InitError> {
+pub fn init(config: &Log, verbose: &[&str], traces: Traces) -> Result<(), InitError> {
     let layer = tracing_subscriber::fmt::layer()
         .event_format(Lines::new(config))
         .with_writer(io::stderr)
         .with_filter(levels(config, verbose));
-    let subscriber = tracing_subscriber::registry().with(layer);
+    let timed = Log { timestamp: true, debug: true, ..Log::default() };
+    let file = traces.file.map(|file| {
+        let layer = tracing_subscriber::fmt::layer().event_format(Lines::new(&timed));
+        layer.with_writer(Mutex::new(file)).with_filter(ours())
+    });
+    let stdout = traces.on_stdout.then(|| {
+        let layer = tracing_subscriber::fmt::layer().event_format(Lines::new(&timed));
+        layer.with_writer(io::stdout).with_filter(ours())
+    });
+    let subscriber = tracing_subscriber::registry().with(layer).with(file).with(stdout);
     tracing::subscriber::set_global_default(subscriber).map_err(InitError)
+}
+
+/// Everything that our own code says; libraries only what is worth a log line.
+fn ours() -> Targets {
+    let ours = ["litefs", "fuse", "ltx"].map(|target| (target, LevelFilter::DEBUG));
+    Targets::new().with_default(LevelFilter::INFO).with_targets(ours)
 }
 
 fn levels(config: &Log, verbose: &[&str]) -> Targets {
@@ -182,12 +208,18 @@ fn is_bare(text: &str) -> bool {
 
 /// UTC, RFC 3339, milliseconds.
 fn timestamp(time: SystemTime) -> String {
+    let micros = timestamp_micros(time);
+    format!("{}Z", &micros[..micros.len() - 3])
+}
+
+/// The same with microseconds, and without the zone.
+pub(super) fn timestamp_micros(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / SECONDS_PER_DAY, since.as_secs() % SECONDS_PER_DAY);
     let (year, month, day) = civil(days);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let millis = since.subsec_millis();
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+    let micros = since.subsec_micros();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}")
 }
 
 /// Year, month and day of a day counted from 1970-01-01.

@@ -159,3 +159,14 @@ fn process_1_collects_orphans() {
     let mut node = Node::start_by(&by, port, config, &["--", "sh", "-c", script]);
     assert_eq!(node.end().code(), Some(5));
 }
+
+#[test]
+fn the_trace_has_what_the_log_leaves_out() {
+    let mut node = Node::start("tracing: {path: traces/t.log}\n", &["-tracing", "--", "true"]);
+    // The same line on stdout, with its time.
+    node.wait_for_line("time=");
+    assert_eq!(node.end().code(), Some(0));
+    let trace = fs::read_to_string(node.path("traces/t.log")).unwrap();
+    assert!(trace.contains("level=INFO msg=\"connected to cluster, ready\"\n"), "{trace}");
+    assert!(trace.lines().all(|line| line.starts_with("time=20")), "{trace}");
+}

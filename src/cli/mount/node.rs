@@ -325,9 +325,6 @@ fn refuse_unknown_parts(config: &Config) -> anyhow::Result<()> {
     if config.backup.kind != BackupKind::None {
         anyhow::bail!("backup.type is set, but this version has no backup client");
     }
-    if config.tracing.enabled && !config.tracing.path.as_os_str().is_empty() {
-        tracing::warn!("tracing.path is set, but this version writes no trace file");
-    }
     Ok(())
 }
 

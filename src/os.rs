@@ -173,6 +173,15 @@ pub fn rename(label: &str, from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
+/// Copies a file to a new one, durably, with what the kernel has for that (shared blocks, where the
+/// file system can).
+pub fn copy(label: &str, from: &Path, to: &Path) -> io::Result<()> {
+    let target = create_new(label, to)?;
+    fault::check(label)?;
+    io::copy(&mut File::open(from)?, &mut &target)?;
+    sync(label, &target)
+}
+
 /// Removes a file; a missing one is an error.
 #[expect(clippy::disallowed_methods, reason = "this is the module that may")]
 pub fn remove(label: &str, path: &Path) -> io::Result<()> {

@@ -26,6 +26,7 @@ use crate::{limits, os};
 mod exclusive;
 mod follow;
 mod index;
+mod rollback;
 mod verify;
 pub mod wal;
 
@@ -63,7 +64,7 @@ pub struct Inbox {
 
 /// What belongs to whoever has the turn. No FUSE worker takes it.
 #[derive(Default)]
-pub(super) struct Turn {
+pub(in crate::engine) struct Turn {
     /// The replica's hold on a WAL database.
     follower: Option<Follower>,
 }
@@ -333,6 +334,11 @@ impl Db {
     }
 
     /// Whether nothing but a snapshot can be applied.
+    fn needs_snapshot(&self) -> bool {
+        self.inbox.state.lock().unwrap().needs_snapshot
+    }
+
+    /// Says whether nothing but a snapshot can be applied.
     pub(super) fn set_needs_snapshot(&self, needs: bool) {
         self.inbox.state.lock().unwrap().needs_snapshot = needs;
     }

@@ -680,8 +680,21 @@ pub fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf> {
     set_aside_as(dir, path, &name)
 }
 
-/// Moves `path` to `lost+found/` under this name, or one like it that is not taken; the new path.
-fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
+/// Copies `path` to `lost+found/`, durably, under a name that is not taken; the new path.
+pub fn set_aside_copy(dir: &DbDir, path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let (lost, target) = free_name(dir, &name)?;
+    if let Err(error) = os::copy("lost:copy", path, &target) {
+        // Half of it would only take up room.
+        let _ = os::remove_if_present("lost:copy", &target);
+        return Err(Error::io("copy to lost+found", path)(error));
+    }
+    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
+    Ok(target)
+}
+
+/// `lost+found/`, made if it is missing, and a name there like this one that is not taken.
+fn free_name(dir: &DbDir, name: &str) -> Result<(PathBuf, PathBuf)> {
     let lost = dir.lost_found();
     os::create_dirs("lost:dir", &lost).map_err(Error::io("create lost+found", &lost))?;
     let mut target = lost.join(name);
@@ -690,6 +703,12 @@ fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
         target = lost.join(format!("{name}.{n}"));
         n += 1;
     }
+    Ok((lost, target))
+}
+
+/// Moves `path` to `lost+found/` under this name, or one like it that is not taken; the new path.
+fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
+    let (lost, target) = free_name(dir, name)?;
     os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
     os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
     Ok(target)

@@ -356,6 +356,13 @@ impl Db {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
+        // Who builds a wal-index is let in even then.
+        if self.shared.is_full() {
+            return Err(Refusal::Os(libc::ENOSPC));
+        }
+        if self.has_failed() || self.chain.refusal().is_some() {
+            return Err(Refusal::Os(libc::EIO));
+        }
         let path = self.files.path(FileKind::Wal);
         self.change.lock().unwrap().wal.note_write(offset);
         Ok(os::write_at("wal:write", &backing.file, data, offset)

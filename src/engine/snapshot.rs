@@ -260,6 +260,17 @@ impl Db {
         if let DbState::Failed(reason) = self.state() {
             return Err(Error::Failed { db: self.name.clone(), reason });
         }
+        let frozen = self.freeze_now()?;
+        // Under SHARED nobody writes to the file, so a journal without a writer is a hot one.
+        if frozen.as_ref().is_none_or(|frozen| frozen.wal.is_some()) || !self.has_hot_journal() {
+            return Ok(frozen);
+        }
+        drop(frozen);
+        self.settle_journal(&mut self.turn(), limits::LOCK_WAIT)?;
+        self.freeze_now()
+    }
+
+    fn freeze_now(&self) -> Result<Option<Frozen<'_>>> {
         self.hold(LockSet::one(Lock::Pending), LockKind::Shared)?;
         let shared = self.hold(LockSet::one(Lock::Shared), LockKind::Shared);
         self.release(Owner::READ, LockSet::one(Lock::Pending));

@@ -38,7 +38,7 @@ fn wal(page_size: u32) -> Vec<u8> {
 }
 
 /// A node's directory with one database whose files are not known to be one state.
-fn lost_database(dir: &Path) {
+pub(super) fn lost_database(dir: &Path) {
     let engine = primary(dir);
     commit(&database(&engine, "db"), &image(9));
     engine.close().unwrap();

@@ -1,6 +1,7 @@
 //! What a node does with what comes from its primary: applied in order, whatever readers, a full disk
 //! or a change of the role do meanwhile.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
@@ -16,7 +17,8 @@ use litefs::engine::{Db, DbName, Engine, Error, PageCache, PrimaryInfo, Role};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
 
-use super::{PAGE, contents, database, file, image, lock, primary, unlock_all};
+use super::faults::lost_database;
+use super::{PAGE, commit, contents, database, file, image, lock, primary, unlock_all};
 use crate::support::wait;
 
 /// A kernel that has nothing cached.
@@ -191,4 +193,56 @@ fn without_a_primary_the_lag_grows() {
     engine.set_role(Role::Primary);
     assert_eq!(engine.lag_timestamp_ms(), Some(0));
     engine.close().unwrap();
+}
+
+/// What stands in `lost+found/` of the database, by name.
+fn lost_and_found(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let lost = dir.join("dbs/db/lost+found");
+    let name = |path: String| path.rsplit('/').next().unwrap().to_owned();
+    contents(&lost).into_iter().map(|(path, bytes)| (name(path), bytes)).collect()
+}
+
+/// No LTX file says what the files of a database are that could not be recovered.
+#[test]
+fn a_snapshot_over_a_lost_database_keeps_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    lost_database(dir.path());
+    let database_file = fs::read(dir.path().join("dbs/db/database")).unwrap();
+    let log = fs::read(dir.path().join("dbs/db/wal")).unwrap();
+    let engine = replica(dir.path(), Arc::new(NoCache));
+    let db = database(&engine, "db");
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    let (bytes, ..) = snapshot(3);
+    let pos = receive(&engine, "db", &bytes).unwrap();
+    wait::until_true("the snapshot", || db.pos() == pos && db.state() == DbState::Ready);
+    engine.close().unwrap();
+    let kept = lost_and_found(dir.path());
+    assert!(kept.get("database") == Some(&database_file), "{:?}", kept.keys());
+    assert!(kept.get("wal") == Some(&log), "{:?}", kept.keys());
+}
+
+/// After the retention the LTX files of a former primary say only what changed lately.
+#[test]
+fn a_snapshot_over_a_former_primary_keeps_its_whole_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    engine.mounted(Arc::new(NoCache), true);
+    let db = database(&engine, "db");
+    for rows in 3..6 {
+        commit(&db, &image(rows));
+    }
+    let pos = db.pos();
+    db.chain().retain(Duration::ZERO, None).unwrap();
+    assert!(!db.chain().contains(Txid(1)));
+    let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
+    engine.set_role(Role::Replica(primary_info));
+    let (bytes, ..) = snapshot(9);
+    let target = receive(&engine, "db", &bytes).unwrap();
+    wait::until_true("the snapshot", || db.pos() == target);
+    engine.close().unwrap();
+    let kept = lost_and_found(dir.path());
+    let name = format!("{}-{}.ltx", Txid(1), pos.txid);
+    let file = kept.get(&name).unwrap_or_else(|| panic!("{name} in {:?}", kept.keys()));
+    let (_, trailer) = ltx::verify(&file[..]).unwrap();
+    assert_eq!(trailer.post_apply, pos.checksum);
 }

@@ -19,6 +19,8 @@ mod full;
 mod modes;
 /// A primary that becomes something else while applications write.
 mod roles;
+/// A data directory on a small disk that fills up and grows.
+mod small_disk;
 /// Every journal mode, page size and way of the bytes, through the life of a database.
 mod table;
 

@@ -159,3 +159,49 @@ fn a_new_primary_first_applies_what_it_has_received(mode: &str, passthrough: &st
     assert_eq!(rows(&node), "1,old primary,new primary");
     check_chain(&node.db_dir(DB), node.db(DB).pos());
 }
+
+/// Begins a transaction that is larger than the page cache, so that half of it is in the file.
+fn spill(writer: &mut Shell) {
+    writer.run(
+        "pragma cache_size = 4; begin immediate; \
+         insert into t select hex(randomblob(3000)) from \
+         (with recursive n(i) as (select 1 union all select i + 1 from n where i < 50) select i from n)",
+    );
+}
+
+/// What an application left half-written when it died is not what the next transaction goes on from.
+#[test_matrix(["delete", "persist"], ["auto", "off"])]
+fn a_dead_writer_of_a_former_primary_leaves_nothing(mode: &str, passthrough: &str) {
+    let node = primary(mode, passthrough);
+    let before = node.db(DB).pos();
+    let other = Local::primary(passthrough, 2, Some(&node.data()));
+    sqlite::run(&other.file(DB), "insert into t values ('new')");
+    let mut writer = Shell::open(&node.file(DB));
+    spill(&mut writer);
+    node.engine.set_role(replica());
+    writer.kill();
+    let target = node.receive(DB, &other.ltx_after(DB, before)).unwrap();
+    let db = node.db(DB);
+    wait::until_or(|| format!("{target}; at {}", db.pos()), || (db.pos() == target).then_some(()));
+    assert_eq!(rows(&node), "1,new");
+    check_chain(&node.db_dir(DB), target);
+}
+
+/// Nobody else has to come and roll it back first.
+#[test_matrix(["delete", "truncate", "persist"])]
+fn a_database_with_a_hot_journal_is_rolled_back_and_copied_out(mode: &str) {
+    let node = primary(mode, "auto");
+    let mut writer = Shell::open(&node.file(DB));
+    let before = node.db(DB).pos();
+    spill(&mut writer);
+    writer.kill();
+    let copy = node.data().with_extension("copy");
+    let pos = node.db(DB).export(&mut fs::File::create(&copy).unwrap()).unwrap();
+    assert_eq!(pos, before);
+    let found = sqlite::run(&copy, "pragma integrity_check; select group_concat(x) from t");
+    assert_eq!(found, "ok\n1");
+    node.db(DB).snapshot(&mut Vec::new()).unwrap();
+    sqlite::run(&node.file(DB), "insert into t values (2)");
+    assert_eq!(rows(&node), "1,2");
+    check_chain(&node.db_dir(DB), node.db(DB).pos());
+}

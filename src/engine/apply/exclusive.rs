@@ -9,17 +9,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ltx::{Header, Pgno};
+use ltx::{Checksum, Header, Pgno, Txid};
 
 use super::{Body, Received, Turn};
 use crate::engine::capture::Change;
 use crate::engine::capture::journal::JournalState;
-use crate::engine::chain::Replaced;
+use crate::engine::chain::{Replaced, set_aside_copy};
 use crate::engine::checksum::PageSums;
 use crate::engine::db::{Db, Guard};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
+use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
 use crate::sqlite::header::JournalMode;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::{limits, os};
@@ -49,15 +50,29 @@ impl Db {
         self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
         let mut locks = locks?;
         let mut change = self.change.lock().unwrap();
-        if !self.is_lost() {
-            self.settle_wal(&mut change)?;
-        }
         let mut stale = Stale::default();
-        let applied = self.apply_locked(&mut locks, &mut change, received, &mut stale);
+        let settled = self.settle_before(&mut change, received, &mut stale);
+        let applied =
+            settled.and_then(|()| self.apply_locked(&mut locks, &mut change, received, &mut stale));
         // The kernel may have to finish a request of a worker that waits for the right to change.
         drop(change);
         self.drop_cached(stale);
         applied
+    }
+
+    /// The files hold the position that the LTX file may follow on.
+    fn settle_before(
+        &self,
+        change: &mut Change,
+        received: &Received,
+        stale: &mut Stale,
+    ) -> Result<()> {
+        if self.is_lost() {
+            return Ok(());
+        }
+        self.settle_wal(change)?;
+        // Of what comes with all pages nothing is left of before.
+        if received.header.is_snapshot() { Ok(()) } else { self.roll_back(change, stale) }
     }
 
     /// Empties a WAL with frames that were set aside, as soon as nobody reads them.
@@ -169,21 +184,76 @@ impl Db {
             }
             Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
         };
+        let lost = self.is_lost();
         let replaced = match received.snapshot_of() {
             Some(txid)
                 if change.pos.txid >= txid
-                    || self.is_lost()
+                    || lost
                     || self.chain.has_own(&self.shared.own_nodes)? =>
             {
                 tracing::warn!(
                     db = %self.name, pos = %change.pos, snapshot = %received.pos(),
                     "snapshot replaces transactions that the primary may not have: kept in lost+found"
                 );
+                if lost {
+                    self.keep_files()?;
+                } else if change.pages() > 0 && !self.chain.contains(Txid(1)) {
+                    // Its files begin somewhere in the middle: what they go on from is only here.
+                    self.keep_state(change)?;
+                }
                 Replaced::Keep
             }
             _ => Replaced::Remove,
         };
         self.chain.adopt(path, header.min_txid, header.max_txid, replaced)
+    }
+
+    /// Copies SQLite's files, of which no LTX file says what they are, to `lost+found/`.
+    fn keep_files(&self) -> Result<()> {
+        for kind in [FileKind::Database, FileKind::Wal, FileKind::Journal] {
+            let Some(backing) = self.files.get(kind) else { continue };
+            let path = self.files.path(kind);
+            let len = backing.file.metadata().map_err(Error::io("stat", &path))?.len();
+            if len > 0 {
+                set_aside_copy(&self.dir, &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the state as a snapshot to `lost+found/`. All of it is in the database file.
+    fn keep_state(&self, change: &Change) -> Result<()> {
+        let path = self.files.path(FileKind::Database);
+        let (Some(page_size), Some(database)) =
+            (change.page_size, self.files.get(FileKind::Database))
+        else {
+            return Ok(());
+        };
+        let pages = (1..=change.pages()).map(Pgno).filter(|pgno| *pgno != page_size.lock_pgno());
+        let pages = pages.map(|pgno| PageRef {
+            pgno,
+            sum: change.sums.get(pgno),
+            offset: page_size.offset(pgno),
+        });
+        let mut state = Transaction::new(Parts {
+            txid: change.pos.txid,
+            pre: Checksum::NONE,
+            post: change.pos.checksum,
+            page_size,
+            commit: change.pages(),
+            pages: pages.collect(),
+            source: database.file.clone(),
+            timestamp_ms: change.timestamp_ms,
+            node_id: self.shared.node_id,
+            wal: WalSpan::default(),
+        });
+        state.make_snapshot();
+        match self.chain.write_aside(&state) {
+            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => {
+                set_aside_copy(&self.dir, &path).map(drop)
+            }
+            written => written.map(drop),
+        }
     }
 
     fn write_pages(

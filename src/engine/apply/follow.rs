@@ -71,6 +71,9 @@ impl Db {
             }
             return Ok(());
         }
+        if self.has_hot_journal() && !self.needs_snapshot() {
+            self.settle_journal(turn, limit)?;
+        }
         self.follow(turn, limit)?;
         if self.has_strays() {
             self.discard_strays(turn, limit)?;

@@ -42,7 +42,7 @@ pub struct JournalState {
 }
 
 /// A commit whose LTX file is written and whose journal is not ended yet.
-struct Pending {
+pub(in crate::engine) struct Pending {
     transaction: Transaction,
     mode: JournalMode,
     /// When the application asked for the end of its journal.
@@ -123,7 +123,10 @@ impl Db {
 
     /// The transaction that the database file now holds, written to its LTX file; none if all pages
     /// are as they were.
-    fn prepare_commit(&self, change: &mut Change) -> Result<Option<Pending>, Refusal> {
+    pub(in crate::engine) fn prepare_commit(
+        &self,
+        change: &mut Change,
+    ) -> Result<Option<Pending>, Refusal> {
         if change.journal.dirty.is_empty() && !change.needs_resync {
             return Ok(None);
         }
@@ -158,7 +161,7 @@ impl Db {
 
     /// Ends the journal, which makes count what was prepared. If that fails SQLite rolls back, and
     /// the transaction must not come back at the next start.
-    fn end_journal(
+    pub(in crate::engine) fn end_journal(
         &self,
         change: &mut Change,
         pending: Option<Pending>,

@@ -213,13 +213,13 @@ impl Db {
     }
 
     /// Whether WRITE is wanted to build the wal-index, as the first reader of a WAL does. Nobody can
-    /// commit before that is done, so readers get in where writers must not.
+    /// commit before that is done, so readers get in where writers must not. Without passthrough nobody
+    /// can tell; what is then written to the WAL is refused.
     fn builds_index(&self, set: LockSet) -> bool {
-        let passthrough = self.shared.is_passthrough();
-        passthrough
-            && set.contains(Lock::Write)
+        let unseen = !self.shared.is_passthrough() && self.view().mode == JournalMode::Wal;
+        set.contains(Lock::Write)
             && self.refuse_lost().is_ok()
-            && matches!(self.needs_index(), Ok(true))
+            && (unseen || (self.shared.is_passthrough() && matches!(self.needs_index(), Ok(true))))
     }
 
     /// Whether it has become too late to begin a transaction. Asked when the lock is held, so that

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ltx::Pgno;
 
@@ -9,7 +10,7 @@ use super::Db;
 use crate::engine::capture::resync::read_page;
 use crate::engine::capture::{Change, Draft};
 use crate::engine::checksum::{self, Saved};
-use crate::engine::error::{Error, Result};
+use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::FileKind;
 use crate::engine::transaction::{Transaction, WalSpan};
 use crate::os;
@@ -70,6 +71,12 @@ impl Db {
     /// and the page checksums are saved, so that the next start has nothing to compute.
     pub(in crate::engine) fn close(&self) -> Result<()> {
         self.stop_applier();
+        if self.has_hot_journal()
+            && let Err(error) = self.settle_journal(&mut self.turn(), Duration::ZERO)
+        {
+            // The next start rolls it back.
+            tracing::warn!(db = %self.name, error = chain_text(&error), "roll back at the end");
+        }
         if self.is_lost() {
             // What could not be brought to one state stays as it is for the next start.
             return Ok(());
@@ -82,7 +89,8 @@ impl Db {
         change.wal.clear();
         self.files.remove(FileKind::Wal)?;
         self.files.remove(FileKind::Shm)?;
-        self.save_checksums(&mut change)
+        // With a journal, the file is not what they say.
+        if change.journal.active { Ok(()) } else { self.save_checksums(&mut change) }
     }
 
     /// Saves the page checksums. Nothing is committed any more.

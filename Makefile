@@ -58,10 +58,12 @@ bench:
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
-	cd ltx/fuzz && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
-	  mkdir -p target/corpus/$$target; \
-	  RUSTC_BOOTSTRAP=1 cargo fuzz run $$target target/corpus/$$target corpus/$$target -- \
-	    -max_total_time=60; \
+	for crate in fuse ltx; do \
+	  (cd $$crate/fuzz && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
+	    mkdir -p target/corpus/$$target; \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run $$target target/corpus/$$target corpus/$$target -- \
+	      -max_total_time=60; \
+	  done); \
 	done
 
 deny:

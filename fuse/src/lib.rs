@@ -21,6 +21,8 @@ mod mount_point;
 mod nodes;
 mod notify;
 mod passthrough;
+#[doc(hidden)]
+pub mod properties;
 mod reply;
 mod request;
 mod uring;

@@ -6,6 +6,8 @@
 mod volume;
 // Another process that opens, locks and waits as it is told.
 mod child;
+// Inputs that the fuzzer found.
+mod corpus;
 // Reading, writing, listing, removing; with and without backing files.
 mod files;
 // Locks between processes, waiting, interruption.

@@ -29,6 +29,12 @@ fn the_application_finds_its_database() {
     );
 }
 
+/// It would keep the mount alive when litefs is gone, and its calls would wait for ever.
+#[test]
+fn the_application_inherits_nothing_of_the_mount() {
+    code("ls -l /proc/self/fd >fds; ! grep -E 'io_uring|eventfd|/dev/fuse|socket' fds", 0);
+}
+
 #[test]
 fn commands_of_the_file_run_in_order_in_the_working_directory() {
     let exec =

@@ -20,19 +20,17 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 use super::capture::Change;
 use super::db::Db;
 use super::error::{Error, Result, chain_text};
-use crate::sqlite::header::JournalMode;
+use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::{limits, os};
 
 mod exclusive;
 mod follow;
 mod index;
 mod rollback;
-mod verify;
 pub mod wal;
 
 pub(super) use exclusive::Stale;
 use follow::Follower;
-use verify::{Follow, Verified};
 
 /// How long the thread of a database waits for more before it ends.
 const LINGER: Duration = Duration::from_secs(5);
@@ -109,18 +107,14 @@ enum Body {
 impl Body {
     /// Reads the file from the start.
     fn open(&self) -> Result<Decoder<Box<dyn Read + '_>>, ltx::Error> {
-        Decoder::new(self.bytes())
-    }
-
-    /// The bytes of the file, from the start.
-    fn bytes(&self) -> Box<dyn Read + '_> {
-        match self {
+        let source: Box<dyn Read + '_> = match self {
             Body::Memory(bytes) => Box::new(&bytes[..]),
             Body::Spool(_, file, len) => {
                 let cursor = os::FileCursor::new(file).take(*len);
                 Box::new(BufReader::with_capacity(limits::IO_BUFFER, cursor))
             }
-        }
+        };
+        Decoder::new(source)
     }
 }
 
@@ -177,16 +171,13 @@ pub struct Receiver {
     db: Arc<Db>,
     body: Body,
     buffer: Vec<u8>,
-    /// Verifies what is in the temporary file, once there is one.
-    follow: Option<Follow>,
     /// Taken over by the queue; otherwise the temporary file is removed.
     kept: bool,
 }
 
 impl Receiver {
     pub(super) fn new(db: Arc<Db>) -> Receiver {
-        let body = Body::Memory(Arc::default());
-        Receiver { db, body, buffer: Vec::new(), follow: None, kept: false }
+        Receiver { db, body: Body::Memory(Arc::default()), buffer: Vec::new(), kept: false }
     }
 
     /// The file is complete: verifies it, checks that it follows on what was received before, and
@@ -199,15 +190,27 @@ impl Receiver {
         if let Body::Memory(bytes) = &mut self.body {
             *bytes = std::mem::take(&mut self.buffer).into();
         }
-        let verified = match self.follow.take() {
-            Some(follow) => follow.finish(),
-            None => verify::verify(self.body.bytes()),
-        };
-        let Verified { header, trailer, sums, mode } =
-            verified.map_err(|source| self.db.ltx_error("verify received ltx file", source))?;
-        let body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
+        let mut received = self.verify()?;
+        received.body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
         self.kept = true;
-        self.db.queue_received(Received { header, trailer, sums, mode, body })
+        self.db.queue_received(received)
+    }
+
+    /// What the file says, but not its body.
+    fn verify(&self) -> Result<Received> {
+        let ltx = |source| self.db.ltx_error("verify received ltx file", source);
+        let mut decoder = self.body.open().map_err(ltx)?;
+        let header = *decoder.header();
+        let mut page = vec![0; header.page_size.bytes()];
+        let (mut sums, mut mode) = (Vec::new(), None);
+        while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
+            sums.push((pgno, decoder.page_checksum()));
+            if pgno == Pgno(1) {
+                mode = DatabaseHeader::parse(&page).ok().map(|header| header.journal_mode);
+            }
+        }
+        let trailer = decoder.finish().map_err(ltx)?;
+        Ok(Received { header, trailer, sums, mode, body: Body::Memory(Arc::default()) })
     }
 
     /// Moves what is buffered to the temporary file, once the file is too large for memory.
@@ -216,9 +219,7 @@ impl Receiver {
             let path = self.db.dir.ltx().join(format!("{:016x}.ltx.tmp", super::files::next_ino()));
             os::remove_if_present("receive:spool", &path)?;
             let file = os::create_new("receive:spool", &path)?;
-            let follow = Follow::start(&file);
             self.body = Body::Spool(path, file, 0);
-            self.follow = Some(follow?);
         }
         self.spill_if_spooled()
     }
@@ -228,9 +229,6 @@ impl Receiver {
             os::write_at("receive:spool", file, &self.buffer, *len)?;
             *len += self.buffer.len() as u64;
             self.buffer.clear();
-            if let Some(follow) = &self.follow {
-                follow.written(*len);
-            }
         }
         Ok(())
     }

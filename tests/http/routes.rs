@@ -44,7 +44,6 @@ async fn what_is_wrong_with_a_request_is_said_in_one_line() {
             assert_eq!(body, format!("{text}\n"), "{request}");
         }
     };
-    check("GET /", "404 Not Found", "404 page not found").await;
     check("GET /nowhere?name=x", "404 Not Found", "404 page not found").await;
     check("POST /info", "405 Method Not Allowed", "method not allowed").await;
     check("HEAD /info", "405 Method Not Allowed", "").await;

@@ -20,6 +20,8 @@ mod fence;
 mod faults;
 // What a node does with what comes from its primary.
 mod replica;
+// Applications that die, and programs that remove files.
+mod strangers;
 
 /// Bytes of a page in these tests.
 const PAGE: usize = 4096;

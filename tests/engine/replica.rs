@@ -22,7 +22,7 @@ use super::{PAGE, commit, contents, database, file, image, lock, primary, unlock
 use crate::support::wait;
 
 /// A kernel that has nothing cached.
-struct NoCache;
+pub(super) struct NoCache;
 
 impl PageCache for NoCache {
     fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}

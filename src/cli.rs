@@ -15,6 +15,7 @@ mod flags;
 mod import;
 mod mount;
 mod progress;
+mod promote;
 mod run;
 mod status;
 mod version;
@@ -39,6 +40,7 @@ Commands:
   mount    mount the file system and run an application on it
   run      run a command as primary, or under the HALT lock of a database
   status   show what the local node knows and does
+  promote  make the local node the primary
   export   copy a database out of the cluster into a file
   import   copy a SQLite file into the cluster
   config   check the configuration file
@@ -56,6 +58,7 @@ const COMMANDS: &[Command] = &[
     Command { spec: &mount::SPEC, run: mount::run },
     Command { spec: &run::SPEC, run: run::run },
     Command { spec: &status::SPEC, run: status::run },
+    Command { spec: &promote::SPEC, run: promote::run },
     Command { spec: &export::SPEC, run: export::run },
     Command { spec: &import::SPEC, run: import::run },
     Command { spec: &config::SPEC, run: config::run },

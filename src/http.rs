@@ -35,6 +35,12 @@ pub const OVERLAP_ACCEPTED: &str = "accepted";
 /// The response header of `/stream` that says where the primary's proxy takes writes of other nodes.
 /// LiteFS ignores it.
 pub const PROXY_URL: &str = "litefs-proxy-url";
+/// The request header of a replica that says whether it may become primary: `true` or `false`.
+pub const CANDIDATE: &str = "litefs-candidate";
+/// The request header of a replica with its host name.
+pub const HOSTNAME: &str = "litefs-hostname";
+/// The header of a stream's answer with the number of the primaryship, in decimal digits.
+pub const TERM: &str = "litefs-term";
 
 /// Says when to stop: once the sender is dropped.
 pub type Stop = tokio::sync::watch::Receiver<()>;

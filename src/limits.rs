@@ -97,6 +97,8 @@ pub const REPLICA_RETRY: Duration = Duration::from_secs(30);
 
 /// Time until a node that was asked to become primary is: an election takes the lease's time.
 pub const PROMOTE_WAIT: Duration = Duration::from_secs(30);
+/// Between two attempts to become primary at start-up.
+pub const PROMOTE_RETRY: Duration = Duration::from_millis(500);
 /// Longest silence of a stream of events, which has no heartbeat; who waits for one waits shorter.
 pub const EVENTS_WAIT: Duration = Duration::from_secs(3600);
 
@@ -204,3 +206,35 @@ pub const WRITER_RETRY: Duration = Duration::from_secs(1);
 
 /// What a buffer keeps between uses, for each of many databases.
 pub const IDLE_BUFFER: usize = 64 << 10;
+
+// Consul.
+
+/// Time until Consul answers a call that does not wait for something: some lost packets, and an
+/// election among its servers takes longer anyway.
+pub const CONSUL_WAIT: Duration = Duration::from_secs(2);
+/// How long an unused connection to Consul is kept: less than its own limit.
+pub const CONSUL_IDLE: Duration = Duration::from_secs(60);
+/// How long one look at the lease key waits for a change.
+pub const CONSUL_WATCH: Duration = Duration::from_secs(60);
+/// Positions of databases in the record beside the lease: some 20 KB; the rest is in its digest.
+pub const RECORD_DATABASES_MAX: usize = 256;
+/// How long a candidate that lacks transactions of the last primary waits for one that has them: the
+/// time in which a primary that was killed is back.
+pub const ELECTION_RECORD_WAIT: Duration = Duration::from_secs(5);
+/// How long a candidate waits for another one that is further and there, but does not take the lease.
+pub const ELECTION_RIVAL_WAIT: Duration = Duration::from_secs(20);
+
+// Handing the lease over.
+
+/// Transactions by which a replica may be behind when writes are paused for it: some milliseconds.
+pub const HANDOFF_LAG: u64 = 1000;
+/// Time in which a replica comes that near, while writes go on.
+pub const HANDOFF_CATCH_UP_WAIT: Duration = Duration::from_secs(5);
+/// Time in which the write transactions that have begun must end.
+pub const HANDOFF_DRAIN_WAIT: Duration = Duration::from_secs(2);
+/// Time in which the target must take the lease; nobody writes meanwhile.
+pub const HANDOFF_TAKE_WAIT: Duration = Duration::from_secs(3);
+/// Time until the answer to a request to hand the lease over: all of the above and some calls.
+pub const HANDOFF_ANSWER_WAIT: Duration = Duration::from_secs(20);
+/// Time in which a target applies what it has received, before it takes the lease.
+pub const HANDOFF_APPLY_WAIT: Duration = Duration::from_secs(2);

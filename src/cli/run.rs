@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::{DEFAULT_URL, Failure, block_on};
+use crate::cluster::election::Force;
 use crate::config::Log;
 use crate::http::client::{Client, Error as ClientError};
 use crate::limits;
@@ -142,7 +143,7 @@ async fn prepare(client: &Client, flags: &Flags) -> anyhow::Result<Node> {
 async fn promote(client: &Client) -> anyhow::Result<()> {
     // From before the request, so that nothing is missed.
     let mut roles = client.roles().await.context("watch node events")?;
-    match client.promote().await {
+    match client.promote(Force::No).await {
         Err(ClientError::Response { code: 409, .. }) => {
             anyhow::bail!("not eligible to become primary")
         }

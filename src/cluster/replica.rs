@@ -20,6 +20,9 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
+use super::lineage::{Lineage, Source};
+use super::lookout::View;
+use super::peers::Identity;
 use crate::engine::{self, ClusterId, DbName, DbState, Engine, PrimaryInfo, chain_text};
 use crate::http::client::{self, Client, Stream, StreamRequest};
 use crate::http::frame::{Event, Frame};
@@ -69,6 +72,18 @@ pub(super) enum Error {
     Thread(#[from] tokio::task::JoinError),
 }
 
+impl Error {
+    /// Whether nobody listens at the primary's address: its process is gone.
+    pub(super) fn is_port_closed(&self) -> bool {
+        match self {
+            Error::Client(client::Error::Connect { source, .. }) => {
+                source.kind() == io::ErrorKind::ConnectionRefused
+            }
+            _ => false,
+        }
+    }
+}
+
 /// How following ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -81,12 +96,19 @@ pub(super) enum End {
     },
     /// This node stops.
     Stopped,
+    /// Another node has the lease.
+    Superseded,
 }
 
 /// One connection to a primary.
 pub(super) struct Replica<'a> {
     pub(super) engine: &'a Arc<Engine>,
+    pub(super) identity: &'a Identity,
     pub(super) primary: &'a PrimaryInfo,
+    /// Who has the lease.
+    pub(super) view: View,
+    /// Whose databases this node has had in full.
+    pub(super) lineage: &'a Arc<Lineage>,
     /// The only databases wanted; empty for all.
     pub(super) databases: &'a [String],
     pub(super) ready: &'a watch::Sender<bool>,
@@ -94,15 +116,43 @@ pub(super) struct Replica<'a> {
     pub(super) link: &'a watch::Sender<Option<Link>>,
     /// Notified when a database needs a snapshot.
     pub(super) reconnect: &'a Notify,
+    /// How far this connection came.
+    pub(super) progress: &'a Progress,
+}
+
+/// How far a connection came.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Progress {
+    connected: Arc<AtomicBool>,
+    ready: Arc<AtomicBool>,
+}
+
+impl Progress {
+    /// The primary has begun its stream.
+    pub(super) fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// The primary has sent everything that it had.
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
 }
 
 impl Replica<'_> {
-    /// Connects and follows until the stream ends or `stop`.
+    /// Connects and follows until the stream ends, another node has the lease, or `stop`.
     pub(super) async fn run(&self, stop: &mut Stop) -> Result<End, Error> {
+        let mut view = self.view.clone();
         let stream = tokio::select! {
             stream = self.connect() => stream?,
             () = stopped(stop) => return Ok(End::Stopped),
+            // Who does not answer yet may never do so.
+            () = view.not(self.primary) => return Ok(End::Superseded),
         };
+        self.progress.connected.store(true, Ordering::Relaxed);
+        let source = Source::of(&stream);
+        // A static primary is always the same node.
+        self.engine.shared().set_same_line(view.is_static() || self.lineage.is(source));
         let open = Open::new(self.link, &stream);
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));
@@ -112,6 +162,9 @@ impl Replica<'_> {
             events,
             abandoned: abandoned.clone(),
             ready: self.ready.clone(),
+            lineage: self.lineage.clone(),
+            source,
+            progress: self.progress.clone(),
             current: Current::Nothing,
             is_ready: false,
             failed: BTreeSet::new(),
@@ -124,6 +177,11 @@ impl Replica<'_> {
                 abandoned.store(true, Ordering::Relaxed);
                 worker.await??;
                 return Ok(End::Stopped);
+            }
+            () = view.other_than(self.primary) => {
+                abandoned.store(true, Ordering::Relaxed);
+                worker.await??;
+                return Ok(End::Superseded);
             }
             () = retry_due(&mut has_failed) => Err(Error::Retry),
             () = self.reconnect.notified() => Err(Error::Snapshot),
@@ -139,10 +197,10 @@ impl Replica<'_> {
         let positions = self.engine.positions();
         let positions: Vec<(&str, Pos)> =
             positions.iter().map(|(name, pos)| (name.as_str(), *pos)).collect();
-        let node_id = self.engine.node_id();
-        let request = StreamRequest { node_id, positions: &positions, filter: self.databases };
+        let (identity, filter) = (self.identity, self.databases);
+        let request = StreamRequest { identity, positions: &positions, filter };
         let stream = client.stream(request).await?;
-        if stream.node_id == Some(node_id) {
+        if stream.node_id == Some(identity.node_id) {
             return Err(Error::Myself);
         }
         self.join_cluster(stream.cluster_id.as_deref()).await?;
@@ -215,6 +273,10 @@ struct Worker {
     /// Nobody wants the rest of the queue.
     abandoned: Arc<AtomicBool>,
     ready: watch::Sender<bool>,
+    lineage: Arc<Lineage>,
+    /// Whose stream it is.
+    source: Source,
+    progress: Progress,
     current: Current,
     /// The ready frame has come.
     is_ready: bool,
@@ -274,6 +336,7 @@ impl Worker {
             Event::LtxEnd => self.finish()?,
             Event::Frame(Frame::Ready) => {
                 self.is_ready = true;
+                self.progress.ready.store(true, Ordering::Relaxed);
                 self.announce_ready();
             }
             Event::Frame(Frame::End) => return Ok(Some(End::Closed)),
@@ -288,6 +351,7 @@ impl Worker {
             Event::Frame(Frame::Heartbeat { timestamp_ms }) => self.engine.heartbeat(timestamp_ms),
             Event::Frame(Frame::DropDb { name }) => {
                 tracing::debug!(db = name, "the primary does not have it; kept here");
+                self.lineage.set_foreign(name);
             }
         }
         Ok(None)
@@ -306,6 +370,7 @@ impl Worker {
                 return Ok(());
             }
         };
+        self.lineage.set_known(name);
         match self.engine.receive(&db) {
             Ok(receiver) => {
                 let arrival = Arrival { db, receiver, header: [0; HEADER_SIZE], header_len: 0 };
@@ -355,14 +420,15 @@ impl Worker {
 
     /// Announces that the node is ready, as soon as all that was received is applied.
     fn announce_ready(&self) {
-        if !*self.ready.borrow() {
-            let (engine, ready) = (self.engine.clone(), self.ready.clone());
-            let targets = engine.positions();
-            tokio::spawn(async move {
-                wait_applied(&engine, targets).await;
-                ready.send_replace(true);
-            });
-        }
+        let (engine, ready) = (self.engine.clone(), self.ready.clone());
+        let (lineage, source) = (self.lineage.clone(), self.source);
+        let targets = engine.positions();
+        tokio::spawn(async move {
+            wait_applied(&engine, targets).await;
+            // Blocks for one small file.
+            let _ = spawn_blocking(move || lineage.reached(source)).await;
+            ready.send_replace(true);
+        });
     }
 }
 
@@ -372,7 +438,7 @@ fn is_from_peer(error: &engine::Error) -> bool {
 }
 
 /// Waits until each database stands at its target or has failed.
-async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
+pub(super) async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
     let applied = Arc::new(Notify::new());
     let wake = applied.clone();
     let subscription = engine.subscribe(Box::new(move || wake.notify_one()));

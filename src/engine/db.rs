@@ -343,7 +343,7 @@ impl Db {
     /// With synchronous=FULL the sync of the WAL is the last moment at which SQLite lets a commit
     /// fail.
     fn refuse_fenced_writer(&self) -> Result<(), Refusal> {
-        if self.shared.is_fenced() && self.is_client_writing() {
+        if !self.may_commit() && self.is_client_writing() {
             tracing::warn!(db = %self.name, "commit refused: the lease is not confirmed");
             return Err(Refusal::Os(libc::EIO));
         }

@@ -4,6 +4,8 @@
 //! DATA/lock                      locked (flock) by the process that uses the directory
 //! DATA/clusterid                 the cluster id and a newline
 //! DATA/node-ids                  the ids that this node has had
+//! DATA/lease                     the session of a lease that this node has, and a newline
+//! DATA/term                      the last primaryship of which it had everything, and a newline
 //! DATA/super-journals/           super-journals of transactions over several databases
 //! DATA/dbs/NAME/database         SQLite's main file
 //! DATA/dbs/NAME/journal          the rollback journal
@@ -46,6 +48,16 @@ impl DataDir {
     /// The file with the ids that this node has had, a line each.
     pub fn node_ids(&self) -> PathBuf {
         self.0.join("node-ids")
+    }
+
+    /// The file with the session of the lease that this node has.
+    pub fn lease(&self) -> PathBuf {
+        self.0.join("lease")
+    }
+
+    /// The file with the last primaryship of which this node had everything.
+    pub fn term(&self) -> PathBuf {
+        self.0.join("term")
     }
 
     /// The directory that holds a directory for each database.

@@ -70,6 +70,8 @@ pub struct Shared {
     pub fence: Fence,
     /// What applications may do, a [`Writing`].
     writing: AtomicU8,
+    /// Whether everything here is known to come from the primary that the node follows.
+    same_line: AtomicBool,
     /// Whether clients share the pages of `-wal` and `-shm` with us.
     passthrough: AtomicBool,
     /// The kernel, once something is mounted.
@@ -98,6 +100,7 @@ impl Shared {
             feed: Arc::default(),
             fence: Fence::default(),
             writing: AtomicU8::new(Writing::Refused as u8),
+            same_line: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
             page_cache: OnceLock::new(),
             reconnect: OnceLock::new(),
@@ -145,6 +148,16 @@ impl Shared {
     pub fn change_writing(&self, from: Writing, to: Writing) -> bool {
         let (from, to) = (from as u8, to as u8);
         self.writing.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Whether the primary that the node follows has everything that is here.
+    pub fn is_same_line(&self) -> bool {
+        self.same_line.load(Ordering::SeqCst)
+    }
+
+    /// Says whether the primary that the node follows has everything that is here.
+    pub fn set_same_line(&self, same: bool) {
+        self.same_line.store(same, Ordering::SeqCst);
     }
 
     /// Whether clients share the pages of `-wal` and `-shm` with us.

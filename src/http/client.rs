@@ -14,7 +14,7 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
-use hyper::header::HeaderValue;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ltx::{NodeId, Pos};
@@ -26,7 +26,10 @@ use tokio::time::timeout;
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
 use super::report::{Info, Status};
-use super::{CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL};
+use super::{CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, TERM};
+use crate::cluster::election::Force;
+use crate::cluster::node::Candidacy;
+use crate::cluster::peers::Identity;
 use crate::limits;
 
 /// Why a call failed.
@@ -130,8 +133,8 @@ pub struct Client {
 /// What a replica asks for.
 #[derive(Debug)]
 pub struct StreamRequest<'a> {
-    /// The replica's id.
-    pub node_id: NodeId,
+    /// The replica.
+    pub identity: &'a Identity,
     /// Where each of its databases stands.
     pub positions: &'a [(&'a str, Pos)],
     /// Only these databases; empty for all.
@@ -220,8 +223,20 @@ impl Client {
     }
 
     /// `POST /promote`: asks the node to become primary.
-    pub async fn promote(&self) -> Result<(), Error> {
-        self.call(self.request(Method::POST, "/promote", body::empty())).await.map(drop)
+    pub async fn promote(&self, force: Force) -> Result<(), Error> {
+        let path = match force {
+            Force::Yes => "/promote?force=true",
+            Force::No => "/promote",
+        };
+        let request = self.request(Method::POST, path, body::empty());
+        self.call_within(limits::PROMOTE_WAIT, request).await.map(drop)
+    }
+
+    /// `POST /handoff`: asks the primary to hand its lease to the replica of that id.
+    pub async fn hand_off(&self, to: NodeId) -> Result<(), Error> {
+        let path = format!("/handoff?nodeID={to}");
+        let request = self.request(Method::POST, &path, body::empty());
+        self.call_within(limits::HANDOFF_ANSWER_WAIT, request).await.map(drop)
     }
 
     /// `GET /events`, of which only the node's role counts.
@@ -238,9 +253,7 @@ impl Client {
         };
         let positions = frame::encode_positions(request.positions.iter().copied());
         let mut call = self.request(Method::POST, &path, body::full(positions));
-        if let Ok(id) = request.node_id.to_string().parse() {
-            call.headers_mut().insert(NODE_ID, id);
-        }
+        identify(call.headers_mut(), request.identity);
         call.headers_mut().insert(OVERLAP, HeaderValue::from_static(OVERLAP_ACCEPTED));
         let answer = self.call(call).await?;
         Ok(Stream {
@@ -248,6 +261,7 @@ impl Client {
             node_id: answer.node_id,
             cluster_id: answer.cluster_id.clone(),
             proxy_url: answer.proxy_url.clone(),
+            term: answer.term,
             decoder: Decoder::new(),
             is_ready: false,
             answer,
@@ -281,10 +295,14 @@ impl Client {
     }
 
     async fn call(&self, request: Request<Body>) -> Result<Answer, Error> {
+        self.call_within(limits::RESPONSE_WAIT, request).await
+    }
+
+    async fn call_within(&self, wait: Duration, request: Request<Body>) -> Result<Answer, Error> {
         let mut connection = self.connect().await?;
-        let response = timeout(limits::RESPONSE_WAIT, connection.sender.send_request(request))
+        let response = timeout(wait, connection.sender.send_request(request))
             .await
-            .map_err(|_| self.silence("response", limits::RESPONSE_WAIT))?
+            .map_err(|_| self.silence("response", wait))?
             .map_err(|source| self.http_error("call", source))?;
         self.check(Answer::new(response, connection)).await
     }
@@ -375,6 +393,23 @@ fn split_port(authority: &str) -> (&str, Option<&str>) {
     }
 }
 
+/// Says who we are.
+fn identify(headers: &mut HeaderMap, identity: &Identity) {
+    let mut insert = |name, value: String| {
+        // A host name that is no header value is not said.
+        if let Ok(value) = value.parse() {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    };
+    insert(NODE_ID, identity.node_id.to_string());
+    if !identity.hostname.is_empty() {
+        insert(HOSTNAME, identity.hostname.clone());
+    }
+    if let Some(candidacy) = identity.candidacy {
+        insert(CANDIDATE, (candidacy == Candidacy::Candidate).to_string());
+    }
+}
+
 /// `text` as the value of a query parameter.
 fn encode_query(text: &str) -> String {
     let mut query = String::with_capacity(text.len());
@@ -425,6 +460,7 @@ struct Answer {
     node_id: Option<NodeId>,
     cluster_id: Option<String>,
     proxy_url: Option<String>,
+    term: Option<u64>,
     body: Incoming,
     _connection: Connection,
 }
@@ -437,6 +473,7 @@ impl Answer {
             node_id: header(NODE_ID).and_then(|id| id.parse().ok()),
             cluster_id: header(CLUSTER_ID).map(str::to_owned),
             proxy_url: header(PROXY_URL).map(str::to_owned),
+            term: header(TERM).and_then(|term| term.parse().ok()),
             body: response.into_body(),
             _connection: connection,
         }
@@ -500,6 +537,8 @@ pub struct Stream {
     pub cluster_id: Option<String>,
     /// Where the primary's proxy takes writes of other nodes, if it has one.
     pub proxy_url: Option<String>,
+    /// The number of its primaryship, if it counts them.
+    pub term: Option<u64>,
     decoder: Decoder,
     is_ready: bool,
     answer: Answer,

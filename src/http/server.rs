@@ -5,6 +5,8 @@
 //! GET  /events    what happens here, line by line      GET /status   the same with all databases
 //! GET  /export    a database file                      GET /metrics  for Prometheus
 //! POST /import    a database file                      GET /         the status for a browser
+//!                                                      POST /handoff  give the lease to a replica
+//!                                                      POST /promote  become primary
 //! ```
 //!
 //! An error is one line of text. Every answer but `/metrics` carries the node id, and the cluster id
@@ -38,9 +40,13 @@ use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::socket::Socket;
 use super::{
-    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, events, frame, gauges, page,
-    spool, stopped, stream, transfer,
+    CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM,
+    events, frame, gauges, page, spool, stopped, stream, transfer,
 };
+use crate::cluster::control::{Control, HandoffError, PromoteError};
+use crate::cluster::election::Force;
+use crate::cluster::node::Candidacy;
+use crate::cluster::peers::Identity;
 use crate::engine::{
     self, Db, DbName, DbState, Engine, Event, EventWatch, InvalidName, Overlap, Role, chain_text,
 };
@@ -64,6 +70,8 @@ pub struct Options {
     pub proxy_url: Option<String>,
     /// What `/metrics` tells.
     pub metrics: Metrics,
+    /// The way to whoever decides the role of the node.
+    pub control: Control,
 }
 
 /// The API of one node.
@@ -215,9 +223,11 @@ impl Api {
             "/page.js" => Ok(page::script()),
             "/events" => Ok(respond(JSON, events::serve(&self.engine, stop))),
             "/export" => self.export(request).await,
+            "/handoff" => self.hand_off(request).await,
             "/import" => self.import(request, stop).await,
             "/info" => Ok(respond(TEXT, body::full(pretty_json(&self.info())))),
             "/metrics" => self.metrics().await,
+            "/promote" => self.promote(request).await,
             "/status" => self.status().await,
             _ => self.stream(request, stop).await,
         }
@@ -351,6 +361,39 @@ impl Api {
         Ok(respond(TEXT, body::empty()))
     }
 
+    /// Answers when the target is the primary, or when that has failed.
+    async fn hand_off(self: Arc<Api>, request: Request<Incoming>) -> Answer {
+        let id = parameter(request.uri().query(), "nodeID");
+        let Ok(id) = id.parse::<NodeId>() else {
+            return Err(Refusal::new(StatusCode::BAD_REQUEST, "invalid node id"));
+        };
+        match self.options.control.hand_off(id).await {
+            Ok(()) => Ok(respond(TEXT, body::empty())),
+            Err(error @ HandoffError::NotEligible) => {
+                Err(Refusal::new(StatusCode::CONFLICT, &error.to_string()))
+            }
+            Err(error) => {
+                let text = format!("cannot handoff: {error}");
+                Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, &text))
+            }
+        }
+    }
+
+    /// Answers when this node is the primary, or when that has failed.
+    async fn promote(self: Arc<Api>, request: Request<Incoming>) -> Answer {
+        let force = match parameter(request.uri().query(), "force").as_str() {
+            "true" => Force::Yes,
+            _ => Force::No,
+        };
+        match self.options.control.promote(force).await {
+            Ok(()) => Ok(respond(TEXT, body::empty())),
+            Err(error @ PromoteError::NotEligible) => {
+                Err(Refusal::new(StatusCode::CONFLICT, &error.to_string()))
+            }
+            Err(error) => Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string())),
+        }
+    }
+
     async fn stream(self: Arc<Api>, request: Request<Incoming>, stop: Stop) -> Answer {
         let refuse = |status, text: &str| Err(Refusal::new(status, text));
         if request.version() != Version::HTTP_2 {
@@ -362,7 +405,9 @@ impl Api {
         }
         let address = request.extensions().get::<Address>().copied();
         let primaryship = self.primaryship()?;
+        let term = self.options.control.term();
         let overlap = accepted_overlap(request.headers());
+        let identity = identity(peer, request.headers());
         let filter = parameter(request.uri().query(), "filter");
         let filter = filter.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
         let body = Limited::new(request.into_body(), limits::POSITION_MAP_BYTES_MAX);
@@ -381,10 +426,14 @@ impl Api {
         if let Some(url) = url {
             response.headers_mut().insert(PROXY_URL, url);
         }
+        if let Some(term) = term {
+            response.headers_mut().insert(TERM, term.into());
+        }
         tokio::spawn(async move {
             let _open = self.peers.add(peer, address);
-            tracing::info!(%peer, "stream connected");
-            let request = stream::Request { overlap, positions, filter };
+            tracing::info!(%peer, hostname = identity.hostname, "stream connected");
+            let membership = self.options.control.peers().join(identity);
+            let request = stream::Request { overlap, positions, filter, membership };
             let lost = self.primary_lost(primaryship);
             stream::serve(self.clone(), request, sender, stop, lost).await;
             tracing::info!(%peer, "stream disconnected");
@@ -465,7 +514,7 @@ async fn nothing_asked(asked: &AtomicBool) {
 /// The one method of a route; `None` if there is no such route.
 fn method_of(path: &str) -> Option<Method> {
     match path {
-        "/stream" | "/import" => Some(Method::POST),
+        "/stream" | "/import" | "/handoff" | "/promote" => Some(Method::POST),
         "/" | "/page.css" | "/page.js" | "/events" | "/export" | "/info" | "/metrics"
         | "/status" => Some(Method::GET),
         _ => None,
@@ -475,6 +524,19 @@ fn method_of(path: &str) -> Option<Method> {
 fn peer_id(headers: &HeaderMap) -> NodeId {
     let id = headers.get(NODE_ID).and_then(|id| id.to_str().ok());
     id.and_then(|id| id.parse().ok()).unwrap_or_default()
+}
+
+fn identity(node_id: NodeId, headers: &HeaderMap) -> Identity {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    Identity {
+        node_id,
+        hostname: text(HOSTNAME).unwrap_or_default().to_owned(),
+        candidacy: match text(CANDIDATE) {
+            Some("true") => Some(Candidacy::Candidate),
+            Some("false") => Some(Candidacy::ReplicaOnly),
+            _ => None,
+        },
+    }
 }
 
 fn accepted_overlap(headers: &HeaderMap) -> Overlap {

@@ -25,6 +25,7 @@ use super::body::{SendError, Sender};
 use super::frame::{self, CHUNK_BYTES_MAX, CHUNK_HEADER_SIZE, Frame};
 use super::server::Api;
 use super::{Stop, stopped, transfer};
+use crate::cluster::peers::Membership;
 use crate::engine::chain::Successor;
 use crate::engine::{Db, LtxBytes, Next, Overlap, Subscription, chain_text};
 use crate::limits;
@@ -37,6 +38,8 @@ pub(super) struct Request {
     pub(super) positions: Vec<(String, Pos)>,
     /// The only names it wants, if any.
     pub(super) filter: BTreeSet<String>,
+    /// Its place among the connected replicas.
+    pub(super) membership: Membership,
 }
 
 /// Why a stream ended early.
@@ -88,12 +91,14 @@ pub(super) async fn serve(
 }
 
 /// Why a wait ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 enum Wake {
     /// Something changed, or a heartbeat is due.
     Work,
     /// The node stops: the next round is the last.
     Stop,
+    /// The replica gets this lease after the next round, which is the last.
+    Lease(String),
 }
 
 struct Stream {
@@ -103,6 +108,9 @@ struct Stream {
     woken: Arc<Notify>,
     /// What the replica has, by the names that it or the primary uses.
     positions: BTreeMap<String, Pos>,
+    /// The sum of the TXIDs of `positions`.
+    sent: u64,
+    membership: Membership,
     filter: BTreeSet<String>,
     overlap: Overlap,
     /// Names of this round that are not done.
@@ -117,11 +125,14 @@ impl Stream {
         let woken = Arc::new(Notify::new());
         let wake = woken.clone();
         let subscription = api.engine.subscribe(Box::new(move || wake.notify_one()));
+        let positions: BTreeMap<String, Pos> = request.positions.into_iter().collect();
         Stream {
             api,
             subscription,
             woken,
-            positions: request.positions.into_iter().collect(),
+            sent: positions.values().map(|pos| pos.txid.0).fold(0, u64::saturating_add),
+            positions,
+            membership: request.membership,
             filter: request.filter,
             overlap: request.overlap,
             pending: BTreeSet::new(),
@@ -147,8 +158,11 @@ impl Stream {
                 true => self.heartbeat(),
                 false => self.round().await?,
             }
+            if let Wake::Lease(lease_id) = &wake {
+                self.outbox.frame(&Frame::Handoff { lease_id: lease_id.clone() });
+            }
             self.outbox.flush().await?;
-            if wake == Wake::Stop {
+            if wake != Wake::Work {
                 return Ok(());
             }
             pace.pause().await;
@@ -160,6 +174,7 @@ impl Stream {
         let wake = tokio::select! {
             biased;
             () = stopped(stop) => Wake::Stop,
+            lease = self.membership.lease() => Wake::Lease(lease),
             () = self.woken.notified() => Wake::Work,
             () = sleep(limits::HEARTBEAT_PERIOD) => Wake::Work,
         };
@@ -190,12 +205,23 @@ impl Stream {
             }
             self.pending.remove(&name);
         }
+        self.membership.set_sent(self.sent);
         Ok(())
     }
 
     fn forget(&mut self, name: String) {
-        self.positions.remove(&name);
+        self.set_position(&name, None);
         self.outbox.frame(&Frame::DropDb { name });
+    }
+
+    /// Notes where the replica stands after what was sent.
+    fn set_position(&mut self, name: &str, pos: Option<Pos>) {
+        let old = match pos {
+            Some(pos) => self.positions.insert(name.to_owned(), pos),
+            None => self.positions.remove(name),
+        };
+        let txid = |pos: Option<Pos>| pos.map_or(0, |pos| pos.txid.0);
+        self.sent = self.sent.saturating_sub(txid(old)).saturating_add(txid(pos));
     }
 
     /// Sends what the replica lacks of `db`, as of now: what is committed meanwhile makes it dirty
@@ -208,7 +234,7 @@ impl Stream {
                 Ok(step) => step,
                 Err(error) => return self.skip(name, error),
             };
-            self.positions.insert(name.to_owned(), step.pos);
+            self.set_position(name, Some(step.pos));
             self.outbox.flush_if_full().await?;
             match step.then {
                 Then::Done => return Ok(()),
@@ -325,7 +351,7 @@ impl Stream {
         }
         let pos = snapshot.finish().await.map_err(error)?;
         self.outbox.end_ltx();
-        self.positions.insert(name.to_owned(), pos);
+        self.set_position(name, Some(pos));
         self.api.options.metrics.database(name).snapshots_sent.inc();
         tracing::info!(db = name, %pos, "snapshot sent");
         Ok(())

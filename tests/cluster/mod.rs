@@ -21,6 +21,8 @@ mod damage;
 mod follow;
 /// Nodes that come late, come back, or do not belong.
 mod join;
+/// Nodes with a lease in Consul.
+mod lease;
 /// Readers on a replica.
 mod readers;
 /// Writes on a replica.

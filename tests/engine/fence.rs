@@ -126,3 +126,22 @@ fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
     open_fence(&engine);
     assert_eq!(db.sync_file(&log), Ok(()));
 }
+
+#[test]
+fn paused_writes_begin_no_transaction_and_wait_for_the_last_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(1));
+    begin(&db, &image(2));
+    assert_eq!(engine.stop_writes(Duration::ZERO).unfinished, [db.name().clone()]);
+    db.remove_journal().unwrap();
+    unlock_all(&db);
+    assert_eq!(engine.stop_writes(Duration::from_secs(20)).unfinished, []);
+    for byte in [Lock::Write, Lock::Reserved] {
+        let refused = lock(&db, LockSet::one(byte), LockKind::Exclusive);
+        assert_eq!(refused, Err(Refusal::WouldBlock), "{byte:?}");
+    }
+    engine.resume_writes();
+    commit(&db, &image(3));
+}

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use litefs::cluster::control::Control;
 use litefs::cluster::lease::{Leaser, StaticRole};
 use litefs::cluster::node::{Candidacy, Node as RoleTask, Options as RoleOptions, Ready};
+use litefs::cluster::peers::Identity;
 use litefs::engine::{self, DbName, DbState, Engine, PrimaryInfo};
 use litefs::http::client::Client;
 use litefs::http::server::{Api, Options};
@@ -25,8 +27,14 @@ pub struct Node {
     pub url: String,
     pub ready: Ready,
     pub client: Client,
+    control: Control,
     api: Task,
     role: Task,
+}
+
+/// A replica of that id.
+pub fn identity(id: u64) -> Identity {
+    Identity { node_id: NodeId(id), hostname: String::new(), candidacy: None }
 }
 
 /// A task that ends when its signal is dropped.
@@ -37,13 +45,14 @@ async fn stop((stop, task): Task) {
     tokio::time::timeout(DEADLINE, task).await.expect("stops in time").unwrap();
 }
 
-fn serve(engine: &Arc<Engine>, listener: TcpListener, candidate: bool) -> Task {
+fn serve(engine: &Arc<Engine>, listener: TcpListener, candidate: bool, control: Control) -> Task {
     let options = Options {
         candidate,
         hostname: "primary-host".to_owned(),
         snapshot_timeout: Some(DEADLINE),
         proxy_url: None,
         metrics: Metrics::new().unwrap(),
+        control,
     };
     let api = Api::new(engine.clone(), options).unwrap();
     let (stop, stopped) = watch::channel(());
@@ -105,7 +114,6 @@ impl Node {
     ) -> Node {
         let engine = open_engine(dir, id);
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let api = serve(&engine, listener, role == StaticRole::Primary);
         let primary = PrimaryInfo {
             hostname: "primary-host".to_owned(),
             advertise_url: primary_url.to_owned(),
@@ -117,13 +125,16 @@ impl Node {
             },
             reconnect_delay: Duration::from_millis(50),
             databases: databases.iter().map(|name| name.to_string()).collect(),
+            hostname: "own-host".to_owned(),
         };
+        let candidate = role == StaticRole::Primary;
         let leaser = Leaser::Static { role, primary };
-        let (task, ready) = RoleTask::new(engine.clone(), leaser, options);
+        let (task, control, ready) = RoleTask::new(engine.clone(), leaser, options);
+        let api = serve(&engine, listener, candidate, control.clone());
         let (stop, stopped) = watch::channel(());
         let role = (stop, tokio::spawn(task.run(stopped)));
         let client = Client::new(&url).unwrap();
-        Node { engine, url, ready, client, api, role }
+        Node { engine, url, ready, client, control, api, role }
     }
 
     /// Waits until the node has everything its primary had when it connected.
@@ -141,7 +152,7 @@ impl Node {
     /// Serves a new API at the same address.
     pub async fn start_api(&mut self) {
         let listener = bind(self.client.address().parse().unwrap()).await;
-        self.api = serve(&self.engine, listener, true);
+        self.api = serve(&self.engine, listener, true, self.control.clone());
     }
 
     /// Stops the node and waits until its tasks are over.

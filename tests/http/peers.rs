@@ -14,6 +14,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use litefs::http::client::{Client, Error, Stream, StreamRequest};
 use litefs::http::frame::{self, Decoder, Event, Frame};
 use ltx::NodeId;
+
+use super::node::identity;
 use tokio::net::TcpListener;
 
 const RAW_FROM_3: &[u8] = include_bytes!("../fixtures/stream/raw-from-3.response");
@@ -102,7 +104,7 @@ async fn events(client: &Client) -> Result<Vec<Event>, Error> {
 }
 
 async fn open(client: &Client) -> Result<Stream, Error> {
-    client.stream(StreamRequest { node_id: NodeId(1), positions: &[], filter: &[] }).await
+    client.stream(StreamRequest { identity: &identity(1), positions: &[], filter: &[] }).await
 }
 
 /// The frames of a recording, without its data.
@@ -153,7 +155,8 @@ async fn the_request_is_the_one_that_litefs_sends() {
     let positions = frame::decode_positions(REQUEST_FROM_3).unwrap();
     let positions: Vec<_> = positions.iter().map(|(name, pos)| (name.as_str(), *pos)).collect();
     let filter = ["wal.db".to_owned(), "delete.db".to_owned()];
-    let request = StreamRequest { node_id: NodeId(0xab), positions: &positions, filter: &filter };
+    let request =
+        StreamRequest { identity: &identity(0xab), positions: &positions, filter: &filter };
     let mut stream = peer.stream(request).await.unwrap();
     assert_eq!(stream.node_id, Some(NodeId(0xcd)));
     assert_eq!(stream.cluster_id.as_deref(), Some("LFSC0123456789ABCDEF"));
@@ -171,7 +174,7 @@ async fn a_stream_cut_at_any_byte_is_whole_frames_or_an_error() {
     let mut whole = 0;
     for end in 0..LZ4_FROM_ZERO.len() {
         let filter = [format!("cut{end}")];
-        let request = StreamRequest { node_id: NodeId(1), positions: &[], filter: &filter };
+        let request = StreamRequest { identity: &identity(1), positions: &[], filter: &filter };
         let mut stream = peer.stream(request).await.unwrap();
         let error = loop {
             match stream.next().await {

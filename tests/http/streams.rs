@@ -5,7 +5,7 @@ use litefs::http::client::{Error, StreamRequest};
 use litefs::http::frame::{Event, Frame};
 use ltx::{NodeId, Pos};
 
-use super::node::{Node, wait_until};
+use super::node::{Node, identity, wait_until};
 
 const ROWS: &str = "CREATE TABLE t (x);
     WITH RECURSIVE n (v) AS (SELECT 1 UNION ALL SELECT v + 1 FROM n WHERE v < 5000)
@@ -165,7 +165,7 @@ async fn a_filtered_replica_has_only_what_it_asked_for() {
 
 /// Reads the stream of a replica with `positions` up to its first heartbeat.
 async fn first_round(node: &Node, positions: &[(&str, Pos)]) -> Result<Vec<String>, Error> {
-    let request = StreamRequest { node_id: NodeId(99), positions, filter: &[] };
+    let request = StreamRequest { identity: &identity(99), positions, filter: &[] };
     let mut stream = node.client.stream(request).await?;
     let mut events = Vec::new();
     loop {
@@ -208,7 +208,7 @@ async fn a_stream_begins_as_the_protocol_says() {
 async fn an_idle_stream_beats_every_second_and_ends_with_its_node() {
     let dir = tempfile::tempdir().unwrap();
     let primary = Node::primary(&dir.path().join("a"), 1).await;
-    let request = StreamRequest { node_id: NodeId(2), positions: &[], filter: &[] };
+    let request = StreamRequest { identity: &identity(2), positions: &[], filter: &[] };
     let mut stream = primary.client.stream(request).await.unwrap();
     assert_eq!(stream.node_id, Some(NodeId(1)));
     let mut last_ms = None;
@@ -239,7 +239,7 @@ async fn a_replica_refuses_streams_and_nobody_follows_itself() {
     replica.wait_ready().await;
     let error = first_round(&replica, &[]).await.unwrap_err();
     assert_eq!(error.to_string(), "invalid response: code=503: lease expired");
-    let myself = StreamRequest { node_id: NodeId(1), positions: &[], filter: &[] };
+    let myself = StreamRequest { identity: &identity(1), positions: &[], filter: &[] };
     let error = primary.client.stream(myself).await.err().unwrap();
     assert_eq!(error.to_string(), "invalid response: code=400: cannot connect to self");
     replica.stop().await;
@@ -250,7 +250,7 @@ async fn a_replica_refuses_streams_and_nobody_follows_itself() {
 async fn a_stream_ends_when_its_primary_is_deposed() {
     let dir = tempfile::tempdir().unwrap();
     let primary = Node::primary(&dir.path().join("a"), 1).await;
-    let request = StreamRequest { node_id: NodeId(2), positions: &[], filter: &[] };
+    let request = StreamRequest { identity: &identity(2), positions: &[], filter: &[] };
     let mut stream = primary.client.stream(request).await.unwrap();
     assert_eq!(stream.next().await.unwrap(), Some(Event::Frame(Frame::Ready)));
     primary.engine.set_role(Role::Unknown);

@@ -46,6 +46,23 @@ pub enum Member<'a> {
     Primary,
     /// A replica of the primary at this URL.
     Replica(&'a str),
+    /// A node of a cluster with a lease in Consul.
+    Consul(Lease<'a>),
+}
+
+/// A lease in Consul, as one node has it in its configuration.
+#[derive(Clone, Copy)]
+pub struct Lease<'a> {
+    /// Consul's URL, with or without a prefix.
+    pub url: &'a str,
+    /// The node's host name.
+    pub hostname: &'a str,
+    /// Where others reach it; its own address if this is empty.
+    pub advertise: &'a str,
+    /// Whether it may become primary.
+    pub candidate: bool,
+    /// How long its session lives.
+    pub ttl: &'a str,
 }
 
 /// The longest that one run of a process may last. A node that does not answer would stop a test
@@ -103,9 +120,22 @@ impl Node {
     /// Writes the configuration, for the next start.
     pub fn configure(&self, settings: &Settings, member: Member<'_>) {
         let Settings { passthrough, transport, data, lease, lines, .. } = settings;
-        let (candidate, primary) = match member {
-            Member::Primary => (true, self.url()),
-            Member::Replica(url) => (false, url.to_owned()),
+        let fixed = |candidate: bool, primary: &str| {
+            format!(
+                "type: static, hostname: primary, advertise-url: '{primary}', candidate: {candidate}"
+            )
+        };
+        let member = match member {
+            Member::Primary => fixed(true, &self.url()),
+            Member::Replica(url) => fixed(false, url),
+            Member::Consul(Lease { url, hostname, advertise, candidate, ttl }) => {
+                let advertise =
+                    if advertise.is_empty() { self.url() } else { advertise.to_owned() };
+                format!(
+                    "type: consul, hostname: {hostname}, advertise-url: '{advertise}', \
+                     candidate: {candidate}, consul: {{url: '{url}', key: test/lease, ttl: {ttl}}}"
+                )
+            }
         };
         let (root, address) = (self.dir.path().display(), &self.address);
         let or_auto = |word: &'static str| if word.is_empty() { "auto" } else { word };
@@ -115,8 +145,7 @@ impl Node {
             "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}}}\n\
              data: {{dir: {root}/data{data}}}\n\
              http: {{addr: '{address}'}}\n\
-             lease: {{type: static, hostname: primary, advertise-url: '{primary}', \
-             candidate: {candidate}, reconnect-delay: 100ms{lease}}}\n\
+             lease: {{{member}, reconnect-delay: 100ms{lease}}}\n\
              {lines}\n"
         );
         fs::write(self.dir.path().join("litefs.yml"), config).unwrap();
@@ -192,6 +221,11 @@ impl Node {
     /// The URL of its API.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Host and port of its API.
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     /// The mount.

@@ -37,6 +37,15 @@ pub fn refused(path: &Path, sql: &str) -> String {
     complaint(&output)
 }
 
+/// Runs `sql` in a process of its own: what it printed, or what it complained of.
+pub fn try_run(path: &Path, sql: &str) -> Result<String, String> {
+    let output = attempt(path, sql);
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned()),
+        false => Err(complaint(&output)),
+    }
+}
+
 fn complaint(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).trim_end().to_owned()
 }

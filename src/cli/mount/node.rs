@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! open:   ports -> databases -> lease task -> proxy -> mount -> API -> ready -> exec
-//! close:  proxy -> mount -> API (streams end) -> lease task (lease given back) -> databases
+//! close:  proxy -> lease handed over -> mount -> API (streams end) -> lease task (lease given back) -> databases
 //! ```
 //!
-//! The mount goes before the API, so that nothing is committed that the streams do not send any
+//! A lease that another node can take is handed over while everything works. Else it is given back last:
+//! the mount goes before the API, so that nothing is committed that the streams do not send any
 //! more; what was committed before is sent before a stream ends. Requests to the API that come in
 //! while the node opens wait in the port's queue; the proxy says that the node is not ready.
 //!
@@ -23,20 +24,26 @@ use ltx::{Compression, NodeId};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, sleep};
 
 use super::{Settings, StaleMount, users};
+use crate::cluster::consul::address::Address;
+use crate::cluster::consul::client::Client as ConsulClient;
+use crate::cluster::consul::{Consul, Options as ConsulOptions};
+use crate::cluster::control::{Control, PromoteError};
+use crate::cluster::election::Force;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
-use crate::engine::{self, Engine, PrimaryInfo};
+use crate::engine::{self, Engine, PrimaryInfo, Role};
 use crate::http::client::Client;
 use crate::http::proxy::{self, Admission, Links, Proxy, Way};
 use crate::http::server::{Api, Options as ApiOptions};
-use crate::os;
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
 use crate::telemetry::{Metrics, say};
 use crate::volume::EngineVolume;
+use crate::{limits, os};
 
 /// How many signals, once the node is closing, end the process at once.
 const SIGNALS_TO_QUIT: u32 = 2;
@@ -110,6 +117,7 @@ async fn serve(
 #[derive(Default)]
 struct Node {
     engine: Option<Arc<Engine>>,
+    control: Option<Control>,
     cluster: Option<Task>,
     proxy: Option<Task>,
     mount: Option<Mount>,
@@ -120,6 +128,7 @@ struct Node {
 struct Membership {
     ready: Ready,
     links: Links,
+    control: Control,
 }
 
 /// A mounted volume.
@@ -156,16 +165,18 @@ impl Node {
         let metrics = Metrics::new()?;
         let listener = bind_api(&config.http.addr).await?;
         let proxy_listener = bind_proxy(&config.proxy).await?;
-        let leaser = leaser(config)?;
+        let node_id = draw_node_id()?;
+        let port = listener.local_addr().context("cannot init http server")?.port();
+        let leaser = leaser(config, environment, port, node_id)?;
         let engine = match &proxy_listener {
             Some(listener) => tokio::select! {
-                engine = open_engine(config) => engine?,
+                engine = open_engine(config, node_id) => engine?,
                 never = proxy::refuse_all(listener) => match never {},
             },
-            None => open_engine(config).await?,
+            None => open_engine(config, node_id).await?,
         };
         self.engine = Some(engine.clone());
-        let membership = self.start_cluster(config, &engine, leaser);
+        let membership = self.start_cluster(config, environment, &engine, leaser);
         let proxy_url = match proxy_listener {
             Some(listener) => {
                 let url = proxy_url(config, environment, &listener)?;
@@ -187,11 +198,12 @@ impl Node {
             snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
             proxy_url,
             metrics,
+            control: membership.control.clone(),
         };
         self.start_api(config, options, engine, listener).await?;
         match config.skip_sync {
             true => say("skipping cluster sync, starting immediately"),
-            false => self.wait_until(membership.ready, config).await?,
+            false => self.wait_until(membership.ready, &membership.control, config).await?,
         }
         Ok(())
     }
@@ -199,6 +211,7 @@ impl Node {
     fn start_cluster(
         &mut self,
         config: &Config,
+        environment: &Environment,
         engine: &Arc<Engine>,
         leaser: Leaser,
     ) -> Membership {
@@ -210,12 +223,14 @@ impl Node {
             },
             reconnect_delay: lease.reconnect_delay,
             databases: lease.databases.clone(),
+            hostname: hostname(config, environment),
         };
-        let (cluster, ready) = Cluster::new(engine.clone(), leaser, options);
+        let (cluster, control, ready) = Cluster::new(engine.clone(), leaser, options);
         let links = cluster.links();
         let (stop, stopped) = watch::channel(());
         self.cluster = Some(Task { stop, handle: tokio::spawn(cluster.run(stopped)) });
-        Membership { ready, links }
+        self.control = Some(control.clone());
+        Membership { ready, links, control }
     }
 
     fn start_proxy(
@@ -227,7 +242,7 @@ impl Node {
         metrics: &Metrics,
     ) -> anyhow::Result<()> {
         let address = listener.local_addr().context("cannot init proxy server")?;
-        let Membership { ready, links } = membership;
+        let Membership { ready, links, .. } = membership;
         let options = proxy_options(settings, metrics);
         let proxy = Proxy::new(engine, links.clone(), ready.clone(), options);
         let (stop, stopped) = watch::channel(());
@@ -254,19 +269,25 @@ impl Node {
     }
 
     /// Waits until this node is primary, or has what its primary has.
-    async fn wait_until(&self, mut ready: Ready, config: &Config) -> anyhow::Result<()> {
+    async fn wait_until(
+        &self,
+        mut ready: Ready,
+        control: &Control,
+        config: &Config,
+    ) -> anyhow::Result<()> {
         tracing::info!("waiting to connect to cluster");
         ready.wait_for(|ready| *ready).await.context("connect to cluster")?;
         tracing::info!("connected to cluster, ready");
-        if config.lease.promote {
-            // In a static cluster the only candidate is the primary.
-            tracing::info!(
-                "{}, skipping promotion",
-                match config.lease.candidate {
-                    true => "node is already primary",
-                    false => "node is not a candidate",
-                }
-            );
+        let is_primary = self.engine.as_ref().is_some_and(|engine| engine.role() == Role::Primary);
+        match (config.lease.promote, config.lease.candidate) {
+            (false, _) => {}
+            (true, false) => {
+                tracing::info!("node is not a candidate, skipping automatic promotion")
+            }
+            (true, true) if is_primary => {
+                tracing::info!("node is already primary, skipping promotion");
+            }
+            (true, true) => promote(control).await?,
         }
         Ok(())
     }
@@ -277,6 +298,9 @@ impl Node {
             Some(proxy) => proxy.end("proxy server").await,
             None => Ok(()),
         };
+        if let Some(control) = self.control.take() {
+            control.step_down().await;
+        }
         let unmounted = match &self.mount {
             Some(mount) => mount.unmount().await,
             None => Ok(()),
@@ -412,11 +436,32 @@ fn shown_url(addr: &str, bound: std::net::SocketAddr) -> String {
     format!("http://{host}:{}", bound.port())
 }
 
-fn leaser(config: &Config) -> anyhow::Result<Leaser> {
+/// Becomes primary, also if just now there is no primary that could hand its lease over.
+async fn promote(control: &Control) -> anyhow::Result<()> {
+    tracing::info!("node is a candidate, automatically promoting to primary");
+    let end = Instant::now() + limits::PROMOTE_WAIT;
+    loop {
+        match control.promote(Force::No).await {
+            Ok(()) => return Ok(()),
+            Err(PromoteError::NotEligible) => anyhow::bail!(PromoteError::NotEligible),
+            Err(error) if Instant::now() >= end => {
+                anyhow::bail!("timed out waiting for promotion: {error}")
+            }
+            Err(error) => tracing::debug!(%error, "promote"),
+        }
+        sleep(limits::PROMOTE_RETRY).await;
+    }
+}
+
+fn leaser(
+    config: &Config,
+    environment: &Environment,
+    port: u16,
+    node_id: NodeId,
+) -> anyhow::Result<Leaser> {
     let lease = &config.lease;
-    match lease.kind {
-        Some(LeaseKind::Consul) => anyhow::bail!("this version knows the static lease only"),
-        Some(LeaseKind::Static) | None => {}
+    if lease.kind == Some(LeaseKind::Consul) {
+        return consul(config, environment, port, node_id);
     }
     tracing::info!(
         "Using static primary: primary={} hostname={} advertise-url={}",
@@ -437,6 +482,42 @@ fn leaser(config: &Config) -> anyhow::Result<Leaser> {
     Ok(Leaser::Static { role, primary })
 }
 
+fn consul(
+    config: &Config,
+    environment: &Environment,
+    port: u16,
+    node_id: NodeId,
+) -> anyhow::Result<Leaser> {
+    let lease = &config.lease;
+    let hostname = hostname(config, environment);
+    if hostname.is_empty() {
+        anyhow::bail!("must specify a hostname for this node");
+    }
+    let advertise_url = match lease.advertise_url.as_str() {
+        "" => format!("http://{hostname}:{port}"),
+        url => url.to_owned(),
+    };
+    Client::new(&advertise_url).with_context(|| {
+        format!("lease.advertise-url is not a URL of this node: {advertise_url:?}")
+    })?;
+    let address = Address::new(&lease.consul.url, |name| environment.get(name))
+        .context("lease.consul.url")?;
+    tracing::info!("Using Consul to determine primary");
+    tracing::info!(
+        "initializing consul: key={} url={address} hostname={hostname} advertise-url={advertise_url}",
+        lease.consul.key
+    );
+    let client = ConsulClient::new(address).context("lease.consul")?;
+    let options = ConsulOptions {
+        key: lease.consul.key.clone(),
+        ttl: lease.consul.ttl.0,
+        lock_delay: lease.consul.lock_delay.0,
+        me: PrimaryInfo { hostname, advertise_url },
+        node_id,
+    };
+    Ok(Leaser::Consul(Arc::new(Consul::new(client, options))))
+}
+
 fn hostname(config: &Config, environment: &Environment) -> String {
     match config.lease.hostname.as_str() {
         "" => environment.hostname(),
@@ -444,7 +525,7 @@ fn hostname(config: &Config, environment: &Environment) -> String {
     }
 }
 
-async fn open_engine(config: &Config) -> anyhow::Result<Arc<Engine>> {
+async fn open_engine(config: &Config, node_id: NodeId) -> anyhow::Result<Arc<Engine>> {
     let data = &config.data;
     let options = engine::Options {
         dir: data.dir.clone(),
@@ -452,7 +533,7 @@ async fn open_engine(config: &Config) -> anyhow::Result<Arc<Engine>> {
         retention: data.retention.unwrap_or_default(),
         retention_interval: data.retention_monitor_interval.unwrap_or_default(),
         strict_verify: config.strict_verify,
-        node_id: draw_node_id()?,
+        node_id,
         clock: Box::new(now_ms),
     };
     let engine =

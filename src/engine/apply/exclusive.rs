@@ -189,6 +189,7 @@ impl Db {
             Some(txid)
                 if change.pos.txid >= txid
                     || lost
+                    || (!change.pos.is_zero() && !self.shared.is_same_line())
                     || self.chain.has_own(&self.shared.own_nodes)? =>
             {
                 tracing::warn!(

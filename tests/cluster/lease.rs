@@ -1,0 +1,347 @@
+//! Nodes with a lease in a real Consul agent: who leads, and what becomes of it when something dies, is
+//! cut off or stands still.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use super::check_node;
+use crate::support::consul::{Consul, Link};
+use crate::support::node::{Lease, Member, Node, Settings};
+use crate::support::{sqlite, wait};
+
+const DB: &str = "app.db";
+
+/// A TTL with room for pauses of a loaded machine.
+const TTL: &str = "10s";
+/// A TTL for tests in which a session has to run out.
+const SHORT_TTL: &str = "4s";
+
+/// Nodes with a lease in Consul.
+struct Cluster {
+    consul: Consul,
+    nodes: Vec<Node>,
+}
+
+fn node(url: &str, hostname: &str, candidate: bool, ttl: &str) -> Node {
+    let lease = Lease { url, hostname, advertise: "", candidate, ttl };
+    Node::new(&Settings::default(), Member::Consul(lease))
+}
+
+impl Cluster {
+    /// So many candidates, ready; the first one leads.
+    fn of(count: usize, ttl: &str) -> Cluster {
+        let consul = Consul::start();
+        let of = |n: usize| node(&consul.url(), &format!("node{n}"), true, ttl);
+        let mut nodes: Vec<Node> = (0..count).map(of).collect();
+        nodes.iter_mut().for_each(Node::start);
+        Cluster { consul, nodes }
+    }
+
+    /// Waits until one node leads and all others that run follow it; which.
+    #[track_caller]
+    fn settle(&self) -> usize {
+        wait::until_or(
+            || self.roles(),
+            || {
+                let running = |n: &usize| self.nodes[*n].is_running();
+                let all: Vec<usize> = (0..self.nodes.len()).filter(running).collect();
+                let leads = |n: &usize| is_primary(&self.nodes[*n]);
+                let primary = all.iter().copied().find(leads)?;
+                let follows =
+                    |n: &usize| *n == primary || primary_of(&self.nodes[*n]) == name(primary);
+                all.iter().all(follows).then_some(primary)
+            },
+        )
+    }
+
+    fn roles(&self) -> String {
+        let running = self.nodes.iter().filter(|node| node.is_running());
+        let text = |node: &Node| {
+            let output = node.litefs("status", &[]).stdout;
+            String::from_utf8_lossy(&output).into_owned()
+        };
+        running.map(text).collect()
+    }
+
+    /// Every running node has the same pages at the same position.
+    #[track_caller]
+    fn check(&self) {
+        let primary = &self.nodes[self.settle()];
+        let pos = primary.pos(DB);
+        let ours = check_node(primary, DB, pos).expect("a database");
+        for node in self.nodes.iter().filter(|node| node.is_running()) {
+            node.wait_for_pos(DB, pos);
+            let theirs = check_node(node, DB, pos).expect("a database");
+            assert!(ours.0 == theirs.0, "pages differ");
+        }
+    }
+}
+
+fn name(number: usize) -> String {
+    format!("node{number}")
+}
+
+fn status(node: &Node, field: &str) -> String {
+    let output = node.litefs("status", &["-json"]).stdout;
+    let json: serde_json::Value = serde_json::from_slice(&output).unwrap_or_default();
+    json.pointer(field)
+        .map_or_else(String::new, |value| value.as_str().unwrap_or_default().to_owned())
+}
+
+fn is_primary(node: &Node) -> bool {
+    status(node, "/role") == "primary"
+}
+
+/// The primary's host name as `.primary` says it; empty without one.
+fn primary_of(node: &Node) -> String {
+    let text = std::fs::read_to_string(node.file(".primary")).unwrap_or_default();
+    text.trim_end().to_owned()
+}
+
+fn insert(node: &Node, value: u32) {
+    sqlite::run(&node.file(DB), &format!("insert into t values ({value})"));
+}
+
+fn create(node: &Node, mode: &str) {
+    sqlite::run(&node.file(DB), &format!("pragma journal_mode = {mode}; create table t(x)"));
+}
+
+/// Waits until `node` takes a write.
+#[track_caller]
+fn wait_writable(node: &Node, value: u32) {
+    let sql = format!("insert into t values ({value})");
+    wait::until_or(
+        || format!("a write; log:\n{}", node.log()),
+        || sqlite::try_run(&node.file(DB), &sql).is_ok().then_some(()),
+    );
+}
+
+fn rows(node: &Node) -> String {
+    sqlite::run(&node.file(DB), "select group_concat(x) from (select x from t order by x)")
+}
+
+/// LiteFS: TestMultiNode_Simple.
+#[test]
+fn the_first_candidate_leads_and_the_others_follow() {
+    let cluster = Cluster::of(2, TTL);
+    assert_eq!(cluster.settle(), 0);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    let value = cluster.consul.value("test/lease").unwrap();
+    let url = cluster.nodes[0].url();
+    let expected = format!(r#"{{"hostname":"node0","advertise-url":"{url}","#);
+    assert!(value.starts_with(&expected), "{value}");
+    let id = cluster.consul.value("test/lease/clusterid").unwrap();
+    assert_eq!(
+        std::fs::read_to_string(cluster.nodes[1].data().join("clusterid")).unwrap(),
+        id + "\n"
+    );
+}
+
+/// LiteFS: TestMultiNode_Candidate.
+#[test]
+fn a_node_that_is_no_candidate_never_leads() {
+    let consul = Consul::start();
+    let mut replica = node(&consul.url(), "replica", false, TTL);
+    replica.spawn();
+    replica.wait_for_log("cannot find primary & ineligible to become primary");
+    let mut candidate = node(&consul.url(), "candidate", true, TTL);
+    candidate.start();
+    replica.wait_ready();
+    assert_eq!(primary_of(&replica), "candidate");
+}
+
+/// LiteFS: TestMultiNode_ForcedReelection.
+#[test]
+fn another_node_takes_over_from_one_that_was_killed() {
+    let mut cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    let began = Instant::now();
+    cluster.nodes[0].kill();
+    wait_writable(&cluster.nodes[1], 2);
+    println!("taken over {} ms after the kill", began.elapsed().as_millis());
+    cluster.nodes[0].start();
+    assert_eq!(cluster.settle(), 1);
+    assert_eq!(rows(&cluster.nodes[0]), "1,2");
+    cluster.check();
+}
+
+#[test]
+fn a_restarted_primary_takes_up_its_own_lease() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    cluster.nodes[0].kill();
+    cluster.nodes[0].start();
+    cluster.nodes[0].wait_for_log("took up the lease of before");
+    insert(&cluster.nodes[0], 1);
+    assert!(is_primary(&cluster.nodes[0]));
+}
+
+#[test]
+fn a_primary_without_consul_refuses_writes_and_resumes_with_it() {
+    let cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    cluster.consul.signal(Signal::SIGSTOP);
+    cluster.nodes[0].wait_for_log("writes are refused: the lease could not be confirmed");
+    let sql = ".timeout 0\ninsert into t values (9)";
+    let refused = sqlite::refused(&cluster.nodes[0].file(DB), sql);
+    assert!(refused.contains("locked"), "{refused}");
+    assert_eq!(rows(&cluster.nodes[0]), "1");
+    assert_eq!(rows(&cluster.nodes[1]), "1");
+    cluster.consul.signal(Signal::SIGCONT);
+    wait_writable(&cluster.nodes[cluster.settle()], 2);
+    cluster.check();
+}
+
+/// The first write after the process wakes up is refused: no timer has had a chance to fire.
+#[test]
+fn a_primary_that_was_suspended_is_refused_its_first_write() {
+    let cluster = Cluster::of(2, SHORT_TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    cluster.nodes[0].signal(Signal::SIGSTOP);
+    wait_writable(&cluster.nodes[1], 2);
+    let file = cluster.nodes[0].file(DB);
+    let writer =
+        std::thread::spawn(move || sqlite::try_run(&file, ".timeout 0\ninsert into t values (9)"));
+    // The writer is inside its first call by then, or comes later: either way it finds the fence.
+    std::thread::park_timeout(Duration::from_millis(300));
+    cluster.nodes[0].signal(Signal::SIGCONT);
+    assert!(writer.join().unwrap().is_err(), "a write was acknowledged");
+    assert_eq!(cluster.settle(), 1);
+    cluster.nodes[0].wait_for_pos(DB, cluster.nodes[1].pos(DB));
+    assert_eq!(rows(&cluster.nodes[0]), "1,2");
+    cluster.check();
+}
+
+/// A primary that Consul does not hear from, while its clients do.
+#[test]
+fn a_primary_that_is_cut_off_from_consul_stops_before_another_begins() {
+    let consul = Consul::start();
+    let link = Link::to(consul.address());
+    let mut primary = node(&format!("http://{}", link.address()), "node0", true, SHORT_TTL);
+    primary.start();
+    let mut other = node(&consul.url(), "node1", true, SHORT_TTL);
+    other.start();
+    create(&primary, "wal");
+    insert(&primary, 1);
+    other.wait_for_pos(DB, primary.pos(DB));
+    link.cut();
+    wait_writable(&other, 2);
+    let refused = sqlite::try_run(&primary.file(DB), ".timeout 0\ninsert into t values (9)");
+    assert!(refused.is_err(), "two nodes take writes");
+    link.mend();
+    let cluster = Cluster { consul, nodes: vec![primary, other] };
+    assert_eq!(cluster.settle(), 1);
+    cluster.nodes[0].wait_for_pos(DB, cluster.nodes[1].pos(DB));
+    assert_eq!(rows(&cluster.nodes[0]), "1,2");
+    cluster.check();
+}
+
+/// LiteFS: TestMultiNode_Handoff.
+#[test]
+fn promote_moves_the_lease_and_answers_when_it_has() {
+    let cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    let output = cluster.nodes[1].litefs("run", &["-promote", "--", "true"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(is_primary(&cluster.nodes[1]));
+    insert(&cluster.nodes[1], 2);
+    assert_eq!(cluster.settle(), 1);
+    assert_eq!(cluster.nodes[0].log_count("cannot connect to self"), 0);
+    cluster.check();
+}
+
+#[test]
+fn a_stopping_primary_hands_its_lease_over() {
+    let mut cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    assert!(cluster.nodes[0].stop().success());
+    assert_eq!(cluster.nodes[0].log_count("lease handed over to"), 1);
+    wait_writable(&cluster.nodes[1], 2);
+    cluster.nodes[0].start();
+    assert_eq!(cluster.settle(), 1);
+    cluster.check();
+}
+
+#[test]
+fn a_primary_alone_gives_its_lease_back_at_its_end() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    assert!(cluster.nodes[0].stop().success());
+    assert_eq!(cluster.consul.value("test/lease").as_deref(), Some(""));
+    cluster.nodes[0].start();
+    insert(&cluster.nodes[0], 1);
+}
+
+/// A node that lost its directory, while those with the data are away.
+#[test]
+fn an_empty_node_does_not_take_over_a_cluster_with_data() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    let id = std::fs::read(cluster.nodes[0].data().join("clusterid")).unwrap();
+    assert!(cluster.nodes[0].stop().success());
+    let mut empty = node(&cluster.consul.url(), "empty", true, TTL);
+    std::fs::create_dir_all(empty.data()).unwrap();
+    std::fs::write(empty.data().join("clusterid"), id).unwrap();
+    empty.spawn();
+    empty.wait_for_log("this node has no data, and the last primary");
+    cluster.nodes[0].start();
+    empty.wait_ready();
+    assert_eq!(primary_of(&empty), "node0");
+    assert_eq!(rows(&empty), "1");
+}
+
+#[test]
+fn a_node_that_lost_everything_can_be_forced_to_lead() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    assert!(cluster.nodes[0].stop().success());
+    let mut empty = node(&cluster.consul.url(), "empty", true, TTL);
+    empty.spawn();
+    empty.wait_for_log("this node has no cluster id and the cluster has one");
+    let output = empty.litefs("promote", &[]);
+    assert!(!output.status.success());
+    let output = empty.litefs("promote", &["-force"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    create(&empty, "wal");
+    insert(&empty, 5);
+    assert_eq!(rows(&empty), "5");
+}
+
+/// A primary that was killed with transactions that nobody has, and comes back.
+#[test]
+fn a_primary_that_comes_back_keeps_what_nobody_has() {
+    let mut cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    cluster.nodes[1].signal(Signal::SIGSTOP);
+    insert(&cluster.nodes[0], 77);
+    cluster.nodes[0].kill();
+    cluster.nodes[1].signal(Signal::SIGCONT);
+    wait_writable(&cluster.nodes[1], 2);
+    insert(&cluster.nodes[1], 3);
+    cluster.nodes[0].start();
+    assert_eq!(cluster.settle(), 1);
+    cluster.nodes[0].wait_for_pos(DB, cluster.nodes[1].pos(DB));
+    let rows = rows(&cluster.nodes[0]);
+    // What was still in the socket of the stopped replica arrived there after all.
+    if rows != "1,2,3,77" {
+        assert_eq!(rows, "1,2,3");
+        let kept = std::fs::read_dir(cluster.nodes[0].db_dir(DB).lost_found()).unwrap();
+        assert!(kept.count() > 0, "what nobody has is gone");
+    }
+    cluster.check();
+}

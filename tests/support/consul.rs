@@ -1,0 +1,187 @@
+//! A real Consul agent in memory, and links that a test can cut.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::node::free_address;
+use super::wait;
+
+/// An agent; dropped, it is gone.
+pub struct Consul {
+    child: Child,
+    address: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Consul {
+    /// An agent that answers.
+    #[track_caller]
+    pub fn start() -> Consul {
+        let [http, serf, wan, server] = [(); 4].map(|()| free_address());
+        let port = |address: &str| address.rsplit_once(':').unwrap().1.to_owned();
+        let dir = tempfile::tempdir().unwrap();
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new("consul");
+        command.args(["agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1"]);
+        command.args(["-dns-port=-1", "-grpc-port=-1", "-hcl=session_ttl_min = \"500ms\""]);
+        command.arg(format!("-http-port={}", port(&http)));
+        command.arg(format!("-serf-lan-port={}", port(&serf)));
+        command.arg(format!("-serf-wan-port={}", port(&wan)));
+        command.arg(format!("-server-port={}", port(&server)));
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let child = command.spawn().expect("consul is installed (.ci/packages test)");
+        let consul = Consul { child, address: http, _dir: dir };
+        wait::until_true("a leader of consul", || {
+            consul.try_get("/v1/status/leader").is_some_and(|leader| leader.contains(':'))
+        });
+        consul
+    }
+
+    /// Where it answers, `HOST:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// The raw value of a key; none if there is no such key.
+    pub fn value(&self, key: &str) -> Option<String> {
+        self.try_get(&format!("/v1/kv/{key}?raw"))
+    }
+
+    /// Sets a key.
+    pub fn put(&self, key: &str, value: &str) {
+        self.request("PUT", &format!("/v1/kv/{key}"), value).expect("consul answers");
+    }
+
+    /// Removes a key.
+    pub fn delete(&self, key: &str) {
+        self.request("DELETE", &format!("/v1/kv/{key}"), "").expect("consul answers");
+    }
+
+    fn try_get(&self, path: &str) -> Option<String> {
+        self.request("GET", path, "")
+    }
+
+    /// The body of an answer of 200.
+    fn request(&self, method: &str, path: &str, body: &str) -> Option<String> {
+        let mut socket = TcpStream::connect(&self.address).ok()?;
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let len = body.len();
+        write!(
+            socket,
+            "{method} {path} HTTP/1.0\r\nHost: consul\r\nContent-Length: {len}\r\n\r\n{body}"
+        )
+        .ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        head.lines().next()?.contains(" 200 ").then(|| body.to_owned())
+    }
+}
+
+impl Drop for Consul {
+    fn drop(&mut self) {
+        // A stopped process takes this signal too.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A forwarder to an address that can be cut: while it is, what is sent goes nowhere, and nothing comes
+/// back, as with a broken network.
+pub struct Link {
+    address: String,
+    state: Arc<State>,
+}
+
+struct State {
+    cut: AtomicBool,
+    ended: AtomicBool,
+    sockets: Mutex<Vec<TcpStream>>,
+}
+
+impl Link {
+    /// A link to `target`.
+    pub fn to(target: &str) -> Link {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let state = Arc::new(State {
+            cut: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            sockets: Mutex::default(),
+        });
+        let (of_thread, target) = (state.clone(), target.to_owned());
+        std::thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                if of_thread.ended.load(Ordering::SeqCst) {
+                    return;
+                }
+                let Ok(other) = TcpStream::connect(&target) else { continue };
+                pass(&of_thread, &socket, &other);
+                pass(&of_thread, &other, &socket);
+                of_thread.sockets.lock().unwrap().extend([socket, other]);
+            }
+        });
+        Link { address, state }
+    }
+
+    /// Where it listens, `HOST:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Cuts it.
+    pub fn cut(&self) {
+        self.state.cut.store(true, Ordering::SeqCst);
+    }
+
+    /// Mends it: connections of before are broken, new ones work.
+    pub fn mend(&self) {
+        for socket in self.state.sockets.lock().unwrap().drain(..) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.state.cut.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.state.ended.store(true, Ordering::SeqCst);
+        self.mend();
+        // Wakes the thread that accepts.
+        let _ = TcpStream::connect(&self.address);
+    }
+}
+
+/// Passes on what comes from one socket to the other, in a thread of its own.
+fn pass(state: &Arc<State>, from: &TcpStream, to: &TcpStream) {
+    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+    let state = state.clone();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(len @ 1..) = from.read(&mut buffer) {
+            if !state.cut.load(Ordering::SeqCst) && to.write_all(&buffer[..len]).is_err() {
+                break;
+            }
+        }
+        if !state.cut.load(Ordering::SeqCst) {
+            let _ = to.shutdown(Shutdown::Both);
+        }
+    });
+}

@@ -246,3 +246,32 @@ fn a_snapshot_over_a_former_primary_keeps_its_whole_state() {
     let (_, trailer) = ltx::verify(&file[..]).unwrap();
     assert_eq!(trailer.post_apply, pos.checksum);
 }
+
+/// LiteFS leaves out pages by which a database grew and that nobody wrote, and counts them for nothing
+/// in the checksum. Whatever becomes of such a file, it is one state or none, and no panic.
+#[test]
+fn a_file_that_lacks_grown_pages_is_applied_or_refused() {
+    for wal in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = replica(dir.path(), Arc::new(NoCache));
+        let mut content = image(3);
+        if wal {
+            content[18..20].fill(2);
+        }
+        let pages: Vec<Vec<u8>> = content.chunks(PAGE).map(<[u8]>::to_vec).collect();
+        let (bytes, post) = ltx_file(1, Checksum::NONE, 1, &pages);
+        receive(&engine, "db", &bytes).unwrap();
+        let db = database(&engine, "db");
+        wait::until_true("the snapshot", || db.pos().txid == Txid(1));
+        // Five pages larger, of which only the last is there.
+        let (second, _) = ltx_file(2, post, pages.len() as u32 + 5, &[vec![3; PAGE]]);
+        let target = receive(&engine, "db", &second).unwrap();
+        wait::until_true("an outcome", || {
+            db.pos() == target || db.received_pos().is_zero() || db.state() != DbState::Ready
+        });
+        if db.pos() == target {
+            assert_eq!(db.page_count(), pages.len() as u32 + 5);
+        }
+        assert!(engine.close().is_ok(), "wal: {wal}");
+    }
+}

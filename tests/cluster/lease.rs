@@ -345,3 +345,69 @@ fn a_primary_that_comes_back_keeps_what_nobody_has() {
     }
     cluster.check();
 }
+
+/// Writes numbers one by one to whichever node takes them, each until it was acknowledged.
+struct Load {
+    end: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    writer: std::thread::JoinHandle<(u32, Duration)>,
+}
+
+impl Load {
+    fn on(nodes: &[Node]) -> Load {
+        let files: Vec<_> = nodes.iter().map(|node| node.file(DB)).collect();
+        let end = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ended = end.clone();
+        let writer = std::thread::spawn(move || {
+            let (mut number, mut at, mut gap) = (0, 0, Duration::ZERO);
+            let mut last = Instant::now();
+            while !ended.load(std::sync::atomic::Ordering::SeqCst) {
+                let sql = format!(".timeout 0\ninsert or ignore into t values ({number})");
+                match sqlite::try_run(&files[at], &sql) {
+                    Ok(_) => {
+                        gap = gap.max(last.elapsed());
+                        last = Instant::now();
+                        number += 1;
+                    }
+                    Err(_) => at = (at + 1) % files.len(),
+                }
+            }
+            (number, gap)
+        });
+        Load { end, writer }
+    }
+
+    /// How many were acknowledged, and the longest time without one.
+    fn stop(self) -> (u32, Duration) {
+        self.end.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.writer.join().unwrap()
+    }
+}
+
+/// Each node is stopped as a service manager would, and started again, under constant writes.
+#[test]
+fn a_rolling_restart_under_load_loses_nothing() {
+    let mut cluster = Cluster::of(3, TTL);
+    let setup = "pragma journal_mode = wal; create table t(x integer primary key)";
+    sqlite::run(&cluster.nodes[0].file(DB), setup);
+    cluster.check();
+    let load = Load::on(&cluster.nodes);
+    for number in 0..3 {
+        let before = cluster.nodes[(number + 1) % 3].pos(DB).txid.0;
+        wait::until_true("writes", || cluster.nodes[(number + 1) % 3].pos(DB).txid.0 > before + 20);
+        // Its exit code is 1 if a writer has the mount open in that moment.
+        cluster.nodes[number].stop();
+        cluster.nodes[number].start();
+        cluster.settle();
+    }
+    let (count, gap) = load.stop();
+    println!("{count} writes acknowledged, {} ms without one at the most", gap.as_millis());
+    cluster.check();
+    for node in &cluster.nodes {
+        let sql = format!("select count(*) from t where x < {count}");
+        assert_eq!(
+            sqlite::run(&node.file(DB), &sql),
+            count.to_string(),
+            "an acknowledged row is lost"
+        );
+    }
+}

@@ -182,6 +182,13 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// primary already.
 pub const DEMOTION_WAIT: Duration = Duration::from_secs(1);
 
+/// How long readers are left alone after the applier locked some of them out: SQLite's busy handler
+/// tries again every 100 ms.
+pub const READERS_TURN: Duration = Duration::from_millis(120);
+
+/// How long the applier locks readers out at a time, as long as one transaction does not take longer.
+pub const EXCLUSIVE_HOLD: Duration = Duration::from_millis(50);
+
 /// A transaction up to this size is encoded in memory, so that streams need not read its file.
 pub const ENCODE_IN_MEMORY: usize = 4 << 20;
 

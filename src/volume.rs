@@ -595,6 +595,10 @@ impl PageCache for KernelCache {
         log_failure(self.0.inval_inode(ino, offset as i64, len as i64));
     }
 
+    fn file_grown(&self, ino: u64, offset: u64, bytes: &[u8]) {
+        log_failure(self.0.store(ino, offset, bytes));
+    }
+
     fn file_changed(&self, ino: u64) {
         log_failure(self.0.inval_inode(ino, 0, 0));
     }

@@ -192,6 +192,8 @@ wire! {
     NotifyInvalInode { ino: u64, off: i64, len: i64, }
     /// `fuse_notify_inval_entry_out`; the name follows, with a NUL that `namelen` does not count.
     NotifyInvalEntry { parent: u64, namelen: u32, flags: u32, }
+    /// `fuse_notify_store_out`; the bytes follow.
+    NotifyStore { nodeid: u64, offset: u64, size: u32, padding: u32, }
     /// `fuse_notify_delete_out`; the name follows, with a NUL that `namelen` does not count.
     NotifyDelete { parent: u64, child: u64, namelen: u32, padding: u32, }
 
@@ -296,6 +298,7 @@ pub const LK_FLOCK: u32 = 1 << 0;
 pub mod notify {
     pub const INVAL_INODE: i32 = 2;
     pub const INVAL_ENTRY: i32 = 3;
+    pub const STORE: i32 = 4;
     pub const DELETE: i32 = 6;
 }
 
@@ -336,6 +339,7 @@ mod tests {
             ("fuse_dirent", size_of::<Dirent>(), 24),
             ("fuse_notify_inval_inode_out", size_of::<NotifyInvalInode>(), 24),
             ("fuse_notify_inval_entry_out", size_of::<NotifyInvalEntry>(), 16),
+            ("fuse_notify_store_out", size_of::<NotifyStore>(), 24),
             ("fuse_notify_delete_out", size_of::<NotifyDelete>(), 24),
             ("fuse_backing_map", size_of::<BackingMap>(), 16),
             ("fuse_uring_ent_in_out", size_of::<RingEntry>(), 32),

@@ -66,7 +66,16 @@ impl Notifier {
     /// them, or all if `len` is 0. An inode that the kernel does not know is no error.
     pub fn inval_inode(&self, ino: u64, offset: i64, len: i64) -> Result<(), Errno> {
         let body = abi::NotifyInvalInode { ino, off: offset, len };
-        self.tell(notify::INVAL_INODE, &body, None)
+        self.tell(notify::INVAL_INODE, &body, [b"", b""])
+    }
+
+    /// Inode `ino` has these `bytes` from byte `offset` on, and is long enough for them. The size is
+    /// known when this returns: an invalidation only has the kernel ask for it, and it drops an
+    /// answer that overlaps with another invalidation.
+    pub fn store(&self, ino: u64, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let size = u32::try_from(bytes.len()).map_err(|_| Errno::EINVAL)?;
+        let body = abi::NotifyStore { nodeid: ino, offset, size, padding: 0 };
+        self.tell(notify::STORE, &body, [bytes, b""])
     }
 
     /// The attributes of inode `ino` are stale, its pages are not.
@@ -78,14 +87,14 @@ impl Notifier {
     pub fn inval_entry(&self, name: &OsStr) -> Result<(), Errno> {
         let namelen = name_len(name)?;
         let body = abi::NotifyInvalEntry { parent: ROOT, namelen, flags: 0 };
-        self.tell(notify::INVAL_ENTRY, &body, Some(name))
+        self.tell(notify::INVAL_ENTRY, &body, [name.as_bytes(), b"\0"])
     }
 
     /// `name`, which stood for inode `ino`, was removed.
     pub fn delete(&self, ino: u64, name: &OsStr) -> Result<(), Errno> {
         let namelen = name_len(name)?;
         let body = abi::NotifyDelete { parent: ROOT, child: ino, namelen, padding: 0 };
-        self.tell(notify::DELETE, &body, Some(name))
+        self.tell(notify::DELETE, &body, [name.as_bytes(), b"\0"])
     }
 
     /// [`Notifier::inval_inode`] later.
@@ -121,14 +130,10 @@ impl Notifier {
         &self,
         code: i32,
         body: &T,
-        name: Option<&OsStr>,
+        [more, end]: [&[u8]; 2],
     ) -> Result<(), Errno> {
         let Some(shared) = &self.shared else { return Ok(()) };
-        let (name, end): (&[u8], &[u8]) = match name {
-            Some(name) => (name.as_bytes(), b"\0"),
-            None => (b"", b""),
-        };
-        let parts = [IoSlice::new(body.as_bytes()), IoSlice::new(name), IoSlice::new(end)];
+        let parts = [IoSlice::new(body.as_bytes()), IoSlice::new(more), IoSlice::new(end)];
         match shared.channel.notify(code, parts) {
             // Not known to the kernel, or nobody is mounted any more: nothing is stale.
             Err(Errno::ENOENT | Errno::ENOTCONN | Errno::ENODEV | Errno::EPERM) => Ok(()),

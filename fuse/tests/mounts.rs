@@ -395,6 +395,34 @@ fn a_notification_drops_the_cached_pages() {
 }
 
 #[test]
+fn a_stored_byte_makes_the_file_longer_at_once() {
+    for transport in TRANSPORTS {
+        let mounted = mounted(transport, Way::Cached);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(mounted.path("db"))
+            .unwrap();
+        file.write_all(b"old").unwrap();
+        let backing = OpenOptions::new().write(true).open(mounted.backing("db")).unwrap();
+        let (ino, notifier) = (mounted.volume.ino("db"), mounted.mount.notifier());
+        for len in [4000_u64, 9000, 1 << 20] {
+            let text = vec![b'x'; len as usize];
+            backing.write_all_at(&text, 0).unwrap();
+            notifier.inval_inode(ino, 0, len as i64).unwrap();
+            notifier.store(ino, len - 1, b"x").unwrap();
+            let asked = mounted.volume.calls("getattr");
+            let mut back = vec![0; len as usize];
+            file.read_exact_at(&mut back, 0).unwrap();
+            assert!(back == text, "{len} bytes");
+            assert_eq!(mounted.volume.calls("getattr"), asked, "its size was known");
+        }
+        notifier.store(4711, 0, b"x").unwrap();
+    }
+}
+
+#[test]
 fn a_notification_drops_a_name() {
     for transport in TRANSPORTS {
         let mounted = mounted(transport, Way::Cached);

@@ -54,6 +54,8 @@ pub struct Inbox {
     turn: Mutex<Turn>,
     /// Whether there is a hold on a WAL database.
     followed: AtomicBool,
+    /// A client was refused a lock because the applier had it.
+    kept_out: AtomicBool,
     /// How many files are queued.
     queued: AtomicUsize,
     /// How many readers of frozen states there are.
@@ -280,6 +282,7 @@ impl Inbox {
             rewriting_index: AtomicBool::new(false),
             turn: Mutex::default(),
             followed: AtomicBool::new(false),
+            kept_out: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             pins: AtomicUsize::new(0),
         }
@@ -303,6 +306,21 @@ impl Inbox {
     /// Whether something was received that is not applied yet.
     pub(super) fn has_queue(&self) -> bool {
         self.queued.load(Ordering::SeqCst) > 0
+    }
+
+    /// A client was refused a lock because the applier had it.
+    pub(super) fn note_kept_out(&self) {
+        self.kept_out.store(true, Ordering::SeqCst);
+    }
+
+    /// If the applier kept somebody out the last time: waits as long as a client takes to try again.
+    fn give_way(&self) {
+        if !self.kept_out.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let state = self.state.lock().unwrap();
+        let goes_on = |state: &mut State| !state.stop;
+        drop(self.changed.wait_timeout_while(state, limits::READERS_TURN, goes_on).unwrap());
     }
 
     /// The turn, if nobody has it.
@@ -501,7 +519,7 @@ impl Db {
             return self.apply_to_wal(&mut turn, &mut change, &batch[..run]);
         }
         drop(change);
-        self.apply_exclusively(&mut turn, first).map(|()| 1)
+        self.apply_exclusively(&mut turn, batch)
     }
 
     /// A failed apply: a checksum that does not come out needs a snapshot, anything else is tried

@@ -371,8 +371,8 @@ impl Db {
 
     /// A write to the wal-index that came through us.
     pub fn write_shm(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
-        if self.inbox.is_rewriting_index() {
-            // What the kernel writes back of its old pages while they are being replaced.
+        if self.inbox.is_rewriting_index() || self.is_followed() {
+            // What the kernel writes back of pages that are being replaced, or are only read.
             return Ok(());
         }
         let path = self.files.path(FileKind::Shm);
@@ -400,6 +400,7 @@ impl Db {
     /// Cuts the wal-index. Never below the 3 bytes to which SQLite itself cuts it: a mapped page of
     /// an empty file kills who touches it.
     pub fn truncate_shm(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
+        self.refuse_followed()?;
         let path = self.files.path(FileKind::Shm);
         Ok(os::truncate("shm:truncate", &backing.file, len.max(3))
             .map_err(Error::io("truncate wal-index", &path))?)
@@ -421,6 +422,12 @@ impl Db {
         self.files.remove(FileKind::Wal)?;
         change.wal.clear();
         self.note_mode(&mut change)
+    }
+
+    /// What is written on a replica is written by the applier alone. It may wait for the kernel with
+    /// the right to change in hand, so no worker may wait for that.
+    pub(super) fn refuse_followed(&self) -> Result<(), Refusal> {
+        if self.is_followed() { Err(Refusal::ReadOnly) } else { Ok(()) }
     }
 
     /// Without a WAL the journal mode is what page 1 says.

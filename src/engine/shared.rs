@@ -23,6 +23,8 @@ const SPACE_INTERVAL: Duration = Duration::from_millis(20);
 pub trait PageCache: Send + Sync {
     /// `len` bytes at `offset` of the file `ino` changed, and perhaps its size.
     fn pages_changed(&self, ino: u64, offset: u64, len: u64);
+    /// The file `ino` is so long that these bytes are in it at `offset`; known before this returns.
+    fn file_grown(&self, ino: u64, offset: u64, bytes: &[u8]);
     /// All of the file `ino` changed.
     fn file_changed(&self, ino: u64);
     /// The attributes of the file `ino` changed; may be called from anywhere.

@@ -132,6 +132,8 @@ impl LockSet {
     pub const SHM: LockSet = LockSet(0b1111_1111_1000);
     /// READ0 to READ4.
     pub const READERS: LockSet = LockSet(0b0111_1100_0000);
+    /// READ1 to READ4: readers of the log, each with a mark.
+    pub const MARKS: LockSet = LockSet::READERS.without(LockSet::one(Lock::Read0));
 
     /// A set of one.
     pub const fn one(lock: Lock) -> LockSet {
@@ -183,6 +185,12 @@ impl LockSet {
     #[must_use]
     pub const fn with(self, lock: Lock) -> LockSet {
         LockSet(self.0 | lock.bit())
+    }
+
+    /// What is in either.
+    #[must_use]
+    pub const fn union(self, other: LockSet) -> LockSet {
+        LockSet(self.0 | other.0)
     }
 
     /// What is in both.

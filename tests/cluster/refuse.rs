@@ -26,8 +26,7 @@ const WRITES: &[&str] = &[
     "begin exclusive; insert into t values (7); commit",
 ];
 
-/// Rollback modes: the journal cannot be made. WAL: the WRITE lock is not granted; without
-/// passthrough it must be, and then the log cannot be written.
+/// Rollback modes: the journal cannot be made. WAL: the WRITE lock is not granted.
 #[test_case("delete", "auto", ErrorCode::ReadOnly)]
 #[test_case("delete", "off", ErrorCode::ReadOnly)]
 #[test_case("truncate", "auto", ErrorCode::ReadOnly)]
@@ -35,7 +34,7 @@ const WRITES: &[&str] = &[
 #[test_case("persist", "auto", ErrorCode::ReadOnly)]
 #[test_case("persist", "off", ErrorCode::ReadOnly)]
 #[test_case("wal", "auto", ErrorCode::DatabaseBusy)]
-#[test_case("wal", "off", ErrorCode::SystemIoFailure)]
+#[test_case("wal", "off", ErrorCode::DatabaseBusy)]
 fn a_write_on_a_replica_is_refused_and_changes_nothing(
     mode: &str,
     passthrough: &'static str,

@@ -26,6 +26,7 @@ pub(super) struct NoCache;
 
 impl PageCache for NoCache {
     fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
+    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}
@@ -127,6 +128,7 @@ impl PageCache for BusyKernel {
         self.dropped.fetch_add(1, Ordering::SeqCst);
         self.stuck.fetch_add(usize::from(stuck), Ordering::SeqCst);
     }
+    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}

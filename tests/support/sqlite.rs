@@ -65,7 +65,9 @@ fn attempt(path: &Path, sql: &str) -> Output {
 /// One value of one row.
 #[track_caller]
 pub fn value<T: rusqlite::types::FromSql>(connection: &Connection, sql: &str) -> T {
-    connection.query_row(sql, [], |row| row.get(0)).unwrap_or_else(|error| panic!("{sql}: {error}"))
+    connection
+        .query_row(sql, [], |row| row.get(0))
+        .unwrap_or_else(|error| panic!("{sql}: {error} ({:?})", error.sqlite_error()))
 }
 
 /// A `sqlite3` process that stays.

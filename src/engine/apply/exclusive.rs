@@ -1,16 +1,19 @@
 //! Applying under the locks that SQLite would take: rollback-journal databases, snapshots,
-//! deletions, a change of the journal mode, and WAL databases whose wal-index we cannot see.
+//! deletions, and a change of the journal mode.
 //!
-//! PENDING is taken first, so that a stream of readers cannot starve us. The LTX file is durable
-//! before the first page is written; a crash in between is mended by recovery, which applies the
-//! chain. The kernel's cached pages are current before the locks go.
+//! PENDING is taken first, so that a stream of readers cannot starve us; what is queued is applied
+//! together, and who was locked out meanwhile gets a turn before the next time, so that we cannot
+//! starve readers. The LTX file is durable before the first page is written; a crash in between is
+//! mended by recovery, which applies the chain. The kernel's cached pages are current before the
+//! locks go.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ltx::{Checksum, Header, Pgno, Txid};
 
+use super::follow::{Hold, keep_hold};
 use super::{Body, Received, Turn};
 use crate::engine::capture::Change;
 use crate::engine::capture::journal::JournalState;
@@ -38,26 +41,64 @@ pub(in crate::engine) struct Stale {
 }
 
 impl Db {
-    /// Applies one LTX file with everybody else locked out.
+    /// Applies the first of `batch`, and what else can be applied soon, with everybody else locked
+    /// out; how many.
     pub(super) fn apply_exclusively(
         &self,
         turn: &mut Turn,
-        received: &Arc<Received>,
-    ) -> Result<()> {
+        batch: &[Arc<Received>],
+    ) -> Result<usize> {
         self.let_go(turn, &mut self.change.lock().unwrap());
-        self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
-        let locks = self.lock_everything(limits::LOCK_WAIT);
-        self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
-        let mut locks = locks?;
+        self.inbox.give_way();
+        let mut locks = self.lock_out_everybody(limits::LOCK_WAIT)?;
         let mut change = self.change.lock().unwrap();
         let mut stale = Stale::default();
-        let settled = self.settle_before(&mut change, received, &mut stale);
+        let settled = self.settle_before(&mut change, &batch[0], &mut stale);
         let applied =
-            settled.and_then(|()| self.apply_locked(&mut locks, &mut change, received, &mut stale));
+            settled.and_then(|()| self.apply_run(&mut locks, &mut change, batch, &mut stale));
+        let hold = match &applied {
+            // One that fails is tried again at once.
+            Ok(_) => self.hold_blindly(turn, &mut change, &mut stale).unwrap_or(Hold::NotTaken),
+            Err(_) => Hold::NotTaken,
+        };
         // The kernel may have to finish a request of a worker that waits for the right to change.
         drop(change);
         self.drop_cached(stale);
+        keep_hold(locks, hold);
         applied
+    }
+
+    /// Applies the first of `batch`, and those after it that go into a rollback-mode database too,
+    /// for [`limits::EXCLUSIVE_HOLD`]. Those before one that fails are applied.
+    fn apply_run(
+        &self,
+        locks: &mut Guard<'_>,
+        change: &mut Change,
+        batch: &[Arc<Received>],
+        stale: &mut Stale,
+    ) -> Result<usize> {
+        let begin = Instant::now();
+        let mut applied = 0;
+        for received in batch {
+            match self.apply_locked(locks, change, received, stale) {
+                Ok(()) => applied += 1,
+                // It comes again as the first one, unless it is applied and found wrong.
+                Err(_) if applied > 0 && change.pos != received.pos() => break,
+                Err(error) => return Err(error),
+            }
+            if change.mode == JournalMode::Wal || begin.elapsed() > limits::EXCLUSIVE_HOLD {
+                break;
+            }
+        }
+        Ok(applied)
+    }
+
+    /// [`Db::lock_everything`] for the applier. A queue that grows meanwhile is no fault of its own.
+    pub(super) fn lock_out_everybody(&self, limit: Duration) -> Result<Guard<'_>> {
+        self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
+        let locks = self.lock_everything(limit);
+        self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
+        locks
     }
 
     /// The files hold the position that the LTX file may follow on.
@@ -332,7 +373,7 @@ impl Db {
         }
         let database = self.files.get_or_create(FileKind::Database)?;
         let path = self.files.path(FileKind::Database);
-        if header.is_snapshot() || received.sums.len() > RANGES_MAX {
+        if header.is_snapshot() || stale.ranges.len() + received.sums.len() > RANGES_MAX {
             stale.files.push(database.ino);
         }
         let mut decoder =

@@ -5,6 +5,10 @@
 //! closes. Transactions are appended in batches and published at once; the WAL is checkpointed when
 //! it has grown, as far as readers allow, and starts over when nobody reads from it.
 //!
+//! Without passthrough the pages that clients have mapped belong to the mount. They are dropped after
+//! each write, and clients write nothing into the wal-index: it is made anew with everybody locked
+//! out, READ1 to READ4 are granted to nobody exclusively, and what the kernel writes back is ignored.
+//!
 //! The hold belongs to whoever has the turn ([`Turn`]). A checkpoint drops pages from the kernel's
 //! cache, which can take as long as a read that a FUSE worker serves: it is made with the turn alone,
 //! for which no worker waits.
@@ -15,18 +19,20 @@ use std::time::Duration;
 
 use ltx::{PageSize, Pgno};
 
+use super::exclusive::Stale;
 use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
 use super::{Received, Turn, random_u32};
 use crate::engine::capture::Change;
-use crate::engine::db::Db;
+use crate::engine::db::{Db, Guard};
 use crate::engine::error::{Error, Result, chain_text};
-use crate::engine::files::FileKind;
+use crate::engine::files::{Backing, FileKind};
 use crate::engine::locks::{LockKind, Owner};
+use crate::engine::shared::PageCache;
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
-use crate::limits;
 use crate::sqlite::header::JournalMode;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal::{FRAME_HEADER_SIZE, frame_offset};
+use crate::{limits, os};
 
 /// Held shared while following.
 const SHARED: LockSet = LockSet::one(Lock::Shared).with(Lock::Dms);
@@ -36,10 +42,33 @@ const EXCLUSIVE: LockSet = LockSet::one(Lock::Write).with(Lock::Ckpt);
 /// The replica's hold on a WAL database.
 pub struct Follower {
     writer: WalWriter,
-    wal: Arc<std::fs::File>,
-    /// Inode numbers of the database file and the wal-index.
-    inos: (u64, u64),
+    files: FollowedFiles,
 }
+
+/// The files of a followed database.
+struct FollowedFiles {
+    database: Arc<Backing>,
+    wal: Arc<Backing>,
+    shm: Arc<Backing>,
+}
+
+/// Whether the applier keeps its locks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    Taken,
+    NotTaken,
+}
+
+/// Releases the locks but those that a hold needs.
+pub(super) fn keep_hold(guard: Guard<'_>, hold: Hold) {
+    match hold {
+        Hold::Taken => guard.keep(SHARED.union(EXCLUSIVE)),
+        Hold::NotTaken => drop(guard),
+    }
+}
+
+/// [`WalWriter::open_or_create`] or [`WalWriter::take_over`].
+type OpenWriter = fn(WalFiles, PageSize, u32, fn() -> u32) -> Result<WalWriter, super::wal::Error>;
 
 impl Db {
     /// Whether the WAL has transactions that came too late, which nobody must go on from.
@@ -89,32 +118,82 @@ impl Db {
             return Ok(());
         };
         // Of a lost database the applier holds the locks already, so that nobody sees it.
-        let unwanted = self.may_write() || self.is_lost() || !self.shared.is_passthrough();
+        let unwanted = self.may_write() || self.is_lost() || self.shared.page_cache().is_none();
         if unwanted || self.is_followed() {
             return Ok(());
+        }
+        if !self.shared.is_passthrough() {
+            return self.follow_blindly(turn, limit);
         }
         self.take(Owner::APPLY, SHARED, LockKind::Shared, limit)?;
         let mut guard = self.guard(Owner::APPLY, SHARED);
         self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limit)?;
         guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
-        if self.may_write() {
-            // The node became primary meanwhile; it lets go of what it finds only once.
-            return Ok(());
-        }
         self.capture_frames(&mut change)?;
-        if self.has_strays() {
-            return Ok(());
-        }
-        let follower = self.open_follower(page_size, view.pages)?;
-        change.wal.resume(follower.writer.cursor());
-        turn.follower = Some(follower);
-        self.inbox.followed.store(true, Ordering::SeqCst);
-        guard.keep();
+        let open = WalWriter::open_or_create;
+        let hold = self.begin_following(turn, &mut change, page_size, open)?;
+        keep_hold(guard, hold);
         Ok(())
     }
 
-    fn open_follower(&self, page_size: PageSize, pages: u32) -> Result<Follower> {
+    /// Takes hold of a database whose wal-index is out of sight, with everybody locked out.
+    fn follow_blindly(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
+        let guard = self.lock_out_everybody(limit)?;
+        let mut change = self.change.lock().unwrap();
+        self.settle_wal(&mut change)?;
+        let mut stale = Stale::default();
+        let hold = self.hold_blindly(turn, &mut change, &mut stale);
+        // The kernel may have to finish a request of a worker that waits for the right to change.
+        drop(change);
+        self.drop_cached(stale);
+        hold.map(|hold| keep_hold(guard, hold))
+    }
+
+    /// Takes hold, if it can be, of a database whose wal-index is out of sight; the caller has locked
+    /// everybody out and drops what is `stale`, also after an error.
+    pub(super) fn hold_blindly(
+        &self,
+        turn: &mut Turn,
+        change: &mut Change,
+        stale: &mut Stale,
+    ) -> Result<Hold> {
+        let Some(page_size) = change.page_size.filter(|_| change.mode == JournalMode::Wal) else {
+            return Ok(Hold::NotTaken);
+        };
+        if self.shared.is_passthrough() || self.shared.page_cache().is_none() {
+            return Ok(Hold::NotTaken);
+        }
+        self.inbox.rewriting_index.store(true, Ordering::SeqCst);
+        let hold = self.begin_following(turn, change, page_size, WalWriter::take_over);
+        if matches!(hold, Ok(Hold::Taken)) {
+            // Of what was a rollback-mode database they are held exclusively.
+            self.try_take(Owner::APPLY, SHARED, LockKind::Shared);
+        }
+        let files = [FileKind::Wal, FileKind::Shm].map(|kind| self.files.get(kind));
+        stale.files.extend(files.into_iter().flatten().map(|file| file.ino));
+        hold
+    }
+
+    fn begin_following(
+        &self,
+        turn: &mut Turn,
+        change: &mut Change,
+        page_size: PageSize,
+        open: OpenWriter,
+    ) -> Result<Hold> {
+        // The node may have become primary meanwhile; it lets go of what it finds only once.
+        if self.may_write() || self.has_strays() {
+            return Ok(Hold::NotTaken);
+        }
+        let follower = self.open_follower(page_size, change.pages(), open)?;
+        change.wal.resume(follower.writer.cursor());
+        turn.follower = Some(follower);
+        self.inbox.followed.store(true, Ordering::SeqCst);
+        Ok(Hold::Taken)
+    }
+
+    fn open_follower(&self, page_size: PageSize, pages: u32, open: OpenWriter) -> Result<Follower> {
         let existed = self.files.get(FileKind::Shm).is_some();
         let database = self.files.get_or_create(FileKind::Database)?;
         let wal = self.files.get_or_create(FileKind::Wal)?;
@@ -124,20 +203,21 @@ impl Db {
             wal: wal.file.clone(),
             shm: shm.file.clone(),
         };
-        let writer = WalWriter::open_or_create(files, page_size, pages, random_u32)
+        let writer = open(files, page_size, pages, random_u32)
             .map_err(|source| self.wal_error("open wal", source))?;
         if !existed {
             self.shared.names_changed(self.name.as_str());
         }
-        Ok(Follower { writer, wal: wal.file.clone(), inos: (database.ino, shm.ino) })
+        Ok(Follower { writer, files: FollowedFiles { database, wal, shm } })
     }
 
     /// Lets go: from now on the clients write the WAL themselves, or nobody does.
     pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) {
-        let Some(follower) = turn.follower.take() else { return };
+        let Some(mut follower) = turn.follower.take() else { return };
+        follower.writer.tell(&FollowerCache::new(self, &follower.files));
         change.wal.resume(follower.writer.cursor());
         self.inbox.followed.store(false, Ordering::SeqCst);
-        self.release(Owner::APPLY, SHARED.iter().chain(EXCLUSIVE.iter()).collect());
+        self.release(Owner::APPLY, SHARED.union(EXCLUSIVE));
     }
 
     /// Whether a transaction can be appended to the WAL. One of a rollback journal can as long as
@@ -171,8 +251,8 @@ impl Db {
                 }
             }
         }
-        let cache = FollowerCache { db: self, inos: follower.inos };
-        if let Err(source) = follower.writer.publish(&cache) {
+        let cache = FollowerCache::new(self, &follower.files);
+        if let Err(source) = follower.writer.publish(&mut ApplierLocks(self), &cache) {
             // The checksums have moved on already; a snapshot sets everything right again.
             let error = self.wal_error("publish wal frames", source);
             let taken_back = follower.writer.rollback_unpublished();
@@ -226,7 +306,7 @@ impl Db {
                 page_size: header.page_size,
                 commit: header.commit,
                 pages: pages.collect(),
-                source: follower.wal.clone(),
+                source: follower.files.wal.file.clone(),
                 timestamp_ms: header.timestamp_ms,
                 node_id: header.node_id,
                 wal: WalSpan::default(),
@@ -264,13 +344,13 @@ impl Db {
         // is moved: each page that changes in the database file is one that it reads from the WAL.
         self.chain.sync()?;
         let mut locks = ApplierLocks(self);
-        let cache = FollowerCache { db: self, inos: follower.inos };
+        let cache = FollowerCache::new(self, &follower.files);
         let wal = |source| self.wal_error("checkpoint wal", source);
         let progress = follower.writer.checkpoint(&mut locks, &cache).map_err(wal)?;
         let mut change = self.change.lock().unwrap();
         if progress.is_complete()
             && !self.inbox.is_pinned()
-            && follower.writer.restart(&mut locks).map_err(wal)? == Restart::Done
+            && follower.writer.restart(&mut locks, &cache).map_err(wal)? == Restart::Done
         {
             change.wal.resume(follower.writer.cursor());
             tracing::debug!(db = %self.name, frames = progress.frames, "wal starts over");
@@ -303,29 +383,72 @@ impl CheckpointLocks for ApplierLocks<'_> {
     }
 }
 
-/// What clients have cached of the files of a followed database.
+/// What clients have cached of the files of a followed database. Called with the right to change:
+/// no worker may wait for that on a followed database.
 struct FollowerCache<'a> {
-    db: &'a Db,
-    /// Inode numbers of the database file and the wal-index.
-    inos: (u64, u64),
+    cache: Option<&'a dyn PageCache>,
+    /// The pages of the WAL and the wal-index that clients see are not ours.
+    blind: bool,
+    files: &'a FollowedFiles,
+}
+
+impl<'a> FollowerCache<'a> {
+    fn new(db: &'a Db, files: &'a FollowedFiles) -> FollowerCache<'a> {
+        let blind = !db.shared.is_passthrough();
+        FollowerCache { cache: db.shared.page_cache(), blind, files }
+    }
+
+    fn pages(&self, backing: &Backing, offset: u64, len: u64) {
+        if let Some(cache) = self.cache {
+            cache.pages_changed(backing.ino, offset, len);
+        }
+    }
+
+    /// A reader that does not know how long a file is would find nothing, or zeros, at its end. Before
+    /// pages are dropped: that has the kernel forget the size that it is being told.
+    fn grown(&self, backing: &Backing) {
+        let Some(cache) = self.cache else { return };
+        let mut last = [0];
+        let Some(offset) = backing.file.metadata().ok().and_then(|meta| meta.len().checked_sub(1))
+        else {
+            return;
+        };
+        if os::read_up_to(&backing.file, &mut last, offset).is_ok_and(|read| read == 1) {
+            cache.file_grown(backing.ino, offset, &last);
+        }
+    }
 }
 
 impl ReaderCache for FollowerCache<'_> {
     fn pages_changed(&self, offset: u64, len: u64) {
-        if let Some(cache) = self.db.shared.page_cache() {
-            cache.pages_changed(self.inos.0, offset, len);
-        }
+        self.pages(&self.files.database, offset, len);
     }
 
     fn size_changed(&self) {
-        if let Some(cache) = self.db.shared.page_cache() {
-            cache.attr_changed(self.inos.0);
+        self.grown(&self.files.database);
+        if let Some(cache) = self.cache {
+            cache.attr_changed(self.files.database.ino);
+        }
+    }
+
+    fn log_written(&self, offset: u64, len: u64) {
+        if self.blind {
+            self.grown(&self.files.wal);
+            self.pages(&self.files.wal, offset, len);
+        }
+    }
+
+    fn index_written(&self, offset: u64, len: u64) {
+        if self.blind {
+            self.pages(&self.files.shm, offset, len);
         }
     }
 
     fn index_grown(&self) {
-        if let Some(cache) = self.db.shared.page_cache() {
-            cache.attr_changed(self.inos.1);
+        if self.blind {
+            self.grown(&self.files.shm);
+        } else if let Some(cache) = self.cache {
+            cache.attr_changed(self.files.shm.ino);
         }
     }
 }

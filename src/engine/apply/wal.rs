@@ -14,6 +14,10 @@
 //! database file (so that the last client to leave neither checkpoints nor removes the log). The
 //! READ locks are taken here, through [`CheckpointLocks`].
 //!
+//! Clients either have the very pages of the wal-index mapped, or (without passthrough) pages of the
+//! mount that hold what was read when they were last dropped. In the latter case they write nothing
+//! into it: nobody gets READ1 to READ4 exclusively, and the marks are set here ([`Marks`]).
+//!
 //! Order, as in SQLite (WAL-mode File Format, section 2; "Write-Ahead Logging"): frames, then
 //! entries, then header copy 1, then copy 0. A checkpoint syncs the log before it writes to the
 //! database file, and syncs the database file before the log may start over; a new log's header is
@@ -28,6 +32,7 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -49,9 +54,6 @@ const WRITE_SIZE: usize = 1 << 20;
 /// How large the buffer of frames stays between transactions, in bytes: enough for small ones, and
 /// little for each of many databases.
 const IDLE_CAPACITY: usize = 64 << 10;
-
-/// The locks of marks 1 to 4: readers of the log.
-const LOG_READERS: LockSet = LockSet::READERS.without(LockSet::one(Lock::Read0));
 
 /// Why the log could not be written. After an error of append or publish the caller takes back what
 /// is not published ([`WalWriter::rollback_unpublished`]) before it tries again; a checkpoint or a
@@ -87,13 +89,16 @@ pub trait CheckpointLocks {
     fn unlock(&mut self, set: LockSet);
 }
 
-/// What clients have cached of the files; a call returns when nothing stale is left. Never called
-/// for the log, whose committed frames do not change.
+/// What clients have cached of the files; a call returns when nothing stale is left.
 pub trait ReaderCache {
     /// `len` bytes of the database file at `offset` are new.
     fn pages_changed(&self, offset: u64, len: u64);
-    /// The database file has another length.
+    /// The database file may have another length.
     fn size_changed(&self);
+    /// `len` bytes of the log at `offset` are new, and it may be longer; nobody has a use for them yet.
+    fn log_written(&self, offset: u64, len: u64);
+    /// `len` bytes of the wal-index at `offset` are new.
+    fn index_written(&self, offset: u64, len: u64);
     /// The wal-index has become longer.
     fn index_grown(&self);
 }
@@ -135,6 +140,15 @@ pub enum Restart {
     Blocked,
 }
 
+/// Who sets the read marks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Marks {
+    /// Each reader its own.
+    Readers,
+    /// The writer, with each publish; readers take what they find.
+    Writer,
+}
+
 /// Whether the header of the log stands in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Log {
@@ -149,6 +163,7 @@ pub struct WalWriter {
     files: WalFiles,
     page_size: PageSize,
     random: fn() -> u32,
+    marks: Marks,
     log: Log,
     header: WalHeader,
     /// Where the next frame goes.
@@ -168,6 +183,8 @@ pub struct WalWriter {
     frames: Vec<u8>,
     /// The log was written up to this byte.
     written: u64,
+    /// The bytes of the log that were written since readers were told.
+    untold: Range<u64>,
 }
 
 impl WalWriter {
@@ -180,6 +197,35 @@ impl WalWriter {
         pages: u32,
         random: fn() -> u32,
     ) -> Result<WalWriter, Error> {
+        let (mut writer, has_log) = WalWriter::new(files, page_size, pages, random)?;
+        if !writer.adopt(has_log).map_err(io_error("read wal-index"))? {
+            writer.make_index(has_log)?;
+        }
+        Ok(writer)
+    }
+
+    /// Goes on with the log, and makes the wal-index anew: what clients know of it is out of sight.
+    /// From here on they write nothing into it. Every other user of the files is locked out, and the
+    /// caller then drops what they have cached.
+    pub fn take_over(
+        files: WalFiles,
+        page_size: PageSize,
+        pages: u32,
+        random: fn() -> u32,
+    ) -> Result<WalWriter, Error> {
+        let (mut writer, has_log) = WalWriter::new(files, page_size, pages, random)?;
+        writer.marks = Marks::Writer;
+        writer.make_index(has_log)?;
+        Ok(writer)
+    }
+
+    /// A writer that does not know the wal-index yet, and whether there is a log.
+    fn new(
+        files: WalFiles,
+        page_size: PageSize,
+        pages: u32,
+        random: fn() -> u32,
+    ) -> Result<(WalWriter, bool), Error> {
         let mirror = Mirror::new(files.shm.clone()).map_err(io_error("open wal-index"))?;
         let log_header = read_log_header(&files.wal, page_size).map_err(io_error("read wal"))?;
         let header = log_header.unwrap_or(WalHeader {
@@ -197,10 +243,11 @@ impl WalWriter {
             frame_checksum: WalChecksum::default(),
             salts: header.salts,
         };
-        let mut writer = WalWriter {
+        let writer = WalWriter {
             files,
             page_size,
             random,
+            marks: Marks::Readers,
             log: Log::Started,
             header,
             cursor: WalCursor::start(&header),
@@ -212,12 +259,33 @@ impl WalWriter {
             held_page: Vec::with_capacity(page_size.bytes()),
             frames: Vec::new(),
             written: 0,
+            untold: 0..0,
         };
-        if !writer.adopt(log_header.is_some()).map_err(io_error("read wal-index"))? {
-            let rebuilt = if log_header.is_some() { writer.rebuild() } else { writer.clear() };
-            rebuilt.map_err(io_error("rebuild wal-index"))?;
+        Ok((writer, log_header.is_some()))
+    }
+
+    fn make_index(&mut self, has_log: bool) -> Result<(), Error> {
+        let made = if has_log { self.rebuild() } else { self.clear() };
+        made.map_err(io_error("rebuild wal-index"))?;
+        self.begin_log_if_blind()
+    }
+
+    /// Where the wal-index is out of sight, the log alone tells which frames count. So the header of
+    /// a new run does not wait for its first frame.
+    fn begin_log_if_blind(&mut self) -> Result<(), Error> {
+        match (self.marks, self.log) {
+            (Marks::Writer, Log::Fresh) => self.start_log().map_err(io_error("write wal header")),
+            _ => Ok(()),
         }
-        Ok(writer)
+    }
+
+    /// Tells readers of what they were not told, because it was not published.
+    pub fn tell(&mut self, cache: &dyn ReaderCache) {
+        let Range { start, end } = std::mem::replace(&mut self.untold, 0..0);
+        if start < end {
+            cache.log_written(start, end - start);
+        }
+        self.mirror.tell(cache);
     }
 
     /// Goes on with a wal-index that counts and agrees with the log; whether there is one.
@@ -409,6 +477,7 @@ impl WalWriter {
     /// Writes the header of a new run. It is synced, so that after a power failure no frame of the
     /// former run follows from it.
     fn start_log(&mut self) -> io::Result<()> {
+        self.note(0, HEADER_SIZE as u64);
         os::write_at("apply:wal", &self.files.wal, &self.header.encode(), 0)?;
         os::sync("apply:wal", &self.files.wal)?;
         self.log = Log::Started;
@@ -420,14 +489,25 @@ impl WalWriter {
         // Even a write that fails may have written something.
         self.written = self.written.max(end);
         let start = end - self.frames.len() as u64;
+        self.note(start, self.frames.len() as u64);
         os::write_at("apply:wal", &self.files.wal, &self.frames, start)
             .map_err(io_error("write wal frames"))?;
         self.frames.clear();
         Ok(())
     }
 
+    /// Bytes of the log are about to be written.
+    fn note(&mut self, at: u64, len: u64) {
+        let Range { start, end } = self.untold;
+        self.untold = if start < end { start.min(at)..end.max(at + len) } else { at..at + len };
+    }
+
     /// Makes all appended transactions visible at once.
-    pub fn publish(&mut self, cache: &dyn ReaderCache) -> Result<(), Error> {
+    pub fn publish(
+        &mut self,
+        locks: &mut dyn CheckpointLocks,
+        cache: &dyn ReaderCache,
+    ) -> Result<(), Error> {
         if self.appended.mx_frame == self.published.mx_frame {
             return Ok(());
         }
@@ -435,14 +515,31 @@ impl WalWriter {
         if growth == Growth::Grown {
             cache.index_grown();
         }
-        if let Err(source) = self.mirror.write_header(&self.appended) {
-            // Readers must not be left with two copies that differ; the first error tells.
-            let _ = self.mirror.write_header(&self.published);
-            return Err(io_error("write wal-index header")(source));
-        }
+        self.tell(cache);
+        let marked = match self.marks {
+            Marks::Readers => LockSet::EMPTY,
+            Marks::Writer => free_mark(locks),
+        };
+        let written = self.write_published(marked);
+        self.mirror.tell(cache);
+        locks.unlock(marked);
+        written.map_err(io_error("write wal-index header"))?;
         self.published = self.appended;
         self.frames.shrink_to(IDLE_CAPACITY);
         Ok(())
+    }
+
+    /// Writes the header, and the mark of its new readers, whose lock is `marked`.
+    fn write_published(&mut self, marked: LockSet) -> io::Result<()> {
+        let mark = Lock::READ.into_iter().position(|lock| marked.contains(lock));
+        if let Some(i) = mark {
+            self.mirror.write_mark(i, self.appended.mx_frame)?;
+        }
+        self.mirror.write_header(&self.appended).inspect_err(|_| {
+            // Readers must not be left with two copies that differ; the first error tells.
+            let _ = mark.map(|i| self.mirror.write_mark(i, self.published.mx_frame));
+            let _ = self.mirror.write_header(&self.published);
+        })
     }
 
     /// Takes back the pages that were appended since the last whole transaction.
@@ -467,6 +564,7 @@ impl WalWriter {
         }
         // After a crash every commit frame counts that follows from those before it.
         let nothing = [0; FRAME_HEADER_SIZE];
+        self.note(end, FRAME_HEADER_SIZE as u64);
         os::write_at("apply:wal", &self.files.wal, &nothing, end)
             .map_err(io_error("take back wal frames"))?;
         self.written = end;
@@ -488,11 +586,12 @@ impl WalWriter {
         cache: &dyn ReaderCache,
     ) -> Result<Progress, Error> {
         if self.backfilled < self.published.mx_frame {
-            let safe = self.safe_frame(locks).map_err(io_error("read wal-index marks"))?;
+            let safe = self.safe_frame(locks, cache).map_err(io_error("read wal-index marks"))?;
             // READ0 keeps those out who read the database file alone.
             let read_0 = LockSet::one(Lock::Read0);
             if self.backfilled < safe && locks.try_lock(read_0) {
                 let copied = self.backfill(safe, cache);
+                self.mirror.tell(cache);
                 locks.unlock(read_0);
                 copied?;
             }
@@ -502,7 +601,11 @@ impl WalWriter {
 
     /// The last frame that no reader minds in the database file. Marks that nobody uses are moved
     /// out of the way.
-    fn safe_frame(&self, locks: &mut dyn CheckpointLocks) -> io::Result<u32> {
+    fn safe_frame(
+        &mut self,
+        locks: &mut dyn CheckpointLocks,
+        cache: &dyn ReaderCache,
+    ) -> io::Result<u32> {
         let mut safe = self.published.mx_frame;
         for (i, lock) in Lock::READ.into_iter().enumerate().skip(1) {
             let mark = self.mirror.read_mark(i)?;
@@ -514,6 +617,7 @@ impl WalWriter {
                 continue;
             }
             let moved = self.mirror.write_mark(i, if i == 1 { safe } else { READ_MARK_UNUSED });
+            self.mirror.tell(cache);
             locks.unlock(LockSet::one(lock));
             moved?;
         }
@@ -529,9 +633,9 @@ impl WalWriter {
             let len = u64::from(self.published.pages) * u64::from(self.page_size.get());
             os::truncate("apply:database", &self.files.database, len)
                 .map_err(io_error("truncate database"))?;
-            cache.size_changed();
             os::sync("apply:database", &self.files.database).map_err(io_error("sync database"))?;
         }
+        cache.size_changed();
         self.mirror.write_backfill(safe).map_err(io_error("write wal-index"))?;
         self.backfilled = safe;
         Ok(())
@@ -574,23 +678,29 @@ impl WalWriter {
     }
 
     /// Lets the log start over if all of it is in the database file and nobody reads from it.
-    pub fn restart(&mut self, locks: &mut dyn CheckpointLocks) -> Result<Restart, Error> {
+    pub fn restart(
+        &mut self,
+        locks: &mut dyn CheckpointLocks,
+        cache: &dyn ReaderCache,
+    ) -> Result<Restart, Error> {
         if self.published.mx_frame == 0 {
             return Ok(Restart::Done);
         }
         let at_rest = self.cursor == self.cursor_after(&self.published) && self.held.is_none();
-        if !self.progress().is_complete() || !at_rest || !locks.try_lock(LOG_READERS) {
+        if !self.progress().is_complete() || !at_rest || !locks.try_lock(LockSet::MARKS) {
             return Ok(Restart::Blocked);
         }
         let (header, index) = self.next_run();
         let written = self.write_empty_index(&index);
-        locks.unlock(LOG_READERS);
+        self.mirror.tell(cache);
+        locks.unlock(LockSet::MARKS);
         written.map_err(io_error("restart wal"))?;
         self.start_over(header, index);
+        self.begin_log_if_blind()?;
         Ok(Restart::Done)
     }
 
-    fn write_empty_index(&self, index: &IndexHeader) -> io::Result<()> {
+    fn write_empty_index(&mut self, index: &IndexHeader) -> io::Result<()> {
         let written = self.mirror.write_header(index);
         let written = written.and_then(|()| self.mirror.write_info(&CheckpointInfo::EMPTY));
         written.inspect_err(|_| {
@@ -601,6 +711,15 @@ impl WalWriter {
             let _ = self.mirror.write_header(&self.published);
         })
     }
+}
+
+/// Takes the lock of a mark that no reader uses; nothing if there is none.
+fn free_mark(locks: &mut dyn CheckpointLocks) -> LockSet {
+    LockSet::MARKS
+        .iter()
+        .map(LockSet::one)
+        .find(|&mark| locks.try_lock(mark))
+        .unwrap_or(LockSet::EMPTY)
 }
 
 /// The header of a log that can be continued; `None` if SQLite would take the log for empty.

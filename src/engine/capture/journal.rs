@@ -59,6 +59,7 @@ impl Db {
     /// Removes the journal, which commits what was written under it. An error leaves the journal as
     /// it is: SQLite rolls the transaction back.
     pub fn remove_journal(&self) -> Result<(), Refusal> {
+        self.refuse_followed()?;
         self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         self.refuse_strangers(&change)?;
@@ -73,6 +74,7 @@ impl Db {
             os::truncate("journal:truncate", &journal.file, len)
                 .map_err(Error::io("truncate journal", &path))
         };
+        self.refuse_followed()?;
         self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
         // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
@@ -314,6 +316,9 @@ impl Db {
 
     /// The application synced its journal.
     pub(crate) fn journal_synced(&self) {
+        if self.is_followed() {
+            return;
+        }
         let mut change = self.change.lock().unwrap();
         change.journal.synced = change.journal.active;
     }

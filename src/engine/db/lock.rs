@@ -53,12 +53,12 @@ impl Guard<'_> {
         }
     }
 
-    /// Leaves the locks to their owner.
-    pub(in crate::engine) fn keep(mut self) {
-        self.leave();
+    /// Leaves the locks of `set` to their owner, and releases the others.
+    pub(in crate::engine) fn keep(mut self, set: LockSet) {
+        self.set = self.set.without(set);
     }
 
-    /// As [`Guard::keep`], for a guard that somebody else holds.
+    /// Leaves the locks to their owner.
     pub(in crate::engine) fn leave(&mut self) {
         self.set = LockSet::EMPTY;
     }
@@ -70,7 +70,7 @@ impl Guard<'_> {
 
     /// Also holds `set`, which was taken for the same owner.
     pub(in crate::engine) fn add(&mut self, set: LockSet) {
-        self.set = set.iter().fold(self.set, LockSet::with);
+        self.set = self.set.union(set);
     }
 }
 
@@ -96,8 +96,11 @@ impl Db {
                 Some(_) => locks.lock_or_wait(request, waiter),
                 None => match locks.try_lock(request) {
                     Ok((grant, woken)) => Outcome::Locked(Granted { waiter, grant }, woken),
-                    Err(_) => {
+                    Err(conflict) => {
                         drop(locks);
+                        if conflict.owner == Owner::APPLY {
+                            self.inbox.note_kept_out();
+                        }
                         return (waiter.answer)(Err(Refusal::WouldBlock));
                     }
                 },
@@ -195,11 +198,16 @@ impl Db {
         if request.kind != LockKind::Exclusive {
             return Ok(());
         }
-        // Without passthrough a client has to build its wal-index itself, under WRITE; what it then
-        // writes to the WAL is refused.
-        if request.set.contains(Lock::Write) && !self.may_write() && self.shared.is_passthrough() {
-            self.note_refused_write();
-            return Err(Refusal::WouldBlock);
+        if !self.may_write() {
+            if request.set.contains(Lock::Write) {
+                self.note_refused_write();
+                return Err(Refusal::WouldBlock);
+            }
+            // Where the wal-index is out of sight nobody writes into it but the applier, not even the
+            // mark of a reader.
+            if !self.shared.is_passthrough() && !request.set.and(LockSet::MARKS).is_empty() {
+                return Err(Refusal::WouldBlock);
+            }
         }
         let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
         // A new primary first applies what it has received.

@@ -9,12 +9,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use ltx::Pgno;
 
+use super::ReaderCache;
 use crate::os;
 use crate::sqlite::wal_index::{
     self, ATTEMPTED_AT, CKPT_AT, CheckpointInfo, HEADER_COPY_SIZE, HEADER_SIZE, IndexHeader, Place,
@@ -67,13 +69,15 @@ pub(super) struct Mirror {
     regions: Vec<RegionCopy>,
     /// The length of the file in bytes.
     len: u64,
+    /// The bytes that were written since readers were told.
+    untold: Range<usize>,
 }
 
 impl Mirror {
     /// Without any entry.
     pub(super) fn new(shm: Arc<File>) -> io::Result<Mirror> {
         let len = shm.metadata()?.len();
-        Ok(Mirror { shm, regions: Vec::new(), len })
+        Ok(Mirror { shm, regions: Vec::new(), len, untold: 0..0 })
     }
 
     /// The header and the checkpoint information in the file; `None` if they do not count.
@@ -157,35 +161,50 @@ impl Mirror {
         wal_index::pgno_of(&self.regions[place.region].bytes, place)
     }
 
-    /// Writes the entries that are not in the file yet.
+    /// Writes the entries that are not in the file yet. The file is kept one region longer than
+    /// that: a client that asks for its size while it grows may be told the former one.
     pub(super) fn write_entries(&mut self) -> io::Result<Growth> {
-        let before = self.len;
         for number in 0..self.regions.len() {
-            match &self.regions[number].unwritten {
-                Unwritten::Nothing => continue,
-                Unwritten::Entries { first, last, slots } => {
-                    self.write_region(number, first.pgno_at(), last.pgno_at() + 4)?;
-                    for &slot in slots {
-                        self.write_region(number, slot, slot + 2)?;
-                    }
-                }
-                Unwritten::Whole => {
-                    let first = Place { region: number, entry: 1 };
-                    self.write_region(number, first.pgno_at(), SLOTS_AT)?;
-                    self.write_region(number, SLOTS_AT, REGION_SIZE)?;
-                    self.len = self.len.max(((number + 1) * REGION_SIZE) as u64);
+            let unwritten =
+                std::mem::replace(&mut self.regions[number].unwritten, Unwritten::Nothing);
+            if let Err(error) = self.write_unwritten(number, &unwritten) {
+                self.regions[number].unwritten = unwritten;
+                return Err(error);
+            }
+        }
+        let len = ((self.regions.len() + 1) * REGION_SIZE) as u64;
+        if self.len >= len {
+            return Ok(Growth::Same);
+        }
+        os::truncate("apply:shm", &self.shm, len)?;
+        self.len = len;
+        Ok(Growth::Grown)
+    }
+
+    fn write_unwritten(&mut self, number: usize, unwritten: &Unwritten) -> io::Result<()> {
+        match unwritten {
+            Unwritten::Nothing => {}
+            Unwritten::Entries { first, last, slots } => {
+                self.write_region(number, first.pgno_at(), last.pgno_at() + 4)?;
+                for &slot in slots {
+                    self.write_region(number, slot, slot + 2)?;
                 }
             }
-            self.regions[number].unwritten = Unwritten::Nothing;
+            Unwritten::Whole => {
+                let first = Place { region: number, entry: 1 };
+                self.write_region(number, first.pgno_at(), SLOTS_AT)?;
+                self.write_region(number, SLOTS_AT, REGION_SIZE)?;
+            }
         }
-        Ok(if self.len > before { Growth::Grown } else { Growth::Same })
+        Ok(())
     }
 
     /// Writes the bytes from `start` to `end` of a region, widened to whole units.
-    fn write_region(&self, number: usize, start: usize, end: usize) -> io::Result<()> {
+    fn write_region(&mut self, number: usize, start: usize, end: usize) -> io::Result<()> {
         let (start, end) = (start - start % UNIT, end.next_multiple_of(UNIT));
+        self.note(number * REGION_SIZE + start, end - start);
         let bytes = &self.regions[number].bytes[start..end];
-        self.write(bytes, number * REGION_SIZE + start)
+        os::write_at("apply:shm", &self.shm, bytes, (number * REGION_SIZE + start) as u64)
     }
 
     /// Clears the file up to the end of the first region, so that an empty log is all it tells.
@@ -198,7 +217,7 @@ impl Mirror {
 
     /// Makes `header` the one that readers see: the second copy first, because readers take the
     /// first and then compare.
-    pub(super) fn write_header(&self, header: &IndexHeader) -> io::Result<()> {
+    pub(super) fn write_header(&mut self, header: &IndexHeader) -> io::Result<()> {
         let copy = header.encode();
         fence(Ordering::SeqCst);
         self.write(&copy, HEADER_COPY_SIZE)?;
@@ -207,7 +226,7 @@ impl Mirror {
     }
 
     /// Sets all checkpoint information; the caller holds READ1 to READ4 exclusively.
-    pub(super) fn write_info(&self, info: &CheckpointInfo) -> io::Result<()> {
+    pub(super) fn write_info(&mut self, info: &CheckpointInfo) -> io::Result<()> {
         let bytes = info.encode();
         let marks_end = READ_MARKS_AT - CKPT_AT + 4 * wal_index::READ_MARKS;
         self.write(&bytes[..marks_end], CKPT_AT)?;
@@ -215,13 +234,13 @@ impl Mirror {
     }
 
     /// Says that frames up to this one may get into the database file.
-    pub(super) fn write_attempted(&self, frame: u32) -> io::Result<()> {
+    pub(super) fn write_attempted(&mut self, frame: u32) -> io::Result<()> {
         // The word after it is unused.
         self.write_pair(frame, ATTEMPTED_AT)
     }
 
     /// Says that the frames up to this one are in the database file.
-    pub(super) fn write_backfill(&self, frame: u32) -> io::Result<()> {
+    pub(super) fn write_backfill(&mut self, frame: u32) -> io::Result<()> {
         // The word after it is read mark 0, which is always 0.
         fence(Ordering::SeqCst);
         self.write_pair(frame, CKPT_AT)
@@ -235,17 +254,32 @@ impl Mirror {
     }
 
     /// Sets read mark `i`; the caller holds its lock exclusively.
-    pub(super) fn write_mark(&self, i: usize, frame: u32) -> io::Result<()> {
+    pub(super) fn write_mark(&mut self, i: usize, frame: u32) -> io::Result<()> {
         self.write(&frame.to_ne_bytes(), READ_MARKS_AT + 4 * i)
     }
 
-    fn write_pair(&self, word: u32, at: usize) -> io::Result<()> {
+    fn write_pair(&mut self, word: u32, at: usize) -> io::Result<()> {
         let mut bytes = [0; UNIT];
         bytes[..4].copy_from_slice(&word.to_ne_bytes());
         self.write(&bytes, at)
     }
 
-    fn write(&self, bytes: &[u8], at: usize) -> io::Result<()> {
+    /// Tells readers of what was written since the last time.
+    pub(super) fn tell(&mut self, cache: &dyn ReaderCache) {
+        let Range { start, end } = std::mem::replace(&mut self.untold, 0..0);
+        if start < end {
+            cache.index_written(start as u64, (end - start) as u64);
+        }
+    }
+
+    /// Bytes are about to be written; even a write that fails may have written something.
+    fn note(&mut self, at: usize, len: usize) {
+        let Range { start, end } = self.untold;
+        self.untold = if start < end { start.min(at)..end.max(at + len) } else { at..at + len };
+    }
+
+    fn write(&mut self, bytes: &[u8], at: usize) -> io::Result<()> {
+        self.note(at, bytes.len());
         os::write_at("apply:shm", &self.shm, bytes, at as u64)
     }
 }

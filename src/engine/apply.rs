@@ -20,16 +20,19 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 use super::capture::Change;
 use super::db::Db;
 use super::error::{Error, Result, chain_text};
+use super::halt::HaltId;
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::{limits, os};
 
 mod exclusive;
 mod follow;
 mod index;
+mod undo;
 pub mod wal;
 
-pub(super) use exclusive::Stale;
+pub(in crate::engine) use exclusive::Stale;
 use follow::Follower;
+pub(in crate::engine) use follow::{EXCLUSIVE as WAL_EXCLUSIVE, SHARED as WAL_SHARED};
 
 /// How long the thread of a database waits for more before it ends.
 const LINGER: Duration = Duration::from_secs(5);
@@ -61,7 +64,7 @@ pub struct Inbox {
 
 /// What belongs to whoever has the turn. No FUSE worker takes it.
 #[derive(Default)]
-pub(super) struct Turn {
+pub(in crate::engine) struct Turn {
     /// The replica's hold on a WAL database.
     follower: Option<Follower>,
 }
@@ -183,7 +186,23 @@ impl Receiver {
     /// queues it. Waits while the queue is full.
     ///
     /// Errors: the file does not verify, or does not follow ([`Error::PositionMismatch`]).
-    pub fn finish(mut self) -> Result<Pos> {
+    pub fn finish(self) -> Result<Pos> {
+        let db = self.db.clone();
+        db.queue_received(self.complete()?)
+    }
+
+    /// The file is complete, and comes from the node to which the database is lent with `id`: verifies
+    /// it against the database and applies it. Blocking.
+    ///
+    /// Errors: the file does not verify, does not fit the database, or cannot be applied; the lock is
+    /// not held.
+    pub fn finish_forwarded(self, id: HaltId) -> Result<Pos> {
+        let db = self.db.clone();
+        db.apply_forwarded(id, &Arc::new(self.complete()?))
+    }
+
+    /// The file with what it says, if it verifies.
+    fn complete(mut self) -> Result<Received> {
         self.spill_if_spooled()
             .map_err(Error::io("write received ltx file", &self.db.dir.ltx()))?;
         if let Body::Memory(bytes) = &mut self.body {
@@ -192,7 +211,7 @@ impl Receiver {
         let mut received = self.verify()?;
         received.body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
         self.kept = true;
-        self.db.queue_received(received)
+        Ok(received)
     }
 
     /// What the file says, but not its body.
@@ -336,11 +355,17 @@ impl Db {
     }
 
     fn queue_received(&self, received: Received) -> Result<Pos> {
-        if self.may_write() {
+        if self.shared.is_writable() {
             let what = "this node is the primary now";
             return Err(Error::Busy { db: self.name.clone(), what });
         }
         let pos = received.pos();
+        if self.is_here(&received) {
+            return Ok(pos);
+        }
+        if received.header.node_id != self.shared.node_id && self.end_borrow(None) {
+            tracing::warn!(db = %self.name, %pos, "halt lock lost: the primary has a transaction that is not from here");
+        }
         let mut state = self.inbox.state.lock().unwrap();
         while state.queue_bytes > limits::INBOX_BYTES && !state.stop {
             let (guard, waited) = self.inbox.changed.wait_timeout(state, FULL_WAIT).unwrap();
@@ -360,6 +385,21 @@ impl Db {
         self.inbox.queued.store(state.queue.len(), Ordering::SeqCst);
         self.wake_applier(state);
         Ok(pos)
+    }
+
+    /// Whether it is a transaction that was committed here and taken by the primary.
+    fn is_here(&self, received: &Received) -> bool {
+        received.header.max_txid <= self.pos().txid && self.has_taken(received.pos())
+    }
+
+    /// Whether something was received that a client would have to go on from.
+    pub(super) fn is_behind(&self) -> bool {
+        self.inbox.has_queue() && {
+            let state = self.inbox.state.lock().unwrap();
+            let last = state.queue.back().cloned();
+            drop(state);
+            last.is_some_and(|last| !self.is_here(&last))
+        }
     }
 
     /// Has the applier look again at what there is to do.
@@ -483,11 +523,20 @@ impl Db {
 
     /// Applies at least one of `batch`; how many.
     fn apply_some(&self, batch: &[Arc<Received>]) -> Result<usize> {
+        // It may be the very transaction that is being committed here.
+        self.wait_settled();
         let mut turn = self.turn();
-        let mut change = self.change.lock().unwrap();
         let first = &batch[0];
+        if self.is_here(first) {
+            return Ok(1);
+        }
+        if self.is_borrowed() {
+            // It came from here, but the answer was lost.
+            self.follow(&mut turn, limits::LOCK_WAIT)?;
+        }
+        let mut change = self.change.lock().unwrap();
         if first.header.max_txid <= change.pos.txid && first.pos() == change.pos {
-            // Our own transaction, or one that a restart had applied already.
+            // One that a restart had applied already.
             return Ok(1);
         }
         let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();

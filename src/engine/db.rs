@@ -20,6 +20,8 @@ use super::chain::Chain;
 use super::error::{Error, Result, chain_text};
 use super::feed::Event;
 use super::files::{Backing, FileKind, Files, next_ino};
+use super::halt::borrowed::Borrowing;
+use super::halt::lent::Lending;
 use super::layout::DbDir;
 use super::name::DbName;
 use super::recover::Recovered;
@@ -32,6 +34,7 @@ use crate::sqlite::header::JournalMode;
 pub use lock::{Answer, Guard, Waiter};
 
 mod lock;
+mod removal;
 mod role;
 mod verify;
 
@@ -142,7 +145,7 @@ pub struct Db {
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
-    notes: Mutex<[Option<Instant>; 3]>,
+    notes: Mutex<[Option<Instant>; 4]>,
     /// Inode numbers of `NAME-pos` and `NAME-lock`.
     virtual_inos: [u64; 2],
     /// The backup's high-water mark.
@@ -151,6 +154,10 @@ pub struct Db {
     pub counters: Counters,
     /// The replica side: what came from the primary.
     pub(super) inbox: Inbox,
+    /// The replica side: the right to write, borrowed from the primary.
+    pub(super) borrowing: Borrowing,
+    /// The primary side: the right to write, lent to another node.
+    pub(super) lending: Lending,
 }
 
 struct Failure {
@@ -172,6 +179,7 @@ impl Db {
         let chain = Chain::open(name.clone(), dir.clone(), shared.compression, txid)?;
         let change = Change::new(recovered);
         let files = Files::open(dir.clone())?;
+        let halted = dir.halt().exists();
         Ok(Arc::new_cyclic(|me| Db {
             me: me.clone(),
             files,
@@ -181,6 +189,8 @@ impl Db {
             chain: Arc::new(chain),
             view: Mutex::new(change.view()),
             inbox: Inbox::new(),
+            borrowing: Borrowing::new(halted),
+            lending: Lending::default(),
             change: Mutex::new(change),
             locks: Mutex::default(),
             failure: Mutex::default(),
@@ -258,17 +268,17 @@ impl Db {
 
     /// Whether a transaction may begin here now.
     pub fn may_begin(&self) -> bool {
-        self.shared.may_begin()
+        self.shared.may_begin() || self.is_borrowed()
     }
 
     /// Whether this node may finish or undo what was begun.
     pub fn may_write(&self) -> bool {
-        self.shared.is_writable()
+        self.shared.is_writable() || self.is_borrowed()
     }
 
     /// Whether this node may commit a transaction at this moment.
     pub fn may_commit(&self) -> bool {
-        self.shared.may_commit()
+        self.shared.may_commit() || self.is_borrowed()
     }
 
     /// How many things were set aside in `lost+found/`.
@@ -331,18 +341,6 @@ impl Db {
         Ok(())
     }
 
-    /// A write to the WAL that came through us.
-    pub fn write_wal(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
-        if !self.may_commit() {
-            self.note_refused_write();
-            return Err(Refusal::ReadOnly);
-        }
-        let path = self.files.path(FileKind::Wal);
-        self.change.lock().unwrap().wal.note_write(offset);
-        Ok(os::write_at("wal:write", &backing.file, data, offset)
-            .map_err(Error::io("write wal", &path))?)
-    }
-
     /// A write to the wal-index that came through us.
     pub fn write_shm(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
         if self.inbox.is_rewriting_index() {
@@ -356,7 +354,7 @@ impl Db {
 
     /// Cuts the WAL: what it holds must be in the chain.
     pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
-        if self.files.is_current(backing) && !self.may_write() {
+        if self.files.is_current(backing) && (!self.may_write() || self.is_followed()) {
             return Err(Refusal::ReadOnly);
         }
         let mut change = self.change.lock().unwrap();
@@ -414,38 +412,6 @@ impl Db {
         }
         self.files.remove(FileKind::Shm)?;
         Ok(())
-    }
-
-    /// Drops the database: a transaction that leaves nothing. Refused while somebody has it locked.
-    pub fn drop_database(&self) -> Result<(), Refusal> {
-        let guard = self.may_begin().then(|| self.lock_everything_now()).flatten();
-        // Asked again under the locks, for which a change of the role waits.
-        if !self.may_begin() {
-            self.note_refused_write();
-            return Err(Refusal::ReadOnly);
-        }
-        if guard.is_none() || self.inbox.has_queue() {
-            return Err(Refusal::Busy);
-        }
-        let mut change = self.change.lock().unwrap();
-        let database = self.files.get(FileKind::Database).ok_or(Refusal::NotFound)?;
-        self.capture_frames(&mut change)?;
-        if change.pages() > 0 {
-            let transaction = self.deletion(&change, &database.file);
-            self.chain.flush()?;
-            self.chain.write_now(&transaction, super::chain::Durability::Synced)?;
-            self.remove_files()?;
-            change.reset();
-            change.advance(&transaction);
-            let transaction = Arc::new(transaction);
-            self.chain.confirm(transaction.clone());
-            self.announce(&change, &transaction);
-        } else {
-            self.remove_files()?;
-            change.reset();
-        }
-        self.shared.names_changed(self.name.as_str());
-        self.refuse_late_commit()
     }
 
     /// A commit during which the lease ran out is not acknowledged: it stays if the lease is
@@ -618,6 +584,13 @@ impl Db {
     pub(super) fn note_no_database(&self) {
         if self.note_is_due(2) {
             tracing::warn!(file = %self.name, "refused a write: not a SQLite database; other files have no place in the mount");
+        }
+    }
+
+    /// Logs, once a minute, a writer that had the WAL open before the first HALT lock.
+    pub fn note_write_past(&self, process: Option<u32>) {
+        if self.note_is_due(3) {
+            tracing::warn!(db = %self.name, process, "refused a write under a halt lock: this process had the database open before, in a way that cannot be held back; it must open it again");
         }
     }
 

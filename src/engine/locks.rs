@@ -35,6 +35,9 @@ pub enum Owner {
     Internal(u64),
 }
 
+/// The first number of [`Owner::loan`].
+const LOANS: u64 = 1 << 32;
+
 impl Owner {
     /// Whoever applies what comes from the primary.
     pub const APPLY: Owner = Owner::Internal(1);
@@ -44,6 +47,11 @@ impl Owner {
     pub const DROP: Owner = Owner::Internal(3);
     /// Whoever waits until nobody writes.
     pub const DRAIN: Owner = Owner::Internal(4);
+
+    /// Whoever holds the database for another node; by a number, for several may wait.
+    pub fn loan(number: u64) -> Owner {
+        Owner::Internal(LOANS + number)
+    }
 
     /// A process or an open file by the kernel's number.
     pub fn client(number: u64) -> Owner {

@@ -68,6 +68,9 @@ impl Engine {
     pub fn stop_writes(&self, limit: Duration) -> Drained {
         let end = Instant::now() + limit;
         self.shared.change_writing(Writing::Allowed, Writing::Finishing);
+        for db in self.databases() {
+            db.take_back(None, "this node stops being primary");
+        }
         let databases = self.databases();
         let left = || end.saturating_duration_since(Instant::now());
         let unfinished = databases.iter().filter(|db| !db.drain(left()));
@@ -100,7 +103,12 @@ impl Engine {
             self.shared.set_writing(Writing::Allowed);
         }
         *self.role.lock().unwrap() = role.clone();
-        self.databases().iter().for_each(|db| db.role_changed());
+        for db in self.databases() {
+            if db.end_borrow(None) {
+                tracing::warn!(db = %db.name(), "halt lock ended: this node has another primary now");
+            }
+            db.role_changed();
+        }
         self.attributes_changed();
         self.shared.feed.emit(&Event::PrimaryChange {
             is_primary: primary,

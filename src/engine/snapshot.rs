@@ -127,7 +127,7 @@ impl Db {
     ///
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
-        if !self.may_begin() {
+        if !self.shared.may_begin() {
             return Err(Error::NotPrimary);
         }
         let file = File::open(source).map_err(Error::io("open import", source))?;
@@ -136,9 +136,9 @@ impl Db {
             let what = "what it received as a replica is not applied yet";
             return Err(Error::Busy { db: self.name.clone(), what });
         }
-        let mut locks = self.lock_everything(limits::LOCK_WAIT)?;
+        let mut locks = self.lock_everything(Owner::APPLY, limits::LOCK_WAIT)?;
         // Asked again under the locks, for which a change of the role waits.
-        if !self.may_begin() {
+        if !self.shared.may_begin() {
             return Err(Error::NotPrimary);
         }
         let mut change = self.change.lock().unwrap();
@@ -148,7 +148,7 @@ impl Db {
         let spool = self.dir.ltx().join("import.ltx.tmp");
         os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
         let received = self.encode_import(&change, &file, source, spool)?;
-        if !self.may_commit() {
+        if !self.shared.may_commit() {
             return Err(Error::NotPrimary);
         }
         let mut stale = Stale::default();
@@ -292,18 +292,33 @@ impl Db {
         let mark = LockSet::one(Lock::Read1);
         self.hold(mark, LockKind::Shared)?;
         guard.add(mark);
-        let write = LockSet::one(Lock::Write);
-        self.hold(write, LockKind::Exclusive)?;
-        let noted = self.note_position();
-        self.release(Owner::READ, write);
-        let (view, frame) = noted?;
+        let (view, frame) = match self.note_position_of_lent() {
+            Some(noted) => noted?,
+            None => {
+                let write = LockSet::one(Lock::Write);
+                self.hold(write, LockKind::Exclusive)?;
+                let noted = self.note_position();
+                self.release(Owner::READ, write);
+                noted?
+            }
+        };
         Ok((view, self.frozen_wal(frame)?))
     }
 
     /// The position, and the last frame of the WAL that belongs to it.
     fn note_position(&self) -> Result<(View, u32)> {
+        self.note_position_in(&mut self.change.lock().unwrap())
+    }
+
+    /// The same of a database that is lent: WRITE is taken for long, but nobody writes now, for that
+    /// and the end of the loan need the right to change.
+    fn note_position_of_lent(&self) -> Option<Result<(View, u32)>> {
         let mut change = self.change.lock().unwrap();
-        self.capture_frames(&mut change)?;
+        self.is_lent().then(|| self.note_position_in(&mut change))
+    }
+
+    fn note_position_in(&self, change: &mut Change) -> Result<(View, u32)> {
+        self.capture_frames(change)?;
         Ok((change.view(), change.wal.frame()))
     }
 

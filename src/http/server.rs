@@ -5,6 +5,7 @@
 //! GET  /events    what happens here, line by line      GET /status   the same with all databases
 //! GET  /export    a database file                      GET /metrics  for Prometheus
 //! POST /import    a database file                      GET /         the status for a browser
+//! POST, DELETE /halt, POST /tx                         a replica writes
 //! ```
 //!
 //! An error is one line of text. Every answer but `/metrics` carries the node id, and the cluster id
@@ -38,7 +39,7 @@ use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::socket::Socket;
 use super::{
-    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, Stop, events, frame, gauges, page, spool,
+    CLUSTER_ID, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, Stop, events, frame, gauges, halt, page, spool,
     stopped, stream, transfer,
 };
 use crate::engine::{
@@ -48,7 +49,7 @@ use crate::limits;
 use crate::sqlite::header::JournalMode;
 use crate::telemetry::{Metrics, metrics};
 
-const TEXT: &str = "text/plain; charset=utf-8";
+pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const BINARY: &str = "application/octet-stream";
 
@@ -73,6 +74,10 @@ pub struct Api {
     pub(super) spool_slots: Arc<Semaphore>,
     /// Imports go one by one.
     import_slot: Semaphore,
+    /// One for each request that waits for a HALT lock.
+    pub(super) halt_slots: Arc<Semaphore>,
+    /// One for each forwarded transaction that is arriving.
+    pub(super) forward_slots: Semaphore,
     /// The number of this primaryship; `None` while the node is not primary.
     primaryship: watch::Receiver<Option<u64>>,
     _role_watch: EventWatch,
@@ -98,6 +103,8 @@ impl Api {
             spool_dir,
             spool_slots: Arc::new(Semaphore::new(limits::SPOOLS_MAX)),
             import_slot: Semaphore::new(1),
+            halt_slots: Arc::new(Semaphore::new(limits::HALT_WAITERS_MAX)),
+            forward_slots: Semaphore::new(limits::FORWARDS_MAX),
             primaryship,
             _role_watch: role_watch,
             peers: Peers::default(),
@@ -201,10 +208,10 @@ impl Api {
 
     async fn route(self: Arc<Api>, request: Request<Incoming>, stop: Stop) -> Answer {
         let path = request.uri().path();
-        let Some(allowed) = method_of(path) else {
+        let Some(allowed) = methods_of(path) else {
             return Err(Refusal::new(StatusCode::NOT_FOUND, "404 page not found"));
         };
-        if request.method() != allowed {
+        if allowed.split(", ").all(|allowed| request.method() != allowed) {
             return Err(Refusal { allowed: Some(allowed), ..METHOD_NOT_ALLOWED.into() });
         }
         match path {
@@ -214,9 +221,12 @@ impl Api {
             "/events" => Ok(respond(JSON, events::serve(&self.engine, stop))),
             "/export" => self.export(request).await,
             "/import" => self.import(request, stop).await,
+            "/halt" if request.method() == Method::DELETE => halt::take_back(self, request).await,
+            "/halt" => halt::lend(self, request).await,
             "/info" => Ok(respond(TEXT, body::full(pretty_json(&self.info())))),
             "/metrics" => self.metrics().await,
             "/status" => self.status().await,
+            "/tx" => halt::take(self, request).await,
             _ => self.stream(request, stop).await,
         }
     }
@@ -386,12 +396,12 @@ impl Api {
     }
 
     /// The number of the present primaryship.
-    fn primaryship(&self) -> Result<u64, Refusal> {
+    pub(super) fn primaryship(&self) -> Result<u64, Refusal> {
         self.primaryship.borrow().ok_or_else(lease_expired)
     }
 
     /// Waits until the primaryship of that number is over.
-    async fn primary_lost(&self, number: u64) {
+    pub(super) async fn primary_lost(&self, number: u64) {
         let mut primaryship = self.primaryship.clone();
         // An error means that the sender is gone, and it lives as long as this value.
         let _ = primaryship.wait_for(|now| *now != Some(number)).await;
@@ -455,17 +465,18 @@ async fn nothing_asked(asked: &AtomicBool) {
     }
 }
 
-/// The one method of a route; `None` if there is no such route.
-fn method_of(path: &str) -> Option<Method> {
+/// The methods of a route; `None` if there is no such route.
+fn methods_of(path: &str) -> Option<&'static str> {
     match path {
-        "/stream" | "/import" => Some(Method::POST),
+        "/stream" | "/import" | "/tx" => Some("POST"),
+        "/halt" => Some("POST, DELETE"),
         "/" | "/page.css" | "/page.js" | "/events" | "/export" | "/info" | "/metrics"
-        | "/status" => Some(Method::GET),
+        | "/status" => Some("GET"),
         _ => None,
     }
 }
 
-fn peer_id(headers: &HeaderMap) -> NodeId {
+pub(super) fn peer_id(headers: &HeaderMap) -> NodeId {
     let id = headers.get(NODE_ID).and_then(|id| id.to_str().ok());
     id.and_then(|id| id.parse().ok()).unwrap_or_default()
 }
@@ -477,7 +488,7 @@ fn accepted_overlap(headers: &HeaderMap) -> Overlap {
     }
 }
 
-fn required_name(request: &Request<Incoming>) -> Result<String, Refusal> {
+pub(super) fn required_name(request: &Request<Incoming>) -> Result<String, Refusal> {
     let name = parameter(request.uri().query(), "name");
     if name.is_empty() {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "name required"));
@@ -504,37 +515,37 @@ fn pretty_json(document: &impl serde::Serialize) -> String {
     json.expect("plain structs of texts and numbers encode") + "\n"
 }
 
-fn respond(content_type: &'static str, body: Body) -> Response<Body> {
+pub(super) fn respond(content_type: &'static str, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
-type Answer = Result<Response<Body>, Refusal>;
+pub(super) type Answer = Result<Response<Body>, Refusal>;
 
 /// An answer that says no.
 #[derive(Debug)]
-struct Refusal {
+pub(super) struct Refusal {
     status: StatusCode,
     /// One line.
     text: String,
-    /// The method that would be right.
-    allowed: Option<Method>,
+    /// The methods that would be right.
+    allowed: Option<&'static str>,
 }
 
 const METHOD_NOT_ALLOWED: (StatusCode, &str) =
     (StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
 
-fn lease_expired() -> Refusal {
+pub(super) fn lease_expired() -> Refusal {
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "lease expired")
 }
 
 impl Refusal {
-    fn new(status: StatusCode, text: &str) -> Refusal {
+    pub(super) fn new(status: StatusCode, text: &str) -> Refusal {
         Refusal { status, text: text.replace('\n', " "), allowed: None }
     }
 
-    fn internal(error: &dyn std::error::Error) -> Refusal {
+    pub(super) fn internal(error: &dyn std::error::Error) -> Refusal {
         Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, &chain_text(error))
     }
 }
@@ -566,8 +577,8 @@ impl From<Refusal> for Response<Body> {
         *response.status_mut() = refusal.status;
         let headers = response.headers_mut();
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        if let Some(method) = refusal.allowed.and_then(|method| method.as_str().parse().ok()) {
-            headers.insert(ALLOW, method);
+        if let Some(method) = refusal.allowed {
+            headers.insert(ALLOW, HeaderValue::from_static(method));
         }
         response
     }

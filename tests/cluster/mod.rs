@@ -19,6 +19,8 @@ mod crash;
 mod damage;
 /// What an application does on the primary, and what its replica has then.
 mod follow;
+/// A replica that writes under a HALT lock.
+mod halt;
 /// Nodes that come late, come back, or do not belong.
 mod join;
 /// Readers on a replica.

@@ -13,7 +13,9 @@ use ltx::{PageSize, Pgno, Txid};
 
 use crate::support::wait;
 
-use super::{PAGE, begin, commit, contents, database, file, image, lock, primary, unlock_all};
+use super::{
+    PAGE, asked, begin, commit, contents, database, file, image, lock, primary, unlock_all,
+};
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
 fn fail(label: &str, after: u32) {
@@ -57,7 +59,7 @@ fn a_database_that_cannot_be_recovered_is_left_as_it_is() {
     lock(&db, LockSet::one(Lock::Shared), LockKind::Exclusive).unwrap();
     assert!(db.remove_wal().is_err());
     db.flush(litefs::engine::locks::Owner::client(super::CLIENT), LockSet::ALL);
-    assert!(db.drop_database().is_err());
+    assert!(asked(|answer| db.drop_database(answer)).is_err());
     assert!(matches!(db.state(), DbState::Failed(_)));
     engine.close().unwrap();
     assert!(contents(&dir.path().join("dbs/db")) == before);
@@ -142,7 +144,7 @@ fn a_commit_that_fails_does_not_come_back_at_the_next_start() {
             commit(&db, &image(3));
             begin(&db, &image(4));
             fail(label, after);
-            let failed = db.remove_journal().is_err();
+            let failed = asked(|answer| db.remove_journal(answer)).is_err();
             fault::disarm_here();
             if !failed {
                 assert!(after > 0, "{label} is never called");
@@ -163,7 +165,7 @@ fn no_checkpoint_moves_frames_that_could_not_be_captured() {
     commit(&db, &image(3));
     lock(&db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
     let log = file(&db, FileKind::Wal);
-    db.write_wal(&log, 0, &wal(512)).unwrap(); // Of another page size.
+    asked(|answer| db.write_wal(&log, 0, &wal(512), answer)).unwrap(); // Of another page size.
     unlock_all(&db);
     assert!(matches!(db.state(), DbState::Failed(_)));
     assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));
@@ -181,7 +183,7 @@ fn writers_are_let_in_again_after_a_sync_that_failed_once() {
     let journal = file(&db, FileKind::Journal);
     db.write_journal(&journal, 0, &[1; 512]).unwrap(); // And not synced.
     db.write_database(&file(&db, FileKind::Database), 0, &content).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     fail("chain:ltx", 0);
     db.chain().sync().unwrap_err();

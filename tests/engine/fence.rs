@@ -13,7 +13,7 @@ use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{self, ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno};
 
-use super::{CLIENT, PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{CLIENT, PAGE, asked, begin, commit, database, file, image, lock, primary, unlock_all};
 
 fn close_fence(engine: &Engine) {
     engine.shared().fence.confirm(BootTime::START);
@@ -42,7 +42,7 @@ fn a_fenced_primary_begins_no_transaction() {
     let source = dir.path().join("import");
     std::fs::write(&source, image(2)).unwrap();
     assert!(matches!(engine.import(db.name(), &source), Err(Error::NotPrimary)));
-    assert_eq!(db.drop_database(), Err(Refusal::ReadOnly));
+    assert_eq!(asked(|answer| db.drop_database(answer)), Err(Refusal::ReadOnly));
     unlock_all(&db);
     open_fence(&engine);
     commit(&db, &image(2));
@@ -58,11 +58,11 @@ fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
     let before = db.pos();
     begin(&db, &image(20));
     close_fence(&engine);
-    assert_eq!(db.remove_journal(), Err(Refusal::ReadOnly));
+    assert_eq!(asked(|answer| db.remove_journal(answer)), Err(Refusal::ReadOnly));
     let database = file(&db, FileKind::Database);
     db.write_database(&database, 0, &content).unwrap();
     db.truncate_database(&database, content.len() as u64).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     assert_eq!(db.pos(), before);
 }
@@ -77,8 +77,8 @@ fn begin_wal(db: &Db, page: &[u8]) {
     WalCursor::start(&header).encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
     let log = file(db, FileKind::Wal);
     let (head, frames) = bytes.split_at(wal::HEADER_SIZE);
-    db.write_wal(&log, 0, head).unwrap();
-    db.write_wal(&log, wal::HEADER_SIZE as u64, frames).unwrap();
+    asked(|answer| db.write_wal(&log, 0, head, answer)).unwrap();
+    asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, frames, answer)).unwrap();
 }
 
 /// A database in WAL mode, and a new image of its first page.
@@ -122,7 +122,8 @@ fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
     let log = file(&db, FileKind::Wal);
     close_fence(&engine);
     assert_eq!(db.sync_file(&log), Err(Refusal::Os(libc::EIO)));
-    assert_eq!(db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9]), Err(Refusal::ReadOnly));
+    let late = asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9], answer));
+    assert_eq!(late, Err(Refusal::ReadOnly));
     open_fence(&engine);
     assert_eq!(db.sync_file(&log), Ok(()));
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use litefs::engine::db::Refusal;
+use litefs::engine::db::{Answer, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::{self, Db, DbName, Engine, Role};
@@ -73,6 +73,13 @@ fn write_locks() -> LockSet {
     LockSet::one(Lock::Reserved).with(Lock::Shared)
 }
 
+/// The answer to a call that is answered at once.
+fn asked(call: impl FnOnce(Answer)) -> Result<(), Refusal> {
+    let (sender, answers) = std::sync::mpsc::channel();
+    call(Box::new(move |result| sender.send(result).unwrap()));
+    answers.try_recv().expect("answered at once")
+}
+
 fn unlock_all(db: &Db) {
     db.unlock(Owner::client(CLIENT), LockSet::ALL, || ());
 }
@@ -99,7 +106,7 @@ fn begin(db: &Db, content: &[u8]) {
 /// One transaction that makes `content` the database.
 fn commit(db: &Db, content: &[u8]) {
     begin(db, content);
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(db);
 }
 

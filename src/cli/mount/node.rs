@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! open:   API port -> databases -> lease task -> mount -> API -> ready -> exec
-//! close:  mount -> API (streams end) -> lease task (lease given back) -> databases
+//! close:  mount -> HALT locks -> API (streams end) -> lease task (lease given back) -> databases
 //! ```
 //!
 //! The mount goes first, so that nothing is committed that the streams do not send any more; what
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{Settings, StaleMount};
+use crate::cluster::halt::Halts;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
@@ -109,6 +110,7 @@ async fn serve(
 #[derive(Default)]
 struct Node {
     engine: Option<Arc<Engine>>,
+    halts: Option<Arc<Halts>>,
     cluster: Option<Task>,
     mount: Option<Mount>,
     api: Option<Task>,
@@ -146,6 +148,7 @@ impl Node {
         let leaser = leaser(config)?;
         let engine = open_engine(config).await?;
         self.engine = Some(engine.clone());
+        self.halts = Some(Halts::new(&engine));
         let ready = self.start_cluster(config, &engine, leaser);
         self.mount = Some(mount(settings, &engine, stopper).await?);
         self.start_api(config, environment, engine, listener).await?;
@@ -227,6 +230,9 @@ impl Node {
             Some(mount) => mount.unmount().await,
             None => Ok(()),
         };
+        if let Some(halts) = self.halts.take() {
+            halts.close().await;
+        }
         let served = match self.api.take() {
             Some(api) => api.end("http server").await,
             None => Ok(()),

@@ -45,15 +45,23 @@ impl Db {
     ) -> Result<()> {
         self.let_go(turn, &mut self.change.lock().unwrap());
         self.inbox.waits_for_readers.store(true, Ordering::SeqCst);
-        let locks = self.lock_everything(limits::LOCK_WAIT);
+        let locks = self.lock_everything(Owner::APPLY, limits::LOCK_WAIT);
         self.inbox.waits_for_readers.store(false, Ordering::SeqCst);
-        let mut locks = locks?;
+        self.apply_alone(&mut locks?, received)
+    }
+
+    /// Applies one LTX file; all `locks` of the database are held.
+    pub(in crate::engine) fn apply_alone(
+        &self,
+        locks: &mut Guard<'_>,
+        received: &Arc<Received>,
+    ) -> Result<()> {
         let mut change = self.change.lock().unwrap();
         if !self.is_lost() {
             self.settle_wal(&mut change)?;
         }
         let mut stale = Stale::default();
-        let applied = self.apply_locked(&mut locks, &mut change, received, &mut stale);
+        let applied = self.apply_locked(locks, &mut change, received, &mut stale);
         // The kernel may have to finish a request of a worker that waits for the right to change.
         drop(change);
         self.drop_cached(stale);
@@ -63,7 +71,7 @@ impl Db {
     /// Empties a WAL with frames that were set aside, as soon as nobody reads them.
     pub(super) fn discard_strays(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
         self.let_go(turn, &mut self.change.lock().unwrap());
-        let _locks = self.lock_everything(limit)?;
+        let _locks = self.lock_everything(Owner::APPLY, limit)?;
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
         let mut stale = Stale::default();
@@ -75,7 +83,7 @@ impl Db {
 
     /// Applies one LTX file; the caller holds all `locks` of the database, gives up the right to
     /// change, and then drops what is `stale` in the kernel's caches, also after an error. If it
-    /// fails half-way the locks stay with [`Owner::APPLY`], so that nobody sees that, until another
+    /// fails half-way the locks stay with their owner, so that nobody sees that, until another
     /// attempt or a restart.
     pub(in crate::engine) fn apply_locked(
         &self,
@@ -94,7 +102,11 @@ impl Db {
     }
 
     /// The database would have the checksum that the file promises, and the file follows.
-    pub(super) fn check_outcome(&self, change: &Change, received: &Received) -> Result<()> {
+    pub(in crate::engine) fn check_outcome(
+        &self,
+        change: &Change,
+        received: &Received,
+    ) -> Result<()> {
         let (header, post) = (&received.header, received.trailer.post_apply);
         let continues = header.pre_pos() == change.pos;
         let inside = header.pre_pos().txid < change.pos.txid && change.pos.txid < header.max_txid;
@@ -113,22 +125,32 @@ impl Db {
         Ok(())
     }
 
-    /// The database for the applier alone, waiting for readers to go, `limit` long for each step.
+    /// The database for `owner` alone, waiting for readers to go, `limit` long for each step. What it
+    /// held before is not in the guard.
     ///
     /// A connection that has the WAL open holds SHARED for as long as it is open, also when it reads
     /// nothing: what tells of its reads are READ0 to READ4. So in WAL mode those are taken, and
     /// SHARED and DMS are only shared.
-    pub(in crate::engine) fn lock_everything(&self, limit: Duration) -> Result<Guard<'_>> {
+    pub(in crate::engine) fn lock_everything(
+        &self,
+        owner: Owner,
+        limit: Duration,
+    ) -> Result<Guard<'_>> {
         loop {
             let mode = self.view().mode;
-            let guard = self.lock_everything_in(mode, limit)?;
+            let guard = self.lock_everything_in(owner, mode, limit)?;
             if self.view().mode == mode {
                 return Ok(guard);
             }
         }
     }
 
-    fn lock_everything_in(&self, mode: JournalMode, limit: Duration) -> Result<Guard<'_>> {
+    fn lock_everything_in(
+        &self,
+        owner: Owner,
+        mode: JournalMode,
+        limit: Duration,
+    ) -> Result<Guard<'_>> {
         let dms = LockSet::one(Lock::Dms);
         let (shared, exclusive) = match mode {
             JournalMode::Rollback => (LockSet::EMPTY, [LockSet::DATABASE, LockSet::SHM]),
@@ -136,10 +158,11 @@ impl Db {
                 (dms.with(Lock::Shared), [LockSet::EMPTY, LockSet::SHM.without(dms)])
             }
         };
-        let mut guard = self.guard(Owner::APPLY, LockSet::EMPTY);
-        let mut take = |set, kind| -> Result<()> {
-            self.take(Owner::APPLY, set, kind, limit)?;
-            guard.add(set);
+        let held = self.held_by(owner);
+        let mut guard = self.guard(owner, LockSet::EMPTY);
+        let mut take = |set: LockSet, kind| -> Result<()> {
+            self.take(owner, set, kind, limit)?;
+            guard.add(set.without(held));
             Ok(())
         };
         take(LockSet::one(Lock::Pending), LockKind::Exclusive)?;
@@ -165,6 +188,10 @@ impl Db {
             Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
         };
         let replaced = match received.snapshot_of() {
+            // A page size that a replica changed under a HALT lock; it is the next transaction.
+            Some(_) if self.shared.is_writable() && header.node_id != self.shared.node_id => {
+                Replaced::Remove
+            }
             Some(txid)
                 if change.pos.txid >= txid
                     || self.is_lost()
@@ -225,6 +252,9 @@ impl Db {
     /// Makes a journal that a client left half-way count for nothing: its former pages must not be
     /// played back over new ones. It is cut and not removed, for others may have it open.
     fn void_journal(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
+        if !change.journal.dirty.is_empty() && !self.is_lost() {
+            self.undo_journal(change, stale)?;
+        }
         if let Some(journal) = self.files.get(FileKind::Journal) {
             let path = self.files.path(FileKind::Journal);
             os::truncate("apply:journal", &journal.file, 0)

@@ -29,12 +29,14 @@ use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal::{FRAME_HEADER_SIZE, frame_offset};
 
 /// Held shared while following.
-const SHARED: LockSet = LockSet::one(Lock::Shared).with(Lock::Dms);
+pub(in crate::engine) const SHARED: LockSet = LockSet::one(Lock::Shared).with(Lock::Dms);
 /// Held exclusively while following.
-const EXCLUSIVE: LockSet = LockSet::one(Lock::Write).with(Lock::Ckpt);
+pub(in crate::engine) const EXCLUSIVE: LockSet = LockSet::one(Lock::Write).with(Lock::Ckpt);
 
 /// The replica's hold on a WAL database.
 pub struct Follower {
+    /// Whose locks they are.
+    owner: Owner,
     writer: WalWriter,
     wal: Arc<std::fs::File>,
     /// Inode numbers of the database file and the wal-index.
@@ -64,7 +66,7 @@ impl Db {
             self.discard_strays(turn, limit)?;
         }
         if self.may_write() {
-            if !self.inbox.has_queue() {
+            if !self.inbox.has_queue() && !self.is_lent() {
                 self.let_go(turn, &mut self.change.lock().unwrap());
                 // What a primary has is right, unless it is nothing.
                 self.set_needs_snapshot(self.is_lost());
@@ -79,14 +81,20 @@ impl Db {
         self.keep_wal_short(turn)
     }
 
-    /// Takes hold of a WAL database that this node may not write itself; nothing to do for others.
-    fn follow(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
+    /// Whether the WAL is the clients' to write, with nothing to be applied before.
+    fn is_clients(&self) -> bool {
+        self.may_write() && !self.inbox.has_queue()
+    }
+
+    /// Takes hold of a WAL database that this node may not write itself, or not yet; nothing to do for
+    /// others.
+    pub(super) fn follow(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
         let view = self.view();
         let (Some(page_size), JournalMode::Wal) = (view.page_size, view.mode) else {
             return Ok(());
         };
         // Of a lost database the applier holds the locks already, so that nobody sees it.
-        let unwanted = self.may_write() || self.is_lost() || !self.shared.is_passthrough();
+        let unwanted = self.is_clients() || self.is_lost() || !self.shared.is_passthrough();
         if unwanted || self.is_followed() {
             return Ok(());
         }
@@ -95,7 +103,7 @@ impl Db {
         self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limit)?;
         guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
-        if self.may_write() {
+        if self.is_clients() {
             // The node became primary meanwhile; it lets go of what it finds only once.
             return Ok(());
         }
@@ -103,15 +111,27 @@ impl Db {
         if self.has_strays() {
             return Ok(());
         }
-        let follower = self.open_follower(page_size, view.pages)?;
-        change.wal.resume(follower.writer.cursor());
-        turn.follower = Some(follower);
-        self.inbox.followed.store(true, Ordering::SeqCst);
+        self.hold_wal(turn, &mut change, Owner::APPLY, page_size)?;
         guard.keep();
         Ok(())
     }
 
-    fn open_follower(&self, page_size: PageSize, pages: u32) -> Result<Follower> {
+    /// Becomes the one writer of the WAL; `owner` has the locks.
+    pub(in crate::engine) fn hold_wal(
+        &self,
+        turn: &mut Turn,
+        change: &mut Change,
+        owner: Owner,
+        page_size: PageSize,
+    ) -> Result<()> {
+        let follower = self.open_follower(owner, page_size, change.pages())?;
+        change.wal.resume(follower.writer.cursor());
+        turn.follower = Some(follower);
+        self.inbox.followed.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn open_follower(&self, owner: Owner, page_size: PageSize, pages: u32) -> Result<Follower> {
         let existed = self.files.get(FileKind::Shm).is_some();
         let database = self.files.get_or_create(FileKind::Database)?;
         let wal = self.files.get_or_create(FileKind::Wal)?;
@@ -126,20 +146,31 @@ impl Db {
         if !existed {
             self.shared.names_changed(self.name.as_str());
         }
-        Ok(Follower { writer, wal: wal.file.clone(), inos: (database.ino, shm.ino) })
+        Ok(Follower { owner, writer, wal: wal.file.clone(), inos: (database.ino, shm.ino) })
     }
 
     /// Lets go: from now on the clients write the WAL themselves, or nobody does.
     pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) {
-        let Some(follower) = turn.follower.take() else { return };
+        if let Some(owner) = self.leave_wal(turn, change) {
+            self.release(owner, SHARED.iter().chain(EXCLUSIVE.iter()).collect());
+        }
+    }
+
+    /// As [`Db::let_go`], but the locks stay with their owner.
+    pub(in crate::engine) fn leave_wal(
+        &self,
+        turn: &mut Turn,
+        change: &mut Change,
+    ) -> Option<Owner> {
+        let follower = turn.follower.take()?;
         change.wal.resume(follower.writer.cursor());
         self.inbox.followed.store(false, Ordering::SeqCst);
-        self.release(Owner::APPLY, SHARED.iter().chain(EXCLUSIVE.iter()).collect());
+        Some(follower.owner)
     }
 
     /// Whether a transaction can be appended to the WAL. One of a rollback journal can as long as
     /// clients have the WAL open, which they do not leave.
-    pub(super) fn fits_wal(&self, change: &Change, received: &Received) -> bool {
+    pub(in crate::engine) fn fits_wal(&self, change: &Change, received: &Received) -> bool {
         let header = &received.header;
         self.is_followed()
             && !header.is_snapshot()
@@ -150,7 +181,7 @@ impl Db {
 
     /// Appends transactions to the WAL and makes them visible at once. Those before one that fails
     /// are applied; how many.
-    pub(super) fn apply_to_wal(
+    pub(in crate::engine) fn apply_to_wal(
         &self,
         turn: &mut Turn,
         change: &mut Change,
@@ -248,7 +279,7 @@ impl Db {
     /// Checkpoints a WAL that has grown, as far as readers allow, and lets it start over when nobody
     /// reads from it. What is moved or overwritten is durable in the chain before. Not with the right
     /// to change in hand: the kernel is told what was moved.
-    pub(super) fn keep_wal_short(&self, turn: &mut Turn) -> Result<()> {
+    pub(in crate::engine) fn keep_wal_short(&self, turn: &mut Turn) -> Result<()> {
         let Some(follower) = &mut turn.follower else { return Ok(()) };
         let progress = follower.writer.progress();
         let grown = progress.frames - progress.backfilled;
@@ -260,7 +291,7 @@ impl Db {
         // Who freezes the database from here on does it at the published frame, beyond which nothing
         // is moved: each page that changes in the database file is one that it reads from the WAL.
         self.chain.sync()?;
-        let mut locks = ApplierLocks(self);
+        let mut locks = ApplierLocks(self, follower.owner);
         let cache = FollowerCache { db: self, inos: follower.inos };
         let wal = |source| self.wal_error("checkpoint wal", source);
         let progress = follower.writer.checkpoint(&mut locks, &cache).map_err(wal)?;
@@ -287,16 +318,16 @@ impl Db {
     }
 }
 
-/// The READ locks, for the applier.
-struct ApplierLocks<'a>(&'a Db);
+/// The READ locks, for who has the others.
+struct ApplierLocks<'a>(&'a Db, Owner);
 
 impl CheckpointLocks for ApplierLocks<'_> {
     fn try_lock(&mut self, set: LockSet) -> bool {
-        self.0.try_take(Owner::APPLY, set, LockKind::Exclusive)
+        self.0.try_take(self.1, set, LockKind::Exclusive)
     }
 
     fn unlock(&mut self, set: LockSet) {
-        self.0.release(Owner::APPLY, set);
+        self.0.release(self.1, set);
     }
 }
 

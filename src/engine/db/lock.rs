@@ -68,6 +68,11 @@ impl Guard<'_> {
         self.set.is_empty()
     }
 
+    /// Leaves `set` to the owner.
+    pub(in crate::engine) fn spare(&mut self, set: LockSet) {
+        self.set = self.set.without(set);
+    }
+
     /// Also holds `set`, which was taken for the same owner.
     pub(in crate::engine) fn add(&mut self, set: LockSet) {
         self.set = set.iter().fold(self.set, LockSet::with);
@@ -144,6 +149,8 @@ impl Db {
     fn capture_at_release(&self, owner: Owner, set: LockSet) {
         if set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write) {
             self.capture_wal();
+            // What was taken and not committed here will come from the primary.
+            self.settle();
         }
     }
 
@@ -204,7 +211,7 @@ impl Db {
         let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
         // A new primary first applies what it has received.
         let is_behind =
-            self.may_write() && (self.inbox.has_queue() || self.has_strays.load(Ordering::SeqCst));
+            self.may_write() && (self.is_behind() || self.has_strays.load(Ordering::SeqCst));
         let refused = || self.shared.is_fenced() || self.refuses_writers() || self.shared.is_full();
         if writes && (is_behind || refused()) {
             return Err(Refusal::WouldBlock);
@@ -222,7 +229,7 @@ impl Db {
                 Writing::Allowed => false,
                 Writing::Finishing => wal || journal,
                 // See `admit`.
-                Writing::Refused => wal && self.shared.is_passthrough(),
+                Writing::Refused => wal && self.shared.is_passthrough() && !self.is_borrowed(),
             }
     }
 
@@ -285,6 +292,11 @@ impl Db {
     pub(in crate::engine) fn release(&self, owner: Owner, set: LockSet) {
         let woken = self.locks.lock().unwrap().unlock(owner, set);
         self.wake(woken);
+    }
+
+    /// What `owner` holds.
+    pub(in crate::engine) fn held_by(&self, owner: Owner) -> LockSet {
+        self.locks.lock().unwrap().held_by(owner)
     }
 
     fn holds_exclusively(&self, owner: Owner, lock: Lock) -> bool {

@@ -1,17 +1,13 @@
-//! Comparing the whole database with its checksums; and the ends of its life: dropped, closed.
-
-use std::fs::File;
-use std::sync::Arc;
+//! Comparing the whole database with its checksums; and closing it.
 
 use ltx::Pgno;
 
 use super::Db;
+use crate::engine::capture::Change;
 use crate::engine::capture::resync::read_page;
-use crate::engine::capture::{Change, Draft};
 use crate::engine::checksum::{self, Saved};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
-use crate::engine::transaction::{Transaction, WalSpan};
 use crate::os;
 
 impl Db {
@@ -53,22 +49,11 @@ impl Db {
         Ok(())
     }
 
-    /// The transaction that leaves nothing.
-    pub(super) fn deletion(&self, change: &Change, database: &Arc<File>) -> Transaction {
-        change.transaction(Draft {
-            page_size: change.page_size.expect("a database with pages has a page size"),
-            commit: 0,
-            pages: Vec::new(),
-            source: database.clone(),
-            timestamp_ms: (self.shared.clock)(),
-            node_id: self.shared.node_id,
-            wal: WalSpan::default(),
-        })
-    }
-
     /// The node stops: everything captured is durable in the chain, the WAL is in the database file,
     /// and the page checksums are saved, so that the next start has nothing to compute.
     pub(in crate::engine) fn close(&self) -> Result<()> {
+        self.take_back(None, "the node stops");
+        self.close_borrowing();
         self.stop_applier();
         if self.is_lost() {
             // What could not be brought to one state stays as it is for the next start.

@@ -35,6 +35,7 @@ use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE, HeaderError, JournalMod
 use crate::sqlite::journal::{JournalReader, super_journal};
 
 mod chain;
+mod fence;
 mod image;
 mod log;
 mod repair;
@@ -165,6 +166,7 @@ impl Recovered {
 /// wal-index; `ltx/` ends at the position. Nobody else may have the files open for writing.
 pub fn recover(dir: &DbDir, super_journals: &Path, options: &Options) -> Result<Recovered, Error> {
     remove_temporaries(dir)?;
+    fence::fence_wal(dir)?;
     let files = Files::list(&dir.ltx())?;
     let mut recovery = Recovery { dir, options, files, set_aside: Vec::new() };
     if let Some(recovered) = recovery.unchanged(super_journals)? {
@@ -239,6 +241,8 @@ struct Found {
     /// There is a WAL of another page size, which has no part in anything.
     foreign_wal: bool,
     journal: Journal,
+    /// A hot journal was rolled back, as SQLite would: what that leaves is a state.
+    rolled_back: bool,
 }
 
 struct Recovery<'a> {
@@ -302,8 +306,21 @@ impl Recovery<'_> {
             let start = self.files.run_start(&end)?;
             match self.newest_valid(Some(start))? {
                 Some(older) => end = older,
-                None => return Err(self.diverged(&newest, &found)?),
+                None => return self.run_unexplained(&newest, found),
             }
+        }
+    }
+
+    /// Nothing explains the database, unless a transaction was rolled back: SQLite journals no free
+    /// pages, so those that it had written are other ones now. All pages go on from the chain.
+    fn run_unexplained(self, newest: &End, found: Found) -> Result<Recovered, Error> {
+        let plan = match found.rolled_back {
+            true => self.continue_with_all(newest, newest.pos().txid.next(), &found)?,
+            false => None,
+        };
+        match plan {
+            Some(plan) => self.execute(newest, plan, found),
+            None => Err(self.diverged(newest, &found)?),
         }
     }
 
@@ -323,9 +340,11 @@ impl Recovery<'_> {
         let known = end.map(|end| end.header.page_size);
         let in_file = self.open_database()?.map(|file| self.read_header(&file)).transpose()?;
         let in_file = in_file.and_then(|header| header.ok()).map(|header| header.page_size);
+        let mut rolled_back = false;
         let journal = match self.journal(super_journals, in_file.or(known))? {
             Journal::Hot(journal) => {
                 repair::roll_back(self.dir, journal)?;
+                rolled_back = true;
                 Journal::Cold
             }
             journal => journal,
@@ -344,7 +363,17 @@ impl Recovery<'_> {
         let log = log.filter(|_| !foreign_wal);
         let database_time = modified(&self.dir.database())?;
         let wal_time = modified(&self.dir.wal())?;
-        Ok(Found { base, header, database, database_time, log, wal_time, foreign_wal, journal })
+        Ok(Found {
+            base,
+            header,
+            database,
+            database_time,
+            log,
+            wal_time,
+            foreign_wal,
+            journal,
+            rolled_back,
+        })
     }
 
     /// The checksums of the whole database file, saved or computed.

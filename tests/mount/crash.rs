@@ -9,7 +9,7 @@ use ltx::Txid;
 use test_case::test_case;
 
 use super::{DB, Node, check_chain, check_integrity, check_stopped, sqlite, strict};
-use crate::support::node::Settings;
+use crate::support::node::{Member, Settings};
 use crate::support::shell::Shell;
 use crate::support::wait;
 
@@ -166,4 +166,68 @@ fn a_second_process_on_a_data_directory_is_refused() {
     node.kill();
     node.start();
     assert_eq!(sqlite::run(&node.file(DB), "select count(*) from t"), "1");
+}
+
+/// A file system on which an inode can be made immutable for who has it open; unmounted when dropped.
+struct Ext4(PathBuf);
+
+impl Ext4 {
+    fn mount(node: &Node) -> Ext4 {
+        let (image, data) = (node.scratch("disk.img"), node.data());
+        File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        fs::create_dir_all(&data).unwrap();
+        let call = |command: &mut Command| assert!(command.status().unwrap().success());
+        call(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image));
+        call(Command::new("mount").args(["-o", "loop"]).args([&image, &data]));
+        Ext4(data)
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// C6: the application has the WAL of the killed process open, and SQLite ignores that its unlock
+/// fails.
+#[test]
+fn a_commit_to_the_wal_of_a_killed_node_is_refused() {
+    let mut node = Node::new(&Settings::default(), Member::Primary);
+    let disk = Ext4::mount(&node);
+    node.start();
+    let mut shell = Shell::open(&node.file(DB));
+    shell.run("pragma journal_mode=wal; pragma synchronous=normal; create table t(x)");
+    shell.run("insert into t values (1); begin immediate; insert into t values (2)");
+    let pos = node.pos(DB);
+    node.kill();
+    node.start();
+    shell.refused("commit");
+    shell.attempt("rollback");
+    let mut again = Shell::open(&node.file(DB));
+    assert_eq!(again.run("select group_concat(x) from t"), "1");
+    assert_eq!(node.pos(DB), pos);
+    again.run("insert into t values (3)");
+    again.close();
+    shell.kill();
+    check_chain(&node.db_dir(DB), node.pos(DB));
+    node.stop();
+    drop(disk);
+}
+
+/// What is committed while no process is there is in the WAL that the next one reads.
+#[test]
+fn a_commit_between_two_processes_counts() {
+    let mut node = strict("auto");
+    let mut shell = Shell::open(&node.file(DB));
+    shell.run("pragma journal_mode=wal; pragma synchronous=normal; create table t(x)");
+    shell.run("insert into t values (1); begin immediate; insert into t values (2)");
+    let pos = node.pos(DB);
+    node.kill();
+    shell.run("commit");
+    node.start();
+    assert_eq!(node.pos(DB).txid, pos.txid.next());
+    assert_eq!(sqlite::run(&node.file(DB), "select group_concat(x) from t"), "1,2");
+    shell.kill();
+    check_chain(&node.db_dir(DB), node.pos(DB));
 }

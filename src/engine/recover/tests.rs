@@ -243,17 +243,30 @@ impl Target {
     /// without a fault does.
     #[track_caller]
     fn check_crashes(&self, source: &Source, txid: u64, pos: Pos) {
+        assert!(
+            self.check_crashes_at("recover", source, txid, pos) > 0,
+            "some call changes a file"
+        );
+        // Not all of those are errors: the WAL may stay in reach.
+        let fenced = self.check_crashes_at("fence", source, txid, pos) > 0;
+        assert_eq!(fenced, self.dir.wal().exists());
+    }
+
+    /// How many calls with that label there are.
+    #[track_caller]
+    fn check_crashes_at(&self, label: &str, source: &Source, txid: u64, pos: Pos) -> u32 {
         for after in 0.. {
             let target = self.copy();
-            fault::arm_here(fault::Fault { label: "recover".into(), after, errno: libc::EIO });
+            fault::arm_here(fault::Fault { label: label.into(), after, errno: libc::EIO });
             let result = target.recover();
             if fault::disarm_here() {
-                assert!(after > 0, "some call changes a file");
                 assert_eq!(result.unwrap().pos, pos);
-                return;
+                return after;
             }
-            assert!(result.is_err(), "call {after} failed");
-            let recovered = target.recover();
+            assert!(result.is_err() || label == "fence", "call {after} failed");
+            // What was not an error has come to its end.
+            let recovered =
+                if let Ok(recovered) = result { Ok(recovered) } else { target.recover() };
             let recovered = recovered.unwrap_or_else(|error| panic!("after call {after}: {error}"));
             assert_eq!(recovered.pos, pos, "after call {after}");
             let database = fs::read(target.dir.database()).unwrap_or_default();
@@ -261,6 +274,7 @@ impl Target {
             assert!(!target.dir.wal().exists() && !target.dir.journal().exists());
             target.check_chain(pos);
         }
+        unreachable!("some number of calls is enough")
     }
 
     fn lost(&self) -> Vec<String> {
@@ -751,6 +765,31 @@ fn a_hot_journal_without_a_chain_is_rolled_back() {
     let pos = Pos { txid: Txid(1), checksum: source.checksum(before) };
     target.check_crashes(&source, before, pos);
     target.check(&source, before, pos);
+}
+
+/// SQLite journals no free pages: those that the transaction had written are other ones afterwards, and
+/// the only LTX file that is left does not say what they were.
+#[test]
+fn a_rollback_over_free_pages_goes_on_from_the_chain() {
+    let mut source = Source::delete();
+    source.insert(60);
+    source.run("delete from t where id > 3");
+    source.run("update t set x = randomblob(700) where id = 1");
+    let before = source.last();
+    source.connection.execute_batch("pragma cache_size = 2; pragma synchronous = full").unwrap();
+    let insert = "insert into t(x) select randomblob(700) from t;";
+    source.connection.execute_batch(&format!("begin; {insert} {insert} {insert}")).unwrap();
+    let target = Target::of(&source).with(&source, before..=before);
+    assert!(target.dir.journal().exists());
+    let recovered = target.recover().unwrap();
+    assert_eq!(recovered.pos.txid, Txid(before + 1));
+    assert_eq!(recovered.rebuilt, [Txid(before + 1)]);
+    assert!(recovered.set_aside.is_empty() && !target.dir.journal().exists());
+    let sql = Connection::open(target.dir.database()).unwrap();
+    let rows: u32 = sql.query_row("select count(*) from t", [], |row| row.get(0)).unwrap();
+    assert_eq!(rows, 3);
+    let again = target.recover().unwrap();
+    assert_eq!(again.pos, recovered.pos);
 }
 
 /// Writes the whole journal of transaction `txid`.

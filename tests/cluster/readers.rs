@@ -111,6 +111,8 @@ fn short_reads_are_never_refused_while_transactions_are_applied(passthrough: &'s
     twins(&cluster, "wal");
     let (stop, reads) = (&AtomicBool::new(false), &AtomicU64::new(0));
     let replica = cluster.replica();
+    // The position is there a moment before the locks under which a snapshot is applied are gone.
+    assert_eq!(sqlite::run(&replica.file("app.db"), COMPARE), "1");
     thread::scope(|scope| {
         let kinds = [Connections::Lasting, Connections::Fresh];
         for connections in kinds.into_iter().cycle().take(4) {

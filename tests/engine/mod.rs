@@ -14,6 +14,8 @@ use litefs::engine::{self, Db, DbName, Engine, Role};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Compression, NodeId};
 
+use crate::support::wait;
+
 // What a primary refuses whose lease is not confirmed.
 mod fence;
 // What must not get lost when a step fails or the process ends there.
@@ -42,9 +44,13 @@ fn open(dir: &Path) -> engine::Result<Arc<Engine>> {
     })
 }
 
-/// An engine on `dir` that may write.
+/// An engine on `dir` that may write. A program that another test of this process is just starting
+/// holds a copy of the former engine's lock for a moment, so that one is waited for.
 fn primary(dir: &Path) -> Arc<Engine> {
-    let engine = open(dir).unwrap();
+    let engine = wait::until("the data directory to be free", || match open(dir) {
+        Err(engine::Error::InUse { .. }) => None,
+        opened => Some(opened.unwrap()),
+    });
     engine.set_role(Role::Primary);
     engine
 }

@@ -164,15 +164,15 @@ impl Db {
         if self.shared.is_passthrough() || self.shared.page_cache().is_none() {
             return Ok(Hold::NotTaken);
         }
-        self.inbox.rewriting_index.store(true, Ordering::SeqCst);
-        let hold = self.begin_following(turn, change, page_size, WalWriter::take_over);
-        if matches!(hold, Ok(Hold::Taken)) {
+        // If it is not taken, what clients have written into the wal-index must stay theirs.
+        let hold = self.begin_following(turn, change, page_size, WalWriter::take_over)?;
+        if hold == Hold::Taken {
             // Of what was a rollback-mode database they are held exclusively.
             self.try_take(Owner::APPLY, SHARED, LockKind::Shared);
+            let files = [FileKind::Wal, FileKind::Shm].map(|kind| self.files.get(kind));
+            stale.files.extend(files.into_iter().flatten().map(|file| file.ino));
         }
-        let files = [FileKind::Wal, FileKind::Shm].map(|kind| self.files.get(kind));
-        stale.files.extend(files.into_iter().flatten().map(|file| file.ino));
-        hold
+        Ok(hold)
     }
 
     fn begin_following(
@@ -185,6 +185,10 @@ impl Db {
         // The node may have become primary meanwhile; it lets go of what it finds only once.
         if self.may_write() || self.has_strays() {
             return Ok(Hold::NotTaken);
+        }
+        if !self.shared.is_passthrough() {
+            // Until the kernel has dropped its pages.
+            self.inbox.rewriting_index.store(true, Ordering::SeqCst);
         }
         let follower = self.open_follower(page_size, change.pages(), open)?;
         change.wal.resume(follower.writer.cursor());

@@ -240,7 +240,7 @@ impl Db {
                 Writing::Allowed => false,
                 Writing::Finishing => wal || journal,
                 // See `admit`.
-                Writing::Refused => wal && self.shared.is_passthrough(),
+                Writing::Refused => wal,
             }
     }
 

@@ -28,11 +28,14 @@ run:
 # is as it was.
 SWITCH := /sys/module/fuse/parameters/enable_uring
 
+# Minutes are the rule; whatever hangs must not hang for good.
+TEST_MAX := 45m
+
 test:
 	@.ci/packages test
 	@before=$$(cat $(SWITCH) 2>/dev/null || true); \
 	trap '[ "$$before" != N ] || echo N 2>/dev/null >$(SWITCH) || true' EXIT; \
-	cargo test --workspace
+	timeout --kill-after=30 $(TEST_MAX) cargo test --workspace
 
 check: direction
 	@.ci/packages build

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use crate::support::image::Image;
 use crate::support::node::{Member, Node, Settings};
-use crate::support::sqlite;
+use crate::support::{program, sqlite};
 
 /// A driver or framework on a primary, then on its replica.
 pub mod drivers;
@@ -75,7 +75,7 @@ pub fn script(name: &str) -> PathBuf {
 #[track_caller]
 pub fn run(command: &mut Command) -> String {
     let Output { status, stdout, stderr } =
-        command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        program::output(command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
     assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
     stdout.trim_end().to_owned()

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::{Pair, run};
 use crate::support::node::{Member, Node, Settings, free_address};
-use crate::support::wait;
+use crate::support::{program, wait};
 
 /// The database of a site.
 pub const DB: &str = ".ht.sqlite";
@@ -195,7 +195,8 @@ impl Browser {
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--location", "--max-time", "60", "--write-out", "\n%{http_code}"]);
         curl.arg("--cookie").arg(&self.jar).arg("--cookie-jar").arg(&self.jar);
-        let output = curl.args(arguments).arg(format!("http://{}{path}", self.address)).output();
+        let output =
+            program::output(curl.args(arguments).arg(format!("http://{}{path}", self.address)));
         let output = output.expect("curl can be run").stdout;
         let text = String::from_utf8_lossy(&output);
         let (text, status) = text.rsplit_once('\n').unwrap_or_default();

@@ -2,6 +2,8 @@
 
 use std::process::{Command, Output};
 
+use crate::support::program;
+
 mod client;
 mod config;
 mod mount;
@@ -13,7 +15,7 @@ mod usage;
 /// configuration file is found.
 fn litefs(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
-    command.args(arguments).current_dir("/").env("HOME", "/").output().unwrap()
+    program::output(command.args(arguments).current_dir("/").env("HOME", "/")).unwrap()
 }
 
 /// What a run must give.

@@ -5,13 +5,12 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Far above what any of these takes on a slow machine.
-const DEADLINE: Duration = Duration::from_secs(30);
+use crate::support::program::Limit;
+use crate::support::wait;
 
 /// A running `litefs mount` in directories of its own.
 pub struct Node {
@@ -19,6 +18,7 @@ pub struct Node {
     port: u16,
     pub child: Child,
     stdout: BufReader<std::process::ChildStdout>,
+    _limit: Limit,
 }
 
 impl Node {
@@ -43,7 +43,7 @@ impl Node {
         process.args(&words[1..]).current_dir(dir.path());
         let mut child = process.stdout(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        Node { dir, port, child, stdout }
+        Node { dir, port, _limit: Limit::new(&child), child, stdout }
     }
 
     /// Where its API answers.
@@ -69,14 +69,7 @@ impl Node {
 
     /// Waits for the end; the mount must be gone.
     pub fn end(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + DEADLINE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "litefs does not end");
-            std::thread::yield_now();
-        };
+        let status = wait::until("the end of litefs", || self.child.try_wait().unwrap());
         assert!(!is_mounted(&self.path("mnt")), "the mount is still there");
         status
     }
@@ -105,9 +98,5 @@ fn is_mounted(dir: &Path) -> bool {
 }
 
 pub fn wait_for_file(path: &Path) {
-    let deadline = Instant::now() + DEADLINE;
-    while !path.exists() {
-        assert!(Instant::now() < deadline, "{} does not appear", path.display());
-        std::thread::yield_now();
-    }
+    wait::until_true(&path.display().to_string(), || path.exists());
 }

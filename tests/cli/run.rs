@@ -9,6 +9,7 @@ use test_case::test_case;
 
 use super::node::{Node, free_port, wait_for_file};
 use super::{Expected, check, litefs};
+use crate::support::{program, wait};
 
 /// Runs the words in a shell under `litefs run`.
 fn shell(script: &str) -> Vec<&str> {
@@ -32,7 +33,7 @@ fn a_command_gets_its_words_and_its_streams() {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"from stdin\n").unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = program::finish(child);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|--|$c|from stdin\ninherited\n");
     assert_eq!(output.stderr, b"problem\n");
     assert!(output.status.success());
@@ -80,14 +81,14 @@ fn start(dir: &std::path::Path, script: &str) -> Child {
 #[test_case(Signal::SIGUSR2, "USR2")]
 fn a_signal_goes_on_to_the_command(signal: Signal, name: &str) {
     let dir = tempfile::tempdir().unwrap();
-    // It waits for a line that never comes: a signal is heeded at once.
-    let script = format!(
-        "trap 'exit 9' {name}; mkfifo pipe; exec 4<>pipe; touch ready; read line <&4; exit 1"
-    );
+    // A shell looks for signals between commands; one that comes in the moment before it waits for
+    // something is forgotten until that has come.
+    let script = format!("trap 'exit 9' {name}; touch ready; while :; do :; done");
     let mut child = start(dir.path(), &script);
     wait_for_file(&dir.path().join("ready"));
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(9));
+    let ended = wait::until("the end of the command", || child.try_wait().unwrap());
+    assert_eq!(ended.code(), Some(9));
 }
 
 #[test]

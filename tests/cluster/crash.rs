@@ -8,7 +8,7 @@ use test_case::{test_case, test_matrix};
 
 use super::Cluster;
 use crate::support::node::{Node, Settings};
-use crate::support::{sqlite, wait};
+use crate::support::{program, sqlite, wait};
 
 const DB: &str = "app.db";
 
@@ -39,7 +39,7 @@ impl Writer {
 
     /// The last number that was acknowledged, once the node is gone and the program with it.
     fn acknowledged(self) -> u64 {
-        let output = self.0.wait_with_output().unwrap();
+        let output = program::finish(self.0);
         let text = String::from_utf8(output.stdout).unwrap();
         text.lines().next_back().map_or(0, |number| number.parse().unwrap())
     }

@@ -11,7 +11,7 @@ use test_case::test_case;
 use super::{DB, Node, check_chain, check_integrity, check_stopped, sqlite, strict};
 use crate::support::node::Settings;
 use crate::support::shell::Shell;
-use crate::support::wait;
+use crate::support::{program, wait};
 
 /// How often the node is killed.
 const ROUNDS: u64 = 5;
@@ -156,7 +156,7 @@ fn a_second_process_on_a_data_directory_is_refused() {
     let config = config.replace(&mount, &format!("{mount}-2")).replace("addr: '", "addr: ':0' #");
     fs::write(&other, config.replace("#", "}\n# ")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
-    let output = command.args(["mount", "-config"]).arg(&other).output().unwrap();
+    let output = program::output(command.args(["mount", "-config"]).arg(&other)).unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "{said}");
     let data = node.data().display().to_string();

@@ -10,6 +10,8 @@ pub mod image;
 pub mod local;
 /// One `litefs mount` process in directories of its own.
 pub mod node;
+/// Programs that end.
+pub mod program;
 /// A `sqlite3` program that is told step by step what to do.
 pub mod shell;
 /// SQLite, in this process and in others.

@@ -6,14 +6,14 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Mutex, Once, mpsc};
-use std::time::Duration;
+use std::sync::{Mutex, Once};
 
 use litefs::engine::layout::DbDir;
 use ltx::Pos;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::program::{self, Limit};
 use super::{image, wait};
 
 /// What a node says when it is ready and has nothing to run.
@@ -65,28 +65,16 @@ pub struct Lease<'a> {
     pub ttl: &'a str,
 }
 
-/// The longest that one run of a process may last. A node that does not answer would stop a test
-/// in a file call for good; with its process the call fails.
-const RUN_MAX: Duration = Duration::from_secs(120);
-
-/// A process, which is killed after [`RUN_MAX`] unless this is dropped before.
+/// A process. One that does not answer would stop a test in a file call for good; with its process
+/// the call fails.
 struct Running {
     child: Mutex<Child>,
-    _end: mpsc::Sender<()>,
+    _limit: Limit,
 }
 
 impl Running {
     fn new(child: Child) -> Running {
-        let (end, ended) = mpsc::channel();
-        let pid = Pid::from_raw(child.id().cast_signed());
-        std::thread::spawn(move || {
-            // The process is waited for only after the sender is gone, so the id is still its own.
-            if ended.recv_timeout(RUN_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("litefs process {pid} runs for too long: killed");
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-        });
-        Running { child: Mutex::new(child), _end: end }
+        Running { _limit: Limit::new(&child), child: Mutex::new(child) }
     }
 }
 
@@ -312,7 +300,7 @@ impl Node {
     pub fn litefs(&self, command: &str, arguments: &[&str]) -> Output {
         let mut process = Command::new(env!("CARGO_BIN_EXE_litefs"));
         process.arg(command).args(["-url", &self.url()]).args(arguments);
-        process.current_dir(self.dir.path()).output().unwrap()
+        program::output(process.current_dir(self.dir.path())).unwrap()
     }
 
     fn log_path(&self) -> PathBuf {

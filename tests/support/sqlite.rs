@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
+use super::program::{self, Limit};
+
 /// How long a connection waits for a lock before it reports SQLITE_BUSY.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -59,7 +61,7 @@ fn attempt(path: &Path, sql: &str) -> Output {
     // A process that has failed already does not read.
     let _ = write!(stdin, ".timeout {}\n{sql}\n", BUSY.as_millis());
     drop(stdin);
-    child.wait_with_output().unwrap()
+    program::finish(child)
 }
 
 /// One value of one row.
@@ -75,6 +77,7 @@ pub struct Session {
     child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
+    _limit: Limit,
 }
 
 impl Session {
@@ -87,7 +90,7 @@ impl Session {
         let mut child = command.spawn().unwrap();
         let stdin = child.stdin.take().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        Session { child, stdin, stdout }
+        Session { _limit: Limit::new(&child), child, stdin, stdout }
     }
 
     /// Runs `sql`; what it printed.

@@ -1,0 +1,48 @@
+//! Programs that a test starts: each ends by itself, or is ended. One that hangs would otherwise
+//! take the whole run of the tests with it, and nobody would know which it was.
+
+use std::io;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The longest that a program may run; a slow machine takes seconds.
+const RUN_MAX: Duration = Duration::from_secs(300);
+
+/// Kills a process after [`RUN_MAX`], unless it is dropped before. It must be dropped before the
+/// process is waited for: until then the process id is still its own.
+pub struct Limit {
+    _end: mpsc::Sender<()>,
+}
+
+impl Limit {
+    /// Begins now.
+    pub fn new(child: &Child) -> Limit {
+        let (end, ended) = mpsc::channel();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        std::thread::spawn(move || {
+            if ended.recv_timeout(RUN_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("process {pid} runs for too long: killed");
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Limit { _end: end }
+    }
+}
+
+/// Runs a program to its end, with nothing on stdin: what it said.
+pub fn output(command: &mut Command) -> io::Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(finish(command.spawn()?))
+}
+
+/// Waits until a program has ended: what it said on those of its streams that are pipes.
+pub fn finish(child: Child) -> Output {
+    let limit = Limit::new(&child);
+    let output = child.wait_with_output().unwrap();
+    drop(limit);
+    output
+}

@@ -75,6 +75,11 @@ impl App {
         self.shared.requests.load(Ordering::SeqCst)
     }
 
+    /// Closes its database until it is asked for something again.
+    pub fn close(&self) {
+        self.shared.connection.lock().unwrap().take();
+    }
+
     /// Lets one more event, or one late answer, go.
     pub fn release(&self) {
         *self.shared.releases.lock().unwrap() += 1;

@@ -2,9 +2,13 @@
 
 use std::thread;
 
+use nix::sys::signal::Signal;
+use test_case::test_case;
+
 use super::wire::{self, Connection};
 use super::{Plan, Site};
-use crate::support::node::{Member, Node, Settings};
+use crate::support::consul::Consul;
+use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::wait;
 
 const PATIENT: Plan = Plan { proxy: ", primary-redirect-timeout: 25s", environment: &[] };
@@ -27,6 +31,42 @@ fn a_write_waits_for_a_primary_that_comes_back() {
     // The application got it once.
     assert_eq!(site.ask(0, "GET", "/get/a", "").text(), "2");
     assert_eq!(site.metric(1, "litefs_proxy_wait_count{for=\"primary\",result=\"met\"}"), 1.0);
+}
+
+/// Whoever of the two that are left becomes primary: each of them takes a write meanwhile.
+#[test_case(Signal::SIGTERM)]
+#[test_case(Signal::SIGKILL)]
+fn a_write_waits_for_another_primary(signal: Signal) {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    for hostname in ["node0", "node1", "node2"] {
+        let (url, advertise) = (&consul.url(), "");
+        let lease = Lease { url, hostname, advertise, candidate: true, ttl: "4s" };
+        site.add(&PATIENT, Member::Consul(lease));
+        site.nodes.last_mut().unwrap().start();
+    }
+    let written = site.ask(1, "POST", "/add/a", "");
+    assert_eq!(written.seen(), (200, "1".to_owned()));
+    for node in &site.nodes {
+        node.wait_for_pos("app.db", site.nodes[0].pos("app.db"));
+    }
+    site.apps[0].close();
+    match signal {
+        Signal::SIGTERM => assert!(site.nodes[0].stop().success()),
+        _ => site.nodes[0].kill(),
+    }
+    let write =
+        |proxy: String| thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x"));
+    let writers = [1, 2].map(|node| write(site.proxies[node].clone()));
+    let mut answers = writers.map(|writer| writer.join().unwrap());
+    answers.sort_by_key(wire::Message::text);
+    assert_eq!(answers[0].seen(), (200, "2".to_owned()));
+    assert_eq!(answers[1].seen(), (200, "3".to_owned()));
+    let seen = wire::cookie(&answers[1]).expect("a cookie");
+    for node in [1, 2] {
+        assert_eq!(site.ask(node, "GET", "/get/a", &seen).seen(), (200, "3".to_owned()));
+    }
+    assert_eq!(site.apps[0].requests(), 1);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::SystemTime;
 
 /// Faults that tests inject into the calls of this module.
 pub mod fault {
@@ -180,6 +181,20 @@ pub fn copy(label: &str, from: &Path, to: &Path) -> io::Result<()> {
     fault::check(label)?;
     io::copy(&mut File::open(from)?, &mut &target)?;
     sync(label, &target)
+}
+
+/// Says when a file was changed last.
+pub fn set_modified(label: &str, path: &Path, time: SystemTime) -> io::Result<()> {
+    fault::check(label)?;
+    File::open(path)?.set_modified(time)
+}
+
+/// Has the file system refuse every change of a file from now on, also through open descriptors where
+/// it can do that.
+pub fn make_immutable(label: &str, file: &File) -> io::Result<()> {
+    fault::check(label)?;
+    let flags = rustix::fs::ioctl_getflags(file)?;
+    Ok(rustix::fs::ioctl_setflags(file, flags | rustix::fs::IFlags::IMMUTABLE)?)
 }
 
 /// Removes a file; a missing one is an error.

@@ -41,6 +41,9 @@ const FULL_WAIT: Duration = Duration::from_secs(1);
 /// How long after a failed apply it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How long the end waits for an applier before it looks whether that waits for a lock again.
+const STOP_LOOK: Duration = Duration::from_millis(100);
+
 /// The queue of received LTX files of one database.
 pub struct Inbox {
     state: Mutex<State>,
@@ -465,6 +468,7 @@ impl Db {
         loop {
             if state.stop {
                 state.running = false;
+                self.inbox.changed.notify_all();
                 return None;
             }
             if std::mem::take(&mut state.again) || !state.queue.is_empty() {
@@ -539,6 +543,9 @@ impl Db {
             self.shared.request_reconnect();
             return;
         }
+        if self.inbox.state.lock().unwrap().stop {
+            return;
+        }
         self.fail(error);
         let mut state = self.inbox.state.lock().unwrap();
         state.again = true;
@@ -554,7 +561,13 @@ impl Db {
         state.stop = true;
         self.inbox.changed.notify_all();
         while state.running {
-            state = self.inbox.changed.wait_timeout(state, RETRY).unwrap().0;
+            drop(state);
+            // It waits for nobody any more; one who holds a lock may keep it for good.
+            self.interrupt_applier();
+            state = self.inbox.state.lock().unwrap();
+            if state.running {
+                state = self.inbox.changed.wait_timeout(state, STOP_LOOK).unwrap().0;
+            }
         }
     }
 }

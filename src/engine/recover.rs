@@ -35,6 +35,7 @@ use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE, HeaderError, JournalMod
 use crate::sqlite::journal::{JournalReader, super_journal};
 
 mod chain;
+mod fence;
 mod image;
 mod log;
 mod repair;
@@ -165,6 +166,7 @@ impl Recovered {
 /// wal-index; `ltx/` ends at the position. Nobody else may have the files open for writing.
 pub fn recover(dir: &DbDir, super_journals: &Path, options: &Options) -> Result<Recovered, Error> {
     remove_temporaries(dir)?;
+    fence::fence_wal(dir)?;
     let files = Files::list(&dir.ltx())?;
     let mut recovery = Recovery { dir, options, files, set_aside: Vec::new() };
     if let Some(recovered) = recovery.unchanged(super_journals)? {

@@ -9,7 +9,7 @@ use ltx::Txid;
 use test_case::test_case;
 
 use super::{DB, Node, check_chain, check_integrity, check_stopped, sqlite, strict};
-use crate::support::node::Settings;
+use crate::support::node::{Member, Settings};
 use crate::support::shell::Shell;
 use crate::support::{program, wait};
 
@@ -166,4 +166,83 @@ fn a_second_process_on_a_data_directory_is_refused() {
     node.kill();
     node.start();
     assert_eq!(sqlite::run(&node.file(DB), "select count(*) from t"), "1");
+}
+
+/// A file system of its own for the data directory; unmounted when dropped.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(node: &Node, kind: &str) -> Disk {
+        let (image, data) = (node.scratch("disk.img"), node.data());
+        let call = |command: &mut Command| assert!(command.status().unwrap().success());
+        fs::create_dir_all(&data).unwrap();
+        File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        let option = if kind == "tmpfs" { "size=64m" } else { "loop" };
+        if kind != "tmpfs" {
+            call(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
+        }
+        call(Command::new("mount").args(["-t", kind, "-o", option]).args([&image, &data]));
+        Disk(data)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// A primary whose data is on a file system of this kind, and an application in the middle of a
+/// transaction, with one row committed.
+fn in_a_transaction(kind: &str) -> (Node, Disk, Shell) {
+    let mut node = Node::new(&Settings::default(), Member::Primary);
+    let disk = Disk::mount(&node, kind);
+    node.start();
+    let mut shell = Shell::open(&node.file(DB));
+    shell.run("pragma journal_mode=wal; pragma synchronous=normal; create table t(x)");
+    shell.run("insert into t values (1); begin immediate; insert into t values (2)");
+    (node, disk, shell)
+}
+
+/// What the log says where a late commit would be lost.
+const CANNOT: &str = "late commits cannot be refused";
+
+/// The application has the WAL of the process before open, and SQLite ignores that its unlock fails.
+#[test_case(Node::kill; "killed")]
+#[test_case(|node| _ = node.stop(); "stopped")]
+fn a_commit_to_the_wal_of_a_former_process_is_refused(end: fn(&mut Node)) {
+    let (mut node, disk, mut shell) = in_a_transaction("ext4");
+    let pos = node.pos(DB);
+    end(&mut node);
+    node.start();
+    shell.refused("commit");
+    shell.attempt("rollback");
+    let mut again = Shell::open(&node.file(DB));
+    assert_eq!(again.run("select group_concat(x) from t"), "1");
+    assert_eq!(node.pos(DB), pos);
+    again.run("insert into t values (3)");
+    again.close();
+    shell.kill();
+    check_chain(&node.db_dir(DB), node.pos(DB));
+    assert_eq!(node.log_count(CANNOT), 0);
+    node.stop();
+    drop(disk);
+}
+
+/// What is committed while no process is there is in the WAL that the next one reads.
+#[test_case(Node::kill; "killed")]
+#[test_case(|node| _ = node.stop(); "stopped")]
+fn a_commit_between_two_processes_counts(end: fn(&mut Node)) {
+    let (mut node, disk, mut shell) = in_a_transaction("tmpfs");
+    let pos = node.pos(DB);
+    end(&mut node);
+    shell.run("commit");
+    node.start();
+    assert_eq!(node.log_count(CANNOT), 1, "{}", node.log());
+    assert_eq!(node.pos(DB).txid, pos.txid.next());
+    assert_eq!(sqlite::run(&node.file(DB), "select group_concat(x) from t"), "1,2");
+    shell.kill();
+    check_chain(&node.db_dir(DB), node.pos(DB));
+    node.stop();
+    drop(disk);
 }

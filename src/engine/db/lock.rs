@@ -32,6 +32,7 @@ pub type Table = LockTable<Waiter>;
 pub struct Waiter {
     /// The id by which an interrupt names it.
     id: Option<u64>,
+    owner: Owner,
     answer: Answer,
 }
 
@@ -89,7 +90,7 @@ impl Db {
         if let Err(refusal) = self.admit(&request) {
             return answer(Err(refusal));
         }
-        let waiter = Waiter { id: wait, answer };
+        let waiter = Waiter { id: wait, owner: request.owner, answer };
         let outcome = {
             let mut locks = self.locks.lock().unwrap();
             match wait {
@@ -186,7 +187,16 @@ impl Db {
 
     /// Ends the waiting lock call with that id; `false` if there is none.
     pub fn interrupt(&self, id: u64) -> bool {
-        let cancelled = self.locks.lock().unwrap().cancel(|waiter| waiter.id == Some(id));
+        self.cancel(|waiter| waiter.id == Some(id))
+    }
+
+    /// Ends all waiting for locks for the applier.
+    pub(in crate::engine) fn interrupt_applier(&self) {
+        while self.cancel(|waiter| waiter.owner == Owner::APPLY) {}
+    }
+
+    fn cancel(&self, is_it: impl FnMut(&Waiter) -> bool) -> bool {
+        let cancelled = self.locks.lock().unwrap().cancel(is_it);
         let Some((waiter, woken)) = cancelled else { return false };
         (waiter.answer)(Err(Refusal::Interrupted));
         self.wake(woken);
@@ -328,6 +338,12 @@ impl Db {
         matches!(holder, Some((Owner::Client(_), _)))
     }
 
+    /// Whether a client writes a transaction into the WAL.
+    pub(in crate::engine) fn is_written(&self) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
+        matches!(holder, Some((Owner::Client(_), _)))
+    }
+
     /// Whether a client may write to the database file from the WAL.
     pub(in crate::engine) fn is_checkpointing(&self) -> bool {
         let locks = self.locks.lock().unwrap();
@@ -368,8 +384,8 @@ impl Db {
         });
         let request = Request { owner, via: Handle::NONE, set, kind };
         let id = next_ino();
-        let outcome =
-            self.locks.lock().unwrap().lock_or_wait(request, Waiter { id: Some(id), answer });
+        let waiter = Waiter { id: Some(id), owner, answer };
+        let outcome = self.locks.lock().unwrap().lock_or_wait(request, waiter);
         let granted = match outcome {
             Outcome::Locked(_, woken) => {
                 self.wake(woken);

@@ -68,7 +68,8 @@ impl Db {
     }
 
     /// The node stops: everything captured is durable in the chain, the WAL is in the database file,
-    /// and the page checksums are saved, so that the next start has nothing to compute.
+    /// and the page checksums are saved, so that the next start has nothing to compute. Unless an
+    /// application is in the middle of a transaction: then the next start does all that.
     pub(in crate::engine) fn close(&self) -> Result<()> {
         self.stop_applier();
         if self.has_hot_journal()
@@ -85,6 +86,11 @@ impl Db {
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
         self.let_go(&mut turn, &mut change);
+        if self.is_written() {
+            // What is committed when nobody is asked any more stands in the WAL for the next start.
+            tracing::warn!(db = %self.name, "an application holds its write lock at the end: the wal stays");
+            return Ok(());
+        }
         self.checkpoint_fully(&mut change)?;
         change.wal.clear();
         self.files.remove(FileKind::Wal)?;

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use crate::telemetry::log::chain;
 use crate::telemetry::say;
 
+mod call;
 mod config;
 mod export;
 mod flags;
@@ -24,9 +25,6 @@ use flags::{Flags, Spec};
 
 const CODE_ERROR: u8 = 1;
 const CODE_USAGE: u8 = 2;
-
-/// Where the API of the local node answers by default.
-const DEFAULT_URL: &str = "http://localhost:20202";
 
 const USAGE: &str = "\
 litefs replicates SQLite databases between machines.

@@ -16,6 +16,8 @@ use std::time::Duration;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, de};
 
+use crate::tls::Identity;
+
 mod duration;
 mod environment;
 mod exec;
@@ -100,6 +102,12 @@ pub enum Invalid {
     ConsulKey,
     #[error("invalid log format: {0:?}")]
     LogFormat(String),
+    #[error("http.auth-token must be printable ASCII without blanks")]
+    AuthToken,
+    #[error("http.tls needs all three of ca, cert and key")]
+    TlsFiles,
+    #[error("with http.tls, lease.advertise-url must begin with https://, got {0:?}")]
+    InsecureUrl(String),
     #[error("invalid backup client type: {0:?}")]
     BackupType(String),
     #[error("backup path required")]
@@ -227,6 +235,7 @@ impl Config {
         if !has_port(&self.http.addr) {
             return Err(Invalid::Address("http.addr", self.http.addr.clone()));
         }
+        self.check_security()?;
         self.check_backup()?;
         self.check_proxy()
     }
@@ -243,6 +252,24 @@ impl Config {
         }
         let inside = absolute(&self.data.dir).starts_with(absolute(&self.fuse.dir));
         if inside { Err(Invalid::DataInMount) } else { Ok(()) }
+    }
+
+    fn check_security(&self) -> Result<(), Invalid> {
+        let Http { auth_token, tls, allow_insecure, .. } = &self.http;
+        let is_printable = auth_token.bytes().all(|byte| byte.is_ascii_graphic());
+        if !is_printable {
+            return Err(Invalid::AuthToken);
+        }
+        let files = [&tls.ca, &tls.cert, &tls.key];
+        let given = files.iter().filter(|path| !path.as_os_str().is_empty()).count();
+        if given != 0 && given != files.len() {
+            return Err(Invalid::TlsFiles);
+        }
+        let url = &self.lease.advertise_url;
+        match given != 0 && !allow_insecure && url.starts_with("http://") {
+            true => Err(Invalid::InsecureUrl(url.clone())),
+            false => Ok(()),
+        }
     }
 
     fn check_backup(&self) -> Result<(), Invalid> {
@@ -596,6 +623,35 @@ section! {
         "addr" => addr: String = ":20202".to_owned();
         /// How long one snapshot may take to send; zero: as long as `data.retention`.
         "snapshot-timeout" => snapshot_timeout: Duration = Duration::ZERO;
+        /// What callers must show, and what is shown to other nodes; empty: nothing.
+        "auth-token" => auth_token: String = String::new();
+        /// Certificates; none: everything goes in the clear.
+        "tls" => tls: HttpTls = HttpTls::default();
+        /// Answer callers without token or TLS too, for the time of a change-over.
+        "allow-insecure" => allow_insecure: bool = false;
+    }
+}
+
+section! {
+    /// `http.tls`: TLS between nodes and at the API. Files are in PEM.
+    HttpTls {
+        /// The authorities whose certificates count.
+        "ca" => ca: PathBuf = PathBuf::new();
+        /// The node's certificate.
+        "cert" => cert: PathBuf = PathBuf::new();
+        /// Its key.
+        "key" => key: PathBuf = PathBuf::new();
+        /// Callers must have a certificate of such an authority too.
+        "verify-client" => verify_client: bool = true;
+    }
+}
+
+impl HttpTls {
+    /// The node's certificate and key; none if there is no TLS.
+    pub fn identity(&self) -> Option<Identity> {
+        let HttpTls { cert, key, .. } = self;
+        let is_set = !cert.as_os_str().is_empty();
+        is_set.then(|| Identity { certificate: cert.clone(), key: key.clone() })
     }
 }
 

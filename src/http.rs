@@ -15,11 +15,14 @@ mod peers;
 pub mod proxy;
 mod query;
 pub mod report;
+pub mod security;
 pub mod server;
 mod socket;
 mod spool;
 mod stream;
 mod transfer;
+pub mod url;
+mod wire;
 
 /// The header that carries the sender's node id, 16 hex digits.
 pub const NODE_ID: &str = "litefs-id";

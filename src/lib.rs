@@ -24,4 +24,5 @@ pub mod os;
 pub mod sqlite;
 pub mod supervisor;
 pub mod telemetry;
+pub mod tls;
 pub mod volume;

@@ -191,7 +191,8 @@ fn the_configuration_page_has_every_key() {
     let keys =
         source.lines().filter_map(|line| line.trim().strip_prefix('"')?.split_once("\" => "));
     let keys = keys.filter(|(_, rest)| rest.contains(": ") && rest.contains(" = "));
-    let sections = ["data", "fuse", "http", "proxy", "lease", "consul", "backup", "log", "tracing"];
+    let sections =
+        ["data", "fuse", "http", "proxy", "lease", "consul", "backup", "log", "tls", "tracing"];
     let (mut count, mut missing) = (0, Vec::new());
     for (key, _) in keys.filter(|(key, _)| !sections.contains(key)) {
         count += 1;

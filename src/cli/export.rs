@@ -14,7 +14,7 @@ use anyhow::Context as _;
 
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::progress::Progress;
-use super::{DEFAULT_URL, Failure, block_on, say, usage};
+use super::{Failure, block_on, call, say, usage};
 use crate::http::client::Client;
 use crate::os;
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE};
@@ -25,11 +25,8 @@ pub const SPEC: Spec = Spec {
     about: "Copies a database of the cluster into a SQLite file.",
     flags: &[
         Flag { name: "name", kind: Kind::Value("DB"), about: "the database's name in the mount" },
-        Flag {
-            name: "url",
-            kind: Kind::Value("URL"),
-            about: "the node's API (default http://localhost:20202)",
-        },
+        call::URL,
+        call::CONFIG,
     ],
 };
 
@@ -37,9 +34,9 @@ pub const SPEC: Spec = Spec {
 const SIDE_FILES: [&str; 3] = ["-journal", "-wal", "-shm"];
 
 pub fn run(flags: Flags) -> Result<u8, Failure> {
-    let Transfer { url, name, path } = Transfer::of(&flags)?;
+    let Transfer { name, path } = Transfer::of(&flags)?;
     let started = Instant::now();
-    let client = Client::new(&url)?;
+    let client = call::client(&flags)?;
     let temporary = beside(&path, ".tmp");
     os::remove_if_present("export:temporary", &temporary)?;
     let result = receive(&client, &name, &temporary).and_then(|()| replace(&temporary, &path));
@@ -54,7 +51,6 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
 
 /// What `export` and `import` share on the command line.
 pub struct Transfer {
-    pub url: String,
     pub name: String,
     pub path: PathBuf,
 }
@@ -69,8 +65,7 @@ impl Transfer {
         };
         let name = flags.value("name").filter(|name| !name.is_empty());
         let name = name.ok_or_else(|| usage(anyhow::anyhow!("-name required")))?;
-        let url = flags.value("url").unwrap_or(DEFAULT_URL);
-        Ok(Transfer { url: url.to_owned(), name: name.to_owned(), path: path.into() })
+        Ok(Transfer { name: name.to_owned(), path: path.into() })
     }
 }
 

@@ -13,8 +13,7 @@ use anyhow::Context as _;
 use super::export::{Transfer, beside};
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::progress::Progress;
-use super::{Failure, block_on, say};
-use crate::http::client::Client;
+use super::{Failure, block_on, call, say};
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE};
 
 pub const SPEC: Spec = Spec {
@@ -23,18 +22,15 @@ pub const SPEC: Spec = Spec {
     about: "Copies a SQLite file into the cluster. A database of that name is replaced.",
     flags: &[
         Flag { name: "name", kind: Kind::Value("DB"), about: "the database's name in the mount" },
-        Flag {
-            name: "url",
-            kind: Kind::Value("URL"),
-            about: "the primary's API (default http://localhost:20202)",
-        },
+        call::URL,
+        call::CONFIG,
     ],
 };
 
 pub fn run(flags: Flags) -> Result<u8, Failure> {
-    let Transfer { url, name, path } = Transfer::of(&flags)?;
+    let Transfer { name, path } = Transfer::of(&flags)?;
     let started = Instant::now();
-    let client = Client::new(&url)?;
+    let client = call::client(&flags)?;
     let (file, len) = open(&path)?;
     block_on(async {
         let mut upload = Progress::new(tokio::fs::File::from_std(file), Some(len));

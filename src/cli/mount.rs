@@ -161,7 +161,7 @@ fn standalone(
     config.http.addr = "127.0.0.1:20202".to_owned();
     config.lease.kind = Some(LeaseKind::Static);
     config.lease.hostname = environment.hostname();
-    config.lease.advertise_url = super::DEFAULT_URL.to_owned();
+    config.lease.advertise_url = "http://localhost:20202".to_owned();
     config.check()?;
     let hint = hint(&config.fuse.dir);
     Ok((config, Some(hint)))

@@ -1,9 +1,9 @@
 //! `litefs promote`: makes a node the primary, and returns when it is.
 
 use super::flags::{Flag, Flags, Kind, Spec};
-use super::{DEFAULT_URL, Failure, block_on, say, usage};
+use super::{Failure, block_on, call, say, usage};
 use crate::cluster::election::Force;
-use crate::http::client::{Client, Error};
+use crate::http::client::Error;
 
 pub const SPEC: Spec = Spec {
     name: "promote",
@@ -15,11 +15,8 @@ pub const SPEC: Spec = Spec {
             kind: Kind::Switch,
             about: "without a primary, lead even if others may have more data, or if this node has none",
         },
-        Flag {
-            name: "url",
-            kind: Kind::Value("URL"),
-            about: "the node's API (default http://localhost:20202)",
-        },
+        call::URL,
+        call::CONFIG,
     ],
 };
 
@@ -27,7 +24,7 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if !flags.arguments.is_empty() {
         return Err(usage(anyhow::anyhow!("too many arguments")));
     }
-    let client = Client::new(flags.value("url").unwrap_or(DEFAULT_URL))?;
+    let client = call::client(&flags)?;
     let force = if flags.is_on("force") { Force::Yes } else { Force::No };
     match block_on(client.promote(force))? {
         Ok(()) => {}

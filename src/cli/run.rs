@@ -23,7 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
 use super::flags::{Flag, Flags, Kind, Spec};
-use super::{DEFAULT_URL, Failure, block_on};
+use super::{Failure, block_on, call};
 use crate::cluster::election::Force;
 use crate::config::Log;
 use crate::http::client::{Client, Error as ClientError};
@@ -36,11 +36,8 @@ pub const SPEC: Spec = Spec {
     arguments: "-- CMD ARG...",
     about: "Runs a command as primary, or under the HALT lock of a database.",
     flags: &[
-        Flag {
-            name: "url",
-            kind: Kind::Value("URL"),
-            about: "the local node's API (default http://localhost:20202)",
-        },
+        call::URL,
+        call::CONFIG,
         Flag { name: "promote", kind: Kind::Switch, about: "make this node primary first" },
         Flag {
             name: "if-candidate",
@@ -81,7 +78,7 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if flags.is_on("promote") && halt_on.is_some() {
         return Err(failed("cannot specify both -promote & -with-halt-lock-on"));
     }
-    let client = Client::new(flags.value("url").unwrap_or(DEFAULT_URL))?;
+    let client = call::client(&flags)?;
     if (flags.is_on("promote") || flags.is_on("if-candidate"))
         && block_on(prepare(&client, &flags))?? == Node::Unwanted
     {

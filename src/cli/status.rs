@@ -1,29 +1,21 @@
 //! `litefs status`: what the local node knows and does, as a table or as JSON.
 
 use super::flags::{Flag, Flags, Kind, Spec};
-use super::{DEFAULT_URL, Failure, block_on, say, usage};
-use crate::http::client::Client;
+use super::{Failure, block_on, call, say, usage};
 use crate::http::report::{Status, StatusDatabase, StatusRole};
 
 pub const SPEC: Spec = Spec {
     name: "status",
     arguments: "",
     about: "Shows role, primary, lag and databases of a node.",
-    flags: &[
-        Flag { name: "json", kind: Kind::Switch, about: "as JSON" },
-        Flag {
-            name: "url",
-            kind: Kind::Value("URL"),
-            about: "the node's API (default http://localhost:20202)",
-        },
-    ],
+    flags: &[Flag { name: "json", kind: Kind::Switch, about: "as JSON" }, call::URL, call::CONFIG],
 };
 
 pub fn run(flags: Flags) -> Result<u8, Failure> {
     if !flags.arguments.is_empty() {
         return Err(usage(anyhow::anyhow!("too many arguments")));
     }
-    let client = Client::new(flags.value("url").unwrap_or(DEFAULT_URL))?;
+    let client = call::client(&flags)?;
     let status = block_on(client.status())??;
     match flags.is_on("json") {
         true => say(serde_json::to_string_pretty(&status)?),

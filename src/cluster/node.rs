@@ -29,6 +29,7 @@ use super::peers::Identity;
 use crate::engine::{self, ClusterId, Engine, PrimaryInfo, Role, chain_text};
 use crate::http::client::{self, Client};
 use crate::http::proxy::{Link, Links};
+use crate::http::security::Security;
 use crate::http::{Stop, stopped};
 use crate::limits;
 
@@ -53,6 +54,8 @@ pub struct Options {
     pub databases: Vec<String>,
     /// The node's own host name.
     pub hostname: String,
+    /// What other nodes are shown.
+    pub security: Security,
 }
 
 /// Whether a node may become primary.
@@ -331,9 +334,10 @@ impl Node {
         answer: oneshot::Sender<Result<(), PromoteError>>,
     ) {
         let (node_id, leads) = (self.engine.node_id(), self.leads.subscribe());
+        let security = self.options.security.clone();
         tokio::spawn(async move {
             // Who asked may have gone.
-            let _ = answer.send(ask_for_lease(&primary, node_id, leads).await);
+            let _ = answer.send(ask_for_lease(&primary, node_id, &security, leads).await);
         });
     }
 
@@ -405,10 +409,12 @@ fn draw_cluster_id() -> Result<ClusterId, Error> {
 async fn ask_for_lease(
     primary: &PrimaryInfo,
     node_id: NodeId,
+    security: &Security,
     mut leads: watch::Receiver<bool>,
 ) -> Result<(), PromoteError> {
     let failed = |text: String| PromoteError::Failed(text);
-    let client = Client::new(&primary.advertise_url).map_err(|error| failed(chain_text(&error)))?;
+    let client = Client::new(&primary.advertise_url, security)
+        .map_err(|error| failed(chain_text(&error)))?;
     match client.hand_off(node_id).await {
         Ok(()) => {}
         Err(client::Error::Response { code: 409, .. }) => return Err(PromoteError::NotEligible),

@@ -27,6 +27,7 @@ use crate::engine::{self, ClusterId, DbName, DbState, Engine, PrimaryInfo, chain
 use crate::http::client::{self, Client, Stream, StreamRequest};
 use crate::http::frame::{Event, Frame};
 use crate::http::proxy::Link;
+use crate::http::security::Security;
 use crate::http::{Stop, stopped};
 use crate::limits;
 
@@ -104,6 +105,8 @@ pub(super) enum End {
 pub(super) struct Replica<'a> {
     pub(super) engine: &'a Arc<Engine>,
     pub(super) identity: &'a Identity,
+    /// What the primary is shown.
+    pub(super) security: &'a Security,
     pub(super) primary: &'a PrimaryInfo,
     /// Who has the lease.
     pub(super) view: View,
@@ -193,7 +196,7 @@ impl Replica<'_> {
     }
 
     async fn connect(&self) -> Result<Stream, Error> {
-        let client = Client::new(&self.primary.advertise_url)?;
+        let client = Client::new(&self.primary.advertise_url, self.security)?;
         let positions = self.engine.positions();
         let positions: Vec<(&str, Pos)> =
             positions.iter().map(|(name, pos)| (name.as_str(), *pos)).collect();

@@ -1,13 +1,12 @@
 //! Calls to the API of another node, or of this one from the command line.
 //!
-//! Always HTTP/2 with prior knowledge, cleartext (also for `https://`, as LiteFS does), one
-//! connection a call. Of a URL only scheme, host and port count.
+//! Always HTTP/2, in the clear with prior knowledge, one connection a call. What protects the calls
+//! is [`Security`]'s.
 //!
 //! Invariants: no wait without a limit (connect, headers, silence); a body is read no faster than
 //! its reader takes it, within the HTTP/2 window.
 
 use std::io::{self, Write};
-use std::str::FromStr as _;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -26,6 +25,8 @@ use tokio::time::timeout;
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
 use super::report::{Info, Status};
+use super::security::Security;
+use super::url::{self, Url};
 use super::{CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, TERM};
 use crate::cluster::election::Force;
 use crate::cluster::node::Candidacy;
@@ -35,15 +36,9 @@ use crate::limits;
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Neither `http://` nor `https://`.
-    #[error("invalid URL scheme")]
-    UrlScheme,
-    /// A URL without a host.
-    #[error("URL host required")]
-    UrlHost,
-    /// A URL with something else than a port after the host.
-    #[error("invalid URL port")]
-    UrlPort,
+    /// No URL of a server.
+    #[error(transparent)]
+    Url(#[from] url::Error),
     /// No connection.
     #[error("connect to {address}")]
     Connect {
@@ -124,10 +119,10 @@ fn detail(text: &str) -> String {
 }
 
 /// A node whose API can be called.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
-    host: String,
-    port: u16,
+    url: Url,
+    security: Security,
 }
 
 /// What a replica asks for.
@@ -143,36 +138,13 @@ pub struct StreamRequest<'a> {
 
 impl Client {
     /// The node at `url`, such as `http://10.0.0.1:20202`.
-    pub fn new(url: &str) -> Result<Client, Error> {
-        let (default_port, rest) = match url.split_once("://") {
-            Some(("http", rest)) => (80, rest),
-            Some(("https", rest)) => (443, rest),
-            _ => return Err(Error::UrlScheme),
-        };
-        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-        let (host, port) = split_port(authority);
-        if host.is_empty() {
-            return Err(Error::UrlHost);
-        }
-        let port = match port {
-            None | Some("") => default_port,
-            Some(port) => u16::from_str(port).map_err(|_| Error::UrlPort)?,
-        };
-        Ok(Client { host: host.to_owned(), port })
+    pub fn new(url: &str, security: &Security) -> Result<Client, Error> {
+        Ok(Client { url: Url::new(url)?, security: security.clone() })
     }
 
     /// Host and port, as in the URL.
     pub fn address(&self) -> String {
-        self.address_of_port(self.port)
-    }
-
-    /// The host with another port.
-    pub fn address_of_port(&self, port: u16) -> String {
-        match self.host.contains(':') {
-            true => format!("[{}]:{port}", self.host),
-            false => format!("{}:{port}", self.host),
-        }
+        self.url.address()
     }
 
     /// `GET /info`.
@@ -288,9 +260,10 @@ impl Client {
     fn request(&self, method: Method, path: &str, body: Body) -> Request<Body> {
         let mut request = Request::new(body);
         *request.method_mut() = method;
-        let uri = format!("http://{}{path}", self.address());
+        let uri = format!("{}{path}", self.url);
         // An address that is no URI authority fails in connect(), with the address in the error.
         *request.uri_mut() = uri.parse().unwrap_or_default();
+        self.security.sign(request.headers_mut());
         request
     }
 
@@ -318,14 +291,16 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<Connection, Error> {
-        let connect = TcpStream::connect((self.host.as_str(), self.port));
+        let failed = |source| Error::Connect { address: self.address(), source };
+        let connect = TcpStream::connect((self.url.host.as_str(), self.url.port));
         let socket = timeout(limits::CONNECT_WAIT, connect)
             .await
             .map_err(|_| self.silence("connect", limits::CONNECT_WAIT))?
             .and_then(|socket| socket.set_nodelay(true).map(|()| socket))
-            .map_err(|source| Error::Connect { address: self.address(), source })?;
+            .map_err(failed)?;
+        let wire = self.security.dial(&self.url, socket).await.map_err(failed)?;
         let (sender, connection) = builder()
-            .handshake(TokioIo::new(socket))
+            .handshake(TokioIo::new(wire))
             .await
             .map_err(|source| self.http_error("open HTTP/2 to", source))?;
         // Its errors come out of the calls that they end.
@@ -380,17 +355,6 @@ fn builder() -> http2::Builder<TokioExecutor> {
         .keep_alive_interval(limits::PING_PERIOD)
         .keep_alive_timeout(limits::PING_WAIT);
     builder
-}
-
-/// Host and port of `HOST:PORT`, `[V6]:PORT`, or either without a port.
-fn split_port(authority: &str) -> (&str, Option<&str>) {
-    if let Some((host, rest)) = authority.strip_prefix('[').and_then(|v6| v6.split_once(']')) {
-        return (host, rest.strip_prefix(':'));
-    }
-    match authority.rsplit_once(':') {
-        Some((host, port)) => (host, Some(port)),
-        None => (authority, None),
-    }
 }
 
 /// Says who we are.
@@ -573,34 +537,6 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[track_caller]
-    fn check(url: &str, expected: Result<&str, &str>) {
-        let address = Client::new(url).map(|client| client.address());
-        let address = address.map_err(|error| error.to_string());
-        assert_eq!(address, expected.map(str::to_owned).map_err(str::to_owned), "{url}");
-    }
-
-    #[test]
-    fn a_url_is_reduced_to_its_address() {
-        check("http://10.0.0.1:20202", Ok("10.0.0.1:20202"));
-        check("http://node:20202/path?query#part", Ok("node:20202"));
-        check("https://user:password@node", Ok("node:443"));
-        check("http://node", Ok("node:80"));
-        check("http://[::1]:20202/", Ok("[::1]:20202"));
-        check("http://[::1]", Ok("[::1]:80"));
-    }
-
-    #[test]
-    fn a_url_without_an_address_is_refused() {
-        check("", Err("invalid URL scheme"));
-        check("localhost:20202", Err("invalid URL scheme"));
-        check("ftp://node", Err("invalid URL scheme"));
-        check("http://", Err("URL host required"));
-        check("http://:20202", Err("URL host required"));
-        check("http://node:port", Err("invalid URL port"));
-        check("http://node:70000", Err("invalid URL port"));
-    }
 
     #[test]
     fn only_lines_about_the_role_say_it() {

@@ -41,7 +41,8 @@ use self::rules::{Kind, Rules};
 use self::state::State;
 use self::upstream::{Address, Peer, Upstream};
 use super::body::{self, Aborted, Body, Hold};
-use super::{Stop, client, stopped};
+use super::security::Security;
+use super::{Stop, stopped, url};
 use crate::engine::Engine;
 use crate::limits;
 use crate::telemetry::ProxyMetrics;
@@ -86,6 +87,8 @@ pub struct Options {
     pub admission: Admission,
     /// What `/metrics` tells.
     pub metrics: ProxyMetrics,
+    /// What protects requests on their way to the primary.
+    pub security: Security,
 }
 
 /// From when on requests go to the application.
@@ -103,6 +106,7 @@ pub struct Proxy {
     rules: Rules,
     state: State,
     application: Arc<Upstream>,
+    security: Security,
     /// The proxy of the last primary that a request was passed on to, by its URL.
     primary: Mutex<Option<(String, Arc<Upstream>)>>,
 }
@@ -125,10 +129,16 @@ impl Proxy {
         ready: watch::Receiver<bool>,
         options: Options,
     ) -> Arc<Proxy> {
+        let security = options.security.for_proxy();
         Arc::new(Proxy {
             rules: Rules::new(&options.passthrough, &options.always_forward),
             state: State::new(engine, options.db.clone(), links, ready),
-            application: Upstream::new(Address::of_target(&options.target), Peer::Application),
+            application: Upstream::new(
+                Address::of_target(&options.target),
+                Peer::Application,
+                &security,
+            ),
+            security,
             primary: Mutex::default(),
             options,
         })
@@ -179,7 +189,11 @@ impl Proxy {
         let _ = socket.set_nodelay(true);
         let _ = upstream::notice_death(&socket);
         let pace = Pace::new(self.options.timeouts);
-        let io = TokioIo::new(PacedSocket::new(socket, pace.clone()));
+        let wire = match self.security.accept(socket).await {
+            Ok(wire) => wire,
+            Err(error) => return tracing::debug!(%address, %error, "connection to proxy refused"),
+        };
+        let io = TokioIo::new(PacedSocket::new(wire, pace.clone()));
         let client = Arc::new(Client { address: address.ip(), pace, stop: stop.clone() });
         let service = service_fn(move |request| {
             let answer = self.clone().answer(request, client.clone());
@@ -261,12 +275,12 @@ impl Proxy {
     }
 
     /// The connections to the primary's proxy.
-    fn primary(&self, url: &str) -> Result<Arc<Upstream>, client::Error> {
+    fn primary(&self, url: &str) -> Result<Arc<Upstream>, url::Error> {
         let mut primary = self.primary.lock().unwrap();
         match &*primary {
             Some((known, upstream)) if known == url => Ok(upstream.clone()),
             _ => {
-                let upstream = Upstream::new(Address::of_url(url)?, Peer::Node);
+                let upstream = Upstream::new(Address::of_url(url)?, Peer::Node, &self.security);
                 *primary = Some((url.to_owned(), upstream.clone()));
                 Ok(upstream)
             }

@@ -23,7 +23,9 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{
+    ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -38,6 +40,7 @@ use super::body::{self, Body};
 use super::peers::{Address, Peers};
 use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
+use super::security::Security;
 use super::socket::Socket;
 use super::{
     CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM,
@@ -72,6 +75,8 @@ pub struct Options {
     pub metrics: Metrics,
     /// The way to whoever decides the role of the node.
     pub control: Control,
+    /// What callers must show.
+    pub security: Security,
 }
 
 /// The API of one node.
@@ -157,6 +162,7 @@ impl Api {
         let _ = socket.set_nodelay(true);
         let address = socket.peer_addr().ok();
         let asked = Arc::new(AtomicBool::new(false));
+        let security = self.options.security.clone();
         let service = {
             let (api, asked, stop) = (self, asked.clone(), stop.clone());
             service_fn(move |mut request: Request<Incoming>| {
@@ -168,8 +174,12 @@ impl Api {
                 async move { Ok::<_, Infallible>(api.answer(request, stop).await) }
             })
         };
+        let wire = match security.accept(socket).await {
+            Ok(wire) => wire,
+            Err(error) => return tracing::debug!(?address, %error, "connection refused"),
+        };
         let builder = builder();
-        let connection = builder.serve_connection(TokioIo::new(Socket::new(socket)), service);
+        let connection = builder.serve_connection(TokioIo::new(Socket::new(wire)), service);
         tokio::pin!(connection);
         // Errors here are the peer's: it left, or spoke something else.
         tokio::select! {
@@ -210,6 +220,9 @@ impl Api {
     }
 
     async fn route(self: Arc<Api>, request: Request<Incoming>, stop: Stop) -> Answer {
+        if !self.options.security.admits(request.headers()) {
+            return Err(Refusal::unauthorized());
+        }
         let path = request.uri().path();
         let Some(allowed) = method_of(path) else {
             return Err(Refusal::new(StatusCode::NOT_FOUND, "404 page not found"));
@@ -591,6 +604,9 @@ struct Refusal {
     allowed: Option<Method>,
 }
 
+/// Makes a browser ask for the token.
+const ASK_FOR_TOKEN: HeaderValue = HeaderValue::from_static("Basic realm=\"litefs\"");
+
 const METHOD_NOT_ALLOWED: (StatusCode, &str) =
     (StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
 
@@ -601,6 +617,13 @@ fn lease_expired() -> Refusal {
 impl Refusal {
     fn new(status: StatusCode, text: &str) -> Refusal {
         Refusal { status, text: text.replace('\n', " "), allowed: None }
+    }
+
+    fn unauthorized() -> Refusal {
+        Refusal::new(
+            StatusCode::UNAUTHORIZED,
+            "token missing or wrong: http.auth-token must be the same on all nodes",
+        )
     }
 
     fn internal(error: &dyn std::error::Error) -> Refusal {
@@ -637,6 +660,9 @@ impl From<Refusal> for Response<Body> {
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         if let Some(method) = refusal.allowed.and_then(|method| method.as_str().parse().ok()) {
             headers.insert(ALLOW, method);
+        }
+        if refusal.status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, ASK_FOR_TOKEN);
         }
         response
     }

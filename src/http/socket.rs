@@ -8,21 +8,21 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::wire::Wire;
 use crate::limits;
 
 /// A socket whose writes fail after [`limits::BODY_STALL_WAIT`] without progress.
 pub(super) struct Socket {
-    stream: TcpStream,
+    stream: Wire,
     /// When the write that waits now fails.
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Socket {
     /// Guards `stream`.
-    pub(super) fn new(stream: TcpStream) -> Socket {
+    pub(super) fn new(stream: Wire) -> Socket {
         Socket { stream, deadline: None }
     }
 
@@ -88,7 +88,7 @@ impl AsyncWrite for Socket {
 #[cfg(test)]
 mod tests {
     use tokio::io::AsyncWriteExt as _;
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -96,7 +96,7 @@ mod tests {
     async fn a_peer_that_never_reads_ends_the_write() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let _peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut socket = Socket::new(listener.accept().await.unwrap().0);
+        let mut socket = Socket::new(Wire::Tcp(listener.accept().await.unwrap().0));
         let data = vec![0; 1 << 20];
         let error = loop {
             if let Err(error) = socket.write_all(&data).await {

@@ -27,6 +27,8 @@ mod lease;
 mod readers;
 /// Writes on a replica.
 mod refuse;
+/// Nodes that want a token and speak TLS.
+mod secure;
 
 /// A primary and its replicas.
 pub struct Cluster {

@@ -11,6 +11,7 @@ use litefs::cluster::node::{Candidacy, Node as RoleTask, Options as RoleOptions,
 use litefs::cluster::peers::Identity;
 use litefs::engine::{self, DbName, DbState, Engine, PrimaryInfo};
 use litefs::http::client::Client;
+use litefs::http::security::Security;
 use litefs::http::server::{Api, Options};
 use litefs::telemetry::Metrics;
 use ltx::{Compression, NodeId, Pos};
@@ -53,6 +54,7 @@ fn serve(engine: &Arc<Engine>, listener: TcpListener, candidate: bool, control: 
         proxy_url: None,
         metrics: Metrics::new().unwrap(),
         control,
+        security: Security::default(),
     };
     let api = Api::new(engine.clone(), options).unwrap();
     let (stop, stopped) = watch::channel(());
@@ -126,6 +128,7 @@ impl Node {
             reconnect_delay: Duration::from_millis(50),
             databases: databases.iter().map(|name| name.to_string()).collect(),
             hostname: "own-host".to_owned(),
+            security: Security::default(),
         };
         let candidate = role == StaticRole::Primary;
         let leaser = Leaser::Static { role, primary };
@@ -133,7 +136,7 @@ impl Node {
         let api = serve(&engine, listener, candidate, control.clone());
         let (stop, stopped) = watch::channel(());
         let role = (stop, tokio::spawn(task.run(stopped)));
-        let client = Client::new(&url).unwrap();
+        let client = Client::new(&url, &Security::default()).unwrap();
         Node { engine, url, ready, client, control, api, role }
     }
 

@@ -13,6 +13,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use litefs::http::client::{Client, Error, Stream, StreamRequest};
 use litefs::http::frame::{self, Decoder, Event, Frame};
+use litefs::http::security::Security;
 use ltx::NodeId;
 
 use super::node::identity;
@@ -85,7 +86,7 @@ pub async fn peer(
 }
 
 fn client(address: SocketAddr) -> Client {
-    Client::new(&format!("http://{address}")).unwrap()
+    Client::new(&format!("http://{address}"), &Security::default()).unwrap()
 }
 
 pub fn script(data: impl Into<Bytes>, then: Then) -> Answer {

@@ -1,7 +1,11 @@
 //! Where a request goes, and what becomes of its headers.
 
+use std::process::Command;
+
 use super::wire::{self, Connection, cookie};
 use super::{Plan, Site, http_get};
+use crate::support::certificates::Certificates;
+use crate::support::program;
 
 /// The lines of an echoed request.
 fn lines(text: &str) -> Vec<&str> {
@@ -215,4 +219,20 @@ fn what_is_no_request_is_refused() {
     }
     assert_eq!(site.apps[0].requests(), 0);
     assert_eq!(wire::ask(&site.proxies[0], "GET", "/echo", "", b"").status(), 200);
+}
+
+#[test]
+fn a_write_is_encrypted_on_its_way_to_the_primary() {
+    let certificates = Certificates::new();
+    let plan = Plan { http: certificates.http(""), ..Plan::default() };
+    let site = Site::with(2, &plan);
+    let written = site.ask(1, "POST", "/add/a", "");
+    assert_eq!(written.seen(), (200, "1".to_owned()));
+    assert_eq!((site.apps[0].requests(), site.apps[1].requests()), (1, 0));
+    // Who calls the primary's proxy with TLS is another node; applications' clients do not.
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--max-time", "20", "--cacert"]).arg(certificates.file("ca"));
+    let url = format!("https://{}/echo", site.proxies[0]);
+    let stranger = program::output(curl.arg(url)).unwrap();
+    assert!(!stranger.status.success(), "a stranger got in");
 }

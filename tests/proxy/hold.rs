@@ -11,7 +11,7 @@ use crate::support::consul::Consul;
 use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::wait;
 
-const PATIENT: Plan = Plan { proxy: ", primary-redirect-timeout: 25s", environment: &[] };
+const PATIENT: Plan = Plan { proxy: ", primary-redirect-timeout: 25s", http: "", environment: &[] };
 
 #[test]
 fn a_write_waits_for_a_primary_that_comes_back() {

@@ -34,6 +34,8 @@ struct Site {
 struct Plan {
     /// More keys of the section `proxy`, each with a leading comma.
     proxy: &'static str,
+    /// More keys of the section `http`, each with a leading comma.
+    http: &'static str,
     environment: &'static [(&'static str, &'static str)],
 }
 
@@ -70,6 +72,7 @@ impl Site {
             // A few lines for each node of a test.
             lines: Box::leak(lines.into_boxed_str()),
             environment: plan.environment,
+            http: plan.http,
             ..Settings::default()
         };
         let node = Node::new(&settings, member);

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "a helper may be ahead of the tests that need it")]
 
+/// An authority, a certificate for a node, and a token.
+pub mod certificates;
 /// A real Consul agent in memory, and links that a test can cut.
 pub mod consul;
 /// A database as its pages, read past the mount, and as its chain of LTX files.

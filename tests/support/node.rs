@@ -31,6 +31,8 @@ pub struct Settings {
     pub transport: &'static str,
     /// More keys of the section `data`, each with a leading comma.
     pub data: &'static str,
+    /// More keys of the section `http`, each with a leading comma; with `tls` the URL is `https`.
+    pub http: &'static str,
     /// More keys of the section `lease`, each with a leading comma.
     pub lease: &'static str,
     /// More lines.
@@ -82,6 +84,7 @@ impl Running {
 pub struct Node {
     dir: tempfile::TempDir,
     address: String,
+    scheme: &'static str,
     environment: &'static [(&'static str, &'static str)],
     child: Option<Running>,
     /// Where in the log the present run began.
@@ -93,7 +96,8 @@ impl Node {
     pub fn new(settings: &Settings, member: Member<'_>) -> Node {
         let address = free_address();
         let (dir, environment) = (tempfile::tempdir().unwrap(), settings.environment);
-        let node = Node { dir, address, environment, child: None, run_start: 0 };
+        let scheme = if settings.http.contains("tls:") { "https" } else { "http" };
+        let node = Node { dir, address, scheme, environment, child: None, run_start: 0 };
         node.configure(settings, member);
         node
     }
@@ -107,7 +111,7 @@ impl Node {
 
     /// Writes the configuration, for the next start.
     pub fn configure(&self, settings: &Settings, member: Member<'_>) {
-        let Settings { passthrough, transport, data, lease, lines, .. } = settings;
+        let Settings { passthrough, transport, data, http, lease, lines, .. } = settings;
         let fixed = |candidate: bool, primary: &str| {
             format!(
                 "type: static, hostname: primary, advertise-url: '{primary}', candidate: {candidate}"
@@ -132,7 +136,7 @@ impl Node {
         let config = format!(
             "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}}}\n\
              data: {{dir: {root}/data{data}}}\n\
-             http: {{addr: '{address}'}}\n\
+             http: {{addr: '{address}'{http}}}\n\
              lease: {{{member}, reconnect-delay: 100ms{lease}}}\n\
              {lines}\n"
         );
@@ -208,7 +212,7 @@ impl Node {
 
     /// The URL of its API.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 
     /// Host and port of its API.

@@ -36,9 +36,10 @@ use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
 use crate::engine::{self, Engine, PrimaryInfo, Role};
-use crate::http::client::Client;
 use crate::http::proxy::{self, Admission, Links, Proxy, Way};
+use crate::http::security::Security;
 use crate::http::server::{Api, Options as ApiOptions};
+use crate::http::url::{Scheme, Url};
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
 use crate::telemetry::{Metrics, say};
@@ -163,11 +164,12 @@ impl Node {
             tracing::info!("host environment detected type=fly.io");
         }
         let metrics = Metrics::new()?;
+        let security = Security::new(&config.http)?;
         let listener = bind_api(&config.http.addr).await?;
         let proxy_listener = bind_proxy(&config.proxy).await?;
         let node_id = draw_node_id()?;
         let port = listener.local_addr().context("cannot init http server")?.port();
-        let leaser = leaser(config, environment, port, node_id)?;
+        let leaser = leaser(config, environment, port, node_id, &security)?;
         let engine = match &proxy_listener {
             Some(listener) => tokio::select! {
                 engine = open_engine(config, node_id) => engine?,
@@ -176,11 +178,18 @@ impl Node {
             None => open_engine(config, node_id).await?,
         };
         self.engine = Some(engine.clone());
-        let membership = self.start_cluster(config, environment, &engine, leaser);
+        let membership = self.start_cluster(config, environment, &engine, leaser, &security);
         let proxy_url = match proxy_listener {
             Some(listener) => {
-                let url = proxy_url(config, environment, &listener)?;
-                self.start_proxy(settings, engine.clone(), &membership, listener, &metrics)?;
+                let url = proxy_url(config, environment, &listener, &security)?;
+                let options = proxy_options(settings, &metrics, &security);
+                self.start_proxy(
+                    engine.clone(),
+                    &membership,
+                    listener,
+                    &config.proxy.addr,
+                    options,
+                )?;
                 Some(url)
             }
             None => None,
@@ -199,6 +208,7 @@ impl Node {
             proxy_url,
             metrics,
             control: membership.control.clone(),
+            security,
         };
         self.start_api(config, options, engine, listener).await?;
         match config.skip_sync {
@@ -214,6 +224,7 @@ impl Node {
         environment: &Environment,
         engine: &Arc<Engine>,
         leaser: Leaser,
+        security: &Security,
     ) -> Membership {
         let lease = &config.lease;
         let options = ClusterOptions {
@@ -224,6 +235,7 @@ impl Node {
             reconnect_delay: lease.reconnect_delay,
             databases: lease.databases.clone(),
             hostname: hostname(config, environment),
+            security: security.clone(),
         };
         let (cluster, control, ready) = Cluster::new(engine.clone(), leaser, options);
         let links = cluster.links();
@@ -235,19 +247,18 @@ impl Node {
 
     fn start_proxy(
         &mut self,
-        settings: &Settings,
         engine: Arc<Engine>,
         membership: &Membership,
         listener: TcpListener,
-        metrics: &Metrics,
+        addr: &str,
+        options: proxy::Options,
     ) -> anyhow::Result<()> {
         let address = listener.local_addr().context("cannot init proxy server")?;
         let Membership { ready, links, .. } = membership;
-        let options = proxy_options(settings, metrics);
         let proxy = Proxy::new(engine, links.clone(), ready.clone(), options);
         let (stop, stopped) = watch::channel(());
         self.proxy = Some(Task { stop, handle: tokio::spawn(proxy.serve(listener, stopped)) });
-        let url = shown_url(&settings.config.proxy.addr, address);
+        let url = shown_url(Scheme::Http, addr, address);
         tracing::info!("proxy server listening on: {url}");
         Ok(())
     }
@@ -259,12 +270,16 @@ impl Node {
         engine: Arc<Engine>,
         listener: TcpListener,
     ) -> anyhow::Result<()> {
+        let scheme = scheme(&options.security);
         let api = spawn_blocking(move || Api::new(engine, options)).await?;
         let api = api.context("cannot init http server")?;
         let address = listener.local_addr().context("cannot init http server")?;
         let (stop, stopped) = watch::channel(());
         self.api = Some(Task { stop, handle: tokio::spawn(api.serve(listener, stopped)) });
-        tracing::info!("http server listening on: {}", shown_url(&config.http.addr, address));
+        tracing::info!(
+            "http server listening on: {}",
+            shown_url(scheme, &config.http.addr, address)
+        );
         Ok(())
     }
 
@@ -386,7 +401,7 @@ async fn bind(addr: &str) -> std::io::Result<TcpListener> {
     }
 }
 
-fn proxy_options(settings: &Settings, metrics: &Metrics) -> proxy::Options {
+fn proxy_options(settings: &Settings, metrics: &Metrics, security: &Security) -> proxy::Options {
     let Settings { config, environment, .. } = settings;
     let config::Proxy { target, db, passthrough, always_forward, .. } = config.proxy.clone();
     proxy::Options {
@@ -406,6 +421,7 @@ fn proxy_options(settings: &Settings, metrics: &Metrics) -> proxy::Options {
         way: if is_fly(environment) { Way::FlyReplay } else { Way::Forward },
         admission: if config.skip_sync { Admission::AtOnce } else { Admission::WhenReady },
         metrics: metrics.proxy.clone(),
+        security: security.clone(),
     }
 }
 
@@ -414,14 +430,20 @@ fn proxy_url(
     config: &Config,
     environment: &Environment,
     listener: &TcpListener,
+    security: &Security,
 ) -> anyhow::Result<String> {
     let port = listener.local_addr().context("cannot init proxy server")?.port();
     let advertised = match config.lease.advertise_url.as_str() {
         "" => format!("http://{}", hostname(config, environment)),
         url => url.to_owned(),
     };
-    let api = Client::new(&advertised).with_context(|| format!("advertise {advertised:?}"))?;
-    Ok(format!("http://{}", api.address_of_port(port)))
+    let api = Url::new(&advertised).with_context(|| format!("advertise {advertised:?}"))?;
+    Ok(Url { scheme: scheme(security), port, ..api }.to_string())
+}
+
+/// How this node is spoken to.
+fn scheme(security: &Security) -> Scheme {
+    if security.has_tls() { Scheme::Https } else { Scheme::Http }
 }
 
 /// Whether this is a machine of Fly.io.
@@ -430,10 +452,10 @@ fn is_fly(environment: &Environment) -> bool {
 }
 
 /// The URL as people type it: `localhost` for an empty host, and the real port.
-fn shown_url(addr: &str, bound: std::net::SocketAddr) -> String {
+fn shown_url(scheme: Scheme, addr: &str, bound: std::net::SocketAddr) -> String {
     let host = addr.rsplit_once(':').map_or(addr, |(host, _)| host);
     let host = if host.is_empty() { "localhost" } else { host };
-    format!("http://{host}:{}", bound.port())
+    format!("{}://{host}:{}", scheme.as_str(), bound.port())
 }
 
 /// Becomes primary, also if just now there is no primary that could hand its lease over.
@@ -458,10 +480,11 @@ fn leaser(
     environment: &Environment,
     port: u16,
     node_id: NodeId,
+    security: &Security,
 ) -> anyhow::Result<Leaser> {
     let lease = &config.lease;
     if lease.kind == Some(LeaseKind::Consul) {
-        return consul(config, environment, port, node_id);
+        return consul(config, environment, port, node_id, security);
     }
     tracing::info!(
         "Using static primary: primary={} hostname={} advertise-url={}",
@@ -475,7 +498,7 @@ fn leaser(
     };
     let role = if lease.candidate { StaticRole::Primary } else { StaticRole::Replica };
     if role == StaticRole::Replica {
-        Client::new(&lease.advertise_url).with_context(|| {
+        Url::new(&lease.advertise_url).with_context(|| {
             format!("lease.advertise-url must be the primary's URL, got {:?}", lease.advertise_url)
         })?;
     }
@@ -487,6 +510,7 @@ fn consul(
     environment: &Environment,
     port: u16,
     node_id: NodeId,
+    security: &Security,
 ) -> anyhow::Result<Leaser> {
     let lease = &config.lease;
     let hostname = hostname(config, environment);
@@ -494,10 +518,10 @@ fn consul(
         anyhow::bail!("must specify a hostname for this node");
     }
     let advertise_url = match lease.advertise_url.as_str() {
-        "" => format!("http://{hostname}:{port}"),
+        "" => format!("{}://{hostname}:{port}", scheme(security).as_str()),
         url => url.to_owned(),
     };
-    Client::new(&advertise_url).with_context(|| {
+    Url::new(&advertise_url).with_context(|| {
         format!("lease.advertise-url is not a URL of this node: {advertise_url:?}")
     })?;
     let address = Address::new(&lease.consul.url, |name| environment.get(name))

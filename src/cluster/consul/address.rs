@@ -12,6 +12,8 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use crate::tls::Identity;
+
 /// Where an agent listens unless somebody says otherwise.
 const DEFAULT_AUTHORITY: &str = "127.0.0.1:8500";
 
@@ -79,7 +81,7 @@ pub struct Certificates {
     /// Whom to trust; none for what the machine trusts.
     pub roots: Option<PathBuf>,
     /// Who we are, and our key.
-    pub client: Option<(PathBuf, PathBuf)>,
+    pub client: Option<Identity>,
 }
 
 /// The parts of a URL.
@@ -136,9 +138,12 @@ impl Address {
             namespace: set("CONSUL_NAMESPACE"),
             certificates: Certificates {
                 roots: set("CONSUL_CACERT").map(PathBuf::from),
-                client: set("CONSUL_CLIENT_CERT")
-                    .zip(set("CONSUL_CLIENT_KEY"))
-                    .map(|(certificate, key)| (certificate.into(), key.into())),
+                client: set("CONSUL_CLIENT_CERT").zip(set("CONSUL_CLIENT_KEY")).map(
+                    |(certificate, key)| Identity {
+                        certificate: certificate.into(),
+                        key: key.into(),
+                    },
+                ),
             },
         })
     }

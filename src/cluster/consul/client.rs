@@ -4,10 +4,6 @@
 //! that its caller gives; an answer is bounded by [`limits::DOCUMENT_BYTES_MAX`]; no error and no log
 //! line shows a token.
 
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -20,15 +16,14 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as Pool;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use rustls::pki_types::pem::{self, PemObject as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::address::{Address, Certificates};
 use crate::limits;
+use crate::tls::{self, Trust};
 
 /// The header with the index for blocking queries.
 const INDEX: &str = "x-consul-index";
@@ -80,25 +75,6 @@ pub enum Error {
         /// Why.
         source: Cause,
     },
-}
-
-/// Why there is no client.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A file of `CONSUL_CACERT`, `CONSUL_CLIENT_CERT` or `CONSUL_CLIENT_KEY` cannot be used.
-    #[error("read certificate {}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: pem::Error,
-    },
-    /// The machine trusts nobody.
-    #[error("find the certificates that this machine trusts; set CONSUL_CACERT")]
-    NoRoots,
-    /// Certificate and key do not fit, or the library refuses them.
-    #[error("set up TLS for consul")]
-    Config(#[from] rustls::Error),
 }
 
 /// Which state a read sees.
@@ -216,12 +192,12 @@ impl Client {
     ///
     /// # Errors
     /// Certificates that cannot be read or used.
-    pub fn new(address: Address) -> Result<Client, TlsError> {
+    pub fn new(address: Address) -> Result<Client, tls::Error> {
         let mut http = HttpConnector::new();
         http.enforce_http(false);
         http.set_nodelay(true);
         http.set_connect_timeout(Some(limits::CONNECT_WAIT));
-        let config = tls(&address.certificates, address.scheme)?;
+        let config = tls_config(&address.certificates, address.scheme)?;
         let connector = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http();
         let connector = connector.enable_http1().wrap_connector(http);
         let mut builder = Pool::builder(TokioExecutor::new());
@@ -551,42 +527,11 @@ fn escape(text: &str, keep: &[u8]) -> String {
     escaped
 }
 
-fn tls(files: &Certificates, scheme: &str) -> Result<ClientConfig, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder =
-        ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    let mut roots = RootCertStore::empty();
-    match &files.roots {
-        _ if scheme != "https" => {}
-        Some(path) => {
-            for certificate in certificates(path)? {
-                roots.add(certificate)?;
-            }
-        }
-        None => {
-            let (added, _) =
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            if added == 0 {
-                return Err(TlsError::NoRoots);
-            }
-        }
-    }
-    let builder = builder.with_root_certificates(roots);
-    match &files.client {
-        Some((certificate, key)) if scheme == "https" => {
-            let key_error = |source| TlsError::File { path: key.clone(), source };
-            let key = PrivateKeyDer::from_pem_file(key).map_err(key_error)?;
-            Ok(builder.with_client_auth_cert(certificates(certificate)?, key)?)
-        }
-        _ => Ok(builder.with_no_client_auth()),
-    }
-}
-
-/// The certificates in a file; there is at least one.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let error = |source| TlsError::File { path: path.to_owned(), source };
-    let file = File::open(path).map_err(|source| error(pem::Error::Io(source)))?;
-    let found = CertificateDer::pem_reader_iter(io::BufReader::new(file));
-    let found: Vec<_> = found.collect::<Result<_, _>>().map_err(error)?;
-    if found.is_empty() { Err(error(pem::Error::NoItemsFound)) } else { Ok(found) }
+fn tls_config(files: &Certificates, scheme: &str) -> Result<ClientConfig, tls::Error> {
+    let trust = match &files.roots {
+        _ if scheme != "https" => return tls::client(Trust::Nobody, None),
+        Some(path) => Trust::File(path),
+        None => Trust::Machine,
+    };
+    tls::client(trust, files.client.as_ref())
 }

@@ -61,13 +61,14 @@ impl Node {
     ) -> (Result<End, replica::Error>, Progress) {
         let (engine, lineage, identity) =
             (self.engine.clone(), self.lineage.clone(), self.identity.clone());
-        let databases = self.options.databases.clone();
+        let (databases, security) = (self.options.databases.clone(), self.options.security.clone());
         let (ready, link, reconnect) =
             (self.ready.clone(), self.link.clone(), self.reconnect.clone());
         let progress = Progress::default();
         let replica = Replica {
             engine: &engine,
             identity: &identity,
+            security: &security,
             primary,
             view: self.view(),
             lineage: &lineage,

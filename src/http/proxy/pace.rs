@@ -18,8 +18,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::http::wire::Wire;
 
 /// The limits; zero is none.
 #[derive(Debug, Clone, Copy, Default)]
@@ -155,7 +156,7 @@ impl Drop for Answering {
 
 /// A socket that fails with `TimedOut` when the client is too slow.
 pub(super) struct PacedSocket {
-    stream: TcpStream,
+    stream: Wire,
     pace: Arc<Pace>,
     read_timer: Timer,
     write_timer: Timer,
@@ -164,7 +165,7 @@ pub(super) struct PacedSocket {
 }
 
 impl PacedSocket {
-    pub(super) fn new(stream: TcpStream, pace: Arc<Pace>) -> PacedSocket {
+    pub(super) fn new(stream: Wire, pace: Arc<Pace>) -> PacedSocket {
         let (read_timer, write_timer) = (Timer::default(), Timer::default());
         PacedSocket { stream, pace, read_timer, write_timer, is_blocked: false }
     }

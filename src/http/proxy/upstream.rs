@@ -8,9 +8,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
@@ -18,12 +16,13 @@ use hyper::http::request::Parts;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::http::body::{self, Body};
-use crate::http::client::{self, Client};
+use crate::http::security::Security;
+use crate::http::url::{self, Url};
+use crate::http::wire::Wire;
 use crate::limits;
 
 /// Where a server is.
@@ -33,6 +32,8 @@ pub(super) enum Address {
     Tcp(String),
     /// A socket file.
     Unix(PathBuf),
+    /// Another node's proxy.
+    Node(Url),
 }
 
 impl Address {
@@ -46,8 +47,8 @@ impl Address {
     }
 
     /// The address in a URL of another node.
-    pub(super) fn of_url(url: &str) -> Result<Address, client::Error> {
-        Client::new(url).map(|client| Address::Tcp(client.address()))
+    pub(super) fn of_url(url: &str) -> Result<Address, url::Error> {
+        Url::new(url).map(Address::Node)
     }
 }
 
@@ -56,6 +57,7 @@ impl std::fmt::Display for Address {
         match self {
             Address::Tcp(address) => address.fmt(f),
             Address::Unix(path) => path.display().fmt(f),
+            Address::Node(url) => url.address().fmt(f),
         }
     }
 }
@@ -89,6 +91,7 @@ pub(super) enum SendError {
 pub(super) struct Upstream {
     address: Address,
     peer: Peer,
+    security: Security,
     /// Without a request now; the last one used last.
     idle: Mutex<VecDeque<Idle>>,
 }
@@ -105,8 +108,9 @@ struct Connection {
 }
 
 impl Upstream {
-    pub(super) fn new(address: Address, peer: Peer) -> Arc<Upstream> {
-        Arc::new(Upstream { address, peer, idle: Mutex::default() })
+    pub(super) fn new(address: Address, peer: Peer, security: &Security) -> Arc<Upstream> {
+        let security = security.clone();
+        Arc::new(Upstream { address, peer, security, idle: Mutex::default() })
     }
 
     pub(super) fn address(&self) -> &Address {
@@ -225,18 +229,24 @@ impl Upstream {
         self.peer == Peer::Application && matches!(error.kind(), ConnectionRefused | NotFound)
     }
 
-    async fn open(&self) -> io::Result<Socket> {
+    async fn open(&self) -> io::Result<Wire> {
         match &self.address {
-            Address::Unix(path) => UnixStream::connect(path).await.map(Socket::Unix),
-            Address::Tcp(address) => {
-                let socket = TcpStream::connect(address).await?;
-                socket.set_nodelay(true)?;
-                if self.peer == Peer::Node {
-                    notice_death(&socket)?;
-                }
-                Ok(Socket::Tcp(socket))
+            Address::Unix(path) => UnixStream::connect(path).await.map(Wire::Unix),
+            Address::Tcp(address) => self.connect_to(address).await.map(Wire::Tcp),
+            Address::Node(url) => {
+                let socket = self.connect_to(&url.address()).await?;
+                self.security.dial(url, socket).await
             }
         }
+    }
+
+    async fn connect_to(&self, address: &str) -> io::Result<TcpStream> {
+        let socket = TcpStream::connect(address).await?;
+        socket.set_nodelay(true)?;
+        if self.peer == Peer::Node {
+            notice_death(&socket)?;
+        }
+        Ok(socket)
     }
 }
 
@@ -276,61 +286,6 @@ pub(super) fn notice_death(socket: &TcpStream) -> io::Result<()> {
     setsockopt(socket, sockopt::TcpKeepIdle, &(seconds / 2))?;
     setsockopt(socket, sockopt::TcpKeepInterval, &(seconds / 6))?;
     Ok(setsockopt(socket, sockopt::TcpKeepCount, &3)?)
-}
-
-/// A connected socket of either kind.
-enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-macro_rules! on_either {
-    ($socket:expr, $inner:ident => $call:expr) => {
-        match $socket {
-            Socket::Tcp($inner) => $call,
-            Socket::Unix($inner) => $call,
-        }
-    };
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        on_either!(&mut *self, socket => Pin::new(socket).poll_read(context, buffer))
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        on_either!(&mut *self, socket => Pin::new(socket).poll_write(context, data))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        data: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        on_either!(&mut *self, socket => Pin::new(socket).poll_write_vectored(context, data))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        on_either!(self, socket => socket.is_write_vectored())
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        on_either!(&mut *self, socket => Pin::new(socket).poll_flush(context))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        on_either!(&mut *self, socket => Pin::new(socket).poll_shutdown(context))
-    }
 }
 
 #[cfg(test)]
@@ -406,7 +361,7 @@ mod tests {
     #[tokio::test]
     async fn what_changes_nothing_is_sent_again_on_another_connection() {
         let (address, server) = server(&[1, 1]);
-        let upstream = Upstream::new(address, Peer::Application);
+        let upstream = Upstream::new(address, Peer::Application, &Security::default());
         assert_eq!(ask(&upstream, Method::GET).await, Ok("ok".to_owned()));
         wait_idle(&upstream).await;
         // The first connection is closed after its second request.
@@ -418,7 +373,7 @@ mod tests {
     #[tokio::test]
     async fn what_changes_something_is_sent_once() {
         let (address, server) = server(&[1]);
-        let upstream = Upstream::new(address.clone(), Peer::Application);
+        let upstream = Upstream::new(address.clone(), Peer::Application, &Security::default());
         assert_eq!(ask(&upstream, Method::POST).await, Ok("ok".to_owned()));
         wait_idle(&upstream).await;
         let error = format!("no answer from {address}");
@@ -431,7 +386,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address::Tcp(listener.local_addr().unwrap().to_string());
         drop(listener);
-        let upstream = Upstream::new(address, Peer::Node);
+        let upstream = Upstream::new(address, Peer::Node, &Security::default());
         let request = Request::post("/x").body(body::full("text")).unwrap();
         match upstream.send(request).await {
             Err(SendError::Connect { request, .. }) => assert_eq!(request.uri(), "/x"),
@@ -444,7 +399,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("app.sock");
         let target = format!("unix:{}", path.display());
-        let upstream = Upstream::new(Address::of_target(&target), Peer::Application);
+        let upstream =
+            Upstream::new(Address::of_target(&target), Peer::Application, &Security::default());
         // It comes a little later than the first request.
         let asked = tokio::spawn(async move { ask(&upstream, Method::GET).await });
         tokio::task::yield_now().await;
@@ -465,6 +421,6 @@ mod tests {
         assert_eq!(Address::of_target(":8081"), tcp("localhost:8081"));
         assert_eq!(Address::of_target("10.0.0.1:80"), tcp("10.0.0.1:80"));
         assert_eq!(Address::of_target("unix:/run/a"), Address::Unix("/run/a".into()));
-        assert_eq!(Address::of_url("http://[::1]:8080/x").unwrap(), tcp("[::1]:8080"));
+        assert_eq!(Address::of_url("http://[::1]:8080/x").unwrap().to_string(), "[::1]:8080");
     }
 }

@@ -3,6 +3,7 @@
 //! Sources: "Database File Format" (<https://www.sqlite.org/fileformat2.html>) and "WAL-mode File
 //! Format" (<https://www.sqlite.org/walformat.html>).
 
+pub mod freelist;
 pub mod header;
 pub mod journal;
 pub mod lock_byte;

@@ -15,7 +15,8 @@
 //! Which of these it is, checksums decide: first all is read and decided, then files change. Changed
 //! in this order: what is unusable moves to `lost+found/`, LTX files are written, the database file
 //! is written (from the WAL, then from LTX files), the WAL goes as soon as it is not needed. A crash after any step leaves what the next start needs to come to the
-//! same end. (Only a hot journal is rolled back before anything is decided, as SQLite does.)
+//! same end. (Only a hot journal is rolled back before anything is decided, as SQLite does; it stays
+//! until all is done.)
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
@@ -39,6 +40,7 @@ mod fence;
 mod image;
 mod log;
 mod repair;
+mod rolled_back;
 #[cfg(test)]
 mod tests;
 
@@ -241,6 +243,9 @@ struct Found {
     /// There is a WAL of another page size, which has no part in anything.
     foreign_wal: bool,
     journal: Journal,
+    /// A hot journal was rolled back. It stays until nothing depends on it any more: a start that
+    /// breaks off must come to the same end.
+    rolled_back: bool,
 }
 
 struct Recovery<'a> {
@@ -304,7 +309,7 @@ impl Recovery<'_> {
             let start = self.files.run_start(&end)?;
             match self.newest_valid(Some(start))? {
                 Some(older) => end = older,
-                None => return Err(self.diverged(&newest, &found)?),
+                None => return self.run_unexplained(&newest, found),
             }
         }
     }
@@ -325,12 +330,12 @@ impl Recovery<'_> {
         let known = end.map(|end| end.header.page_size);
         let in_file = self.open_database()?.map(|file| self.read_header(&file)).transpose()?;
         let in_file = in_file.and_then(|header| header.ok()).map(|header| header.page_size);
-        let journal = match self.journal(super_journals, in_file.or(known))? {
+        let (journal, rolled_back) = match self.journal(super_journals, in_file.or(known))? {
             Journal::Hot(journal) => {
                 repair::roll_back(self.dir, journal)?;
-                Journal::Cold
+                (Journal::Cold, true)
             }
-            journal => journal,
+            journal => (journal, false),
         };
         let database = self.open_database()?;
         let header = match &database {
@@ -346,7 +351,17 @@ impl Recovery<'_> {
         let log = log.filter(|_| !foreign_wal);
         let database_time = modified(&self.dir.database())?;
         let wal_time = modified(&self.dir.wal())?;
-        Ok(Found { base, header, database, database_time, log, wal_time, foreign_wal, journal })
+        Ok(Found {
+            base,
+            header,
+            database,
+            database_time,
+            log,
+            wal_time,
+            foreign_wal,
+            journal,
+            rolled_back,
+        })
     }
 
     /// The checksums of the whole database file, saved or computed.
@@ -702,6 +717,7 @@ impl Recovery<'_> {
     /// Neither a chain nor a database: an empty file is as good as none.
     fn run_without_database(mut self, found: Found, lost: &[LtxFile]) -> Result<Recovered, Error> {
         if let (Err(source), true) = (found.header, found.base.pages() > 0) {
+            self.forget_journal(&found)?;
             return Err(Error::Damaged { path: self.dir.database(), source });
         }
         for file in lost {
@@ -735,8 +751,8 @@ impl Recovery<'_> {
                 }
             }
         }
-        // The database goes first: a WAL without one means nothing.
-        repair::remove(&[&database], self.dir.path())?;
+        // A journal goes before what it would be played back to, a WAL without a database means nothing.
+        repair::remove(&[&self.dir.journal(), &database], self.dir.path())?;
         self.clean_up()?;
         Ok(self.empty(Some(end.header.page_size), end.pos(), end.header.timestamp_ms))
     }

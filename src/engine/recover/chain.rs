@@ -153,6 +153,33 @@ impl Files {
         }
         Ok(found)
     }
+
+    /// Whether the files that lead to `end` say of no page of `image` but those of `except` that it was
+    /// another one there.
+    pub(super) fn agree(
+        &self,
+        end: &End,
+        image: &Image,
+        except: &HashSet<Pgno>,
+    ) -> Result<bool, Error> {
+        let mut seen = HashSet::new();
+        let mut next: Option<End> = None;
+        let mut file = Some(&end.file);
+        while let Some((this, pages)) = file.map(load).transpose()?.flatten() {
+            if next.as_ref().is_some_and(|next| !leads_to(&this, next)) {
+                break;
+            }
+            for (pgno, sum) in pages {
+                let counts = pgno.0 <= end.header.commit && seen.insert(pgno);
+                if counts && !except.contains(&pgno) && image.get(pgno) != sum {
+                    return Ok(false);
+                }
+            }
+            file = self.before(this.header.min_txid);
+            next = Some(this);
+        }
+        Ok(true)
+    }
 }
 
 /// Files that bring a database to the end of the chain.

@@ -224,7 +224,7 @@ pub(super) fn sync_database(database: &File, sources: &Sources<'_>) -> Result<()
     os::sync("recover:database", database).map_err(io_error("sync database", sources.database_path))
 }
 
-/// Rolls a hot journal back and removes it.
+/// Rolls a hot journal back. It stays.
 pub(super) fn roll_back(dir: &DbDir, mut journal: JournalReader<File>) -> Result<(), Error> {
     let (path, journal_path) = (dir.database(), dir.journal());
     let header = *journal.header();
@@ -240,8 +240,7 @@ pub(super) fn roll_back(dir: &DbDir, mut journal: JournalReader<File>) -> Result
     let len = u64::from(header.database_pages) * u64::from(header.page_size.get());
     os::truncate("recover:journal", &database, len)
         .and_then(|()| os::sync("recover:journal", &database))
-        .map_err(io_error("set length of database", &path))?;
-    remove(&[&journal_path], dir.path())
+        .map_err(io_error("set length of database", &path))
 }
 
 /// The former content of the pages in a journal, as checksums.

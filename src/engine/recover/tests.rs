@@ -763,6 +763,61 @@ fn a_hot_journal_without_a_chain_is_rolled_back() {
     target.check(&source, before, pos);
 }
 
+/// Broken off after it had spilled pages into free ones: those are other ones when it is rolled back.
+fn crash_over_free_pages() -> (Source, Target) {
+    let mut source = Source::delete();
+    source.insert(60);
+    source.run("delete from t where id > 3");
+    source.run("update t set x = randomblob(700) where id = 1");
+    source.connection.execute_batch("pragma cache_size = 2; pragma synchronous = full").unwrap();
+    // More pages than are free, and than a cache keeps that other tests have made larger.
+    let insert = "insert into t(x) select randomblob(700) from t;".repeat(7);
+    source.connection.execute_batch(&format!("begin; {insert}")).unwrap();
+    let target = Target::of(&source);
+    let len = source.states[source.last() as usize].len();
+    assert!(fs::metadata(target.dir.database()).unwrap().len() > len as u64, "pages were spilled");
+    (source, target)
+}
+
+/// The only LTX file that is left does not say what they were.
+#[test]
+fn a_rollback_over_free_pages_goes_on_from_the_chain() {
+    let (source, target) = crash_over_free_pages();
+    let before = source.last();
+    let target = target.with(&source, before..=before);
+    let whole = target.copy();
+    let recovered = whole.recover().unwrap();
+    assert_eq!(recovered.pos.txid, Txid(before + 1));
+    assert_eq!(recovered.rebuilt, [Txid(before + 1)]);
+    assert!(recovered.set_aside.is_empty() && !whole.dir.journal().exists());
+    let database = fs::read(whole.dir.database()).unwrap();
+    assert_eq!(database.len(), source.states[before as usize].len());
+    let sql = Connection::open(whole.dir.database()).unwrap();
+    let rows: u32 = sql.query_row("select count(*) from t", [], |row| row.get(0)).unwrap();
+    assert_eq!(rows, 3);
+    assert_eq!(whole.recover().unwrap().pos, recovered.pos);
+    let mut after = source;
+    after.states.push(database);
+    target.check_crashes(&after, before + 1, recovered.pos);
+}
+
+/// A page that is in use is another one than the chain says.
+#[test]
+fn a_rollback_over_free_pages_excuses_no_other_page() {
+    let (source, target) = crash_over_free_pages();
+    let before = source.last();
+    let target = target.with(&source, before..=before);
+    let read = "select x from t where id = 1";
+    let row: Vec<u8> = source.connection.query_row(read, [], |row| row.get(0)).unwrap();
+    let end = &row[row.len() - 50..];
+    let at = source.states[before as usize].windows(end.len()).position(|bytes| bytes == end);
+    overwrite(&target.dir.database(), b"damaged!", at.unwrap());
+    let result = target.recover();
+    assert!(matches!(result, Err(Error::Diverged { .. })), "{result:?}");
+    assert!(!target.dir.journal().exists() && target.lost().is_empty());
+    assert!(matches!(target.recover(), Err(Error::Diverged { .. })));
+}
+
 /// Writes the whole journal of transaction `txid`.
 fn write_journal(target: &Target, source: &Source, txid: u64) {
     let before = source.pages(txid - 1);

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run test check quick bench fuzz deny direction
+.PHONY: help run test check quick bench chaos fuzz deny direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
@@ -16,6 +16,7 @@ help:
 	@echo "make check  format, lints, documentation, crate direction"
 	@echo "make quick  unit and engine tests only"
 	@echo "make bench  the numbers of docs/benchmarks.md"
+	@echo "make chaos  ten minutes of three nodes with faults by chance"
 	@echo "make fuzz   each fuzz target for 60 s"
 	@echo "make deny   licences and sources of the dependencies"
 
@@ -58,6 +59,13 @@ quick:
 bench:
 	@.ci/packages build
 	LIBSQLITE3_FLAGS=-DHAVE_FDATASYNC cargo bench -p litefs --bench numbers
+
+# MINUTES=10, and LITEFS_TEST_SEED=N for the faults of another run.
+MINUTES ?= 10
+
+chaos:
+	@.ci/packages test
+	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- cluster::random --nocapture
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz

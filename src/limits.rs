@@ -208,6 +208,10 @@ pub const CHECKPOINT_FRAMES: u32 = 1000;
 /// Written LTX files that may wait for a sync, and how many are open at once while they are synced.
 pub const SYNC_FILES: usize = 256;
 
+/// Pages in written LTX files that may wait for a sync: 24 bytes of memory each, for as long as the
+/// application does not checkpoint.
+pub const SYNC_PAGES: usize = 128 << 10;
+
 /// How long the LTX writer waits after a failure before it tries again.
 pub const WRITER_RETRY: Duration = Duration::from_secs(1);
 

@@ -8,7 +8,39 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
+
+/// Labels of what an application asked for.
+const OF_APPLICATIONS: [&str; 3] = ["files:sync", "files:dir", "super-journal:sync"];
+
+/// How often something was made durable since the start, for the metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Syncs {
+    /// Because an application asked for it.
+    pub applications: u64,
+    /// Of our own.
+    pub own: u64,
+}
+
+static SYNCS_OF_APPLICATIONS: AtomicU64 = AtomicU64::new(0);
+static SYNCS_OF_OUR_OWN: AtomicU64 = AtomicU64::new(0);
+
+/// How often something was made durable since the start.
+pub fn syncs() -> Syncs {
+    Syncs {
+        applications: SYNCS_OF_APPLICATIONS.load(Ordering::Relaxed),
+        own: SYNCS_OF_OUR_OWN.load(Ordering::Relaxed),
+    }
+}
+
+fn count_sync(label: &str) {
+    let counter = match OF_APPLICATIONS.contains(&label) {
+        true => &SYNCS_OF_APPLICATIONS,
+        false => &SYNCS_OF_OUR_OWN,
+    };
+    counter.fetch_add(1, Ordering::Relaxed);
+}
 
 /// Faults that tests inject into the calls of this module.
 pub mod fault {
@@ -22,9 +54,14 @@ pub mod fault {
     /// The armed fault, or none.
     static FAULT: Mutex<Option<Fault>> = Mutex::new(None);
 
+    /// What a test does in the middle of a call.
+    type Hook = Box<dyn FnOnce()>;
+
     thread_local! {
         /// The faults that are armed for this thread's calls.
         static FAULTS_HERE: RefCell<Vec<Fault>> = const { RefCell::new(Vec::new()) };
+        /// What is done at this thread's next call with that label.
+        static HOOKS_HERE: RefCell<Vec<(String, Hook)>> = const { RefCell::new(Vec::new()) };
     }
 
     /// What to do to which call.
@@ -62,9 +99,23 @@ pub mod fault {
         waiting > 0
     }
 
+    /// Has `hook` called before this thread's next call whose label starts with `label`.
+    pub fn meanwhile(label: &str, hook: impl FnOnce() + 'static) {
+        ARMED.fetch_add(1, Ordering::SeqCst);
+        HOOKS_HERE.with_borrow_mut(|hooks| hooks.push((label.to_owned(), Box::new(hook))));
+    }
+
     pub(super) fn check(label: &str) -> io::Result<()> {
         if ARMED.load(Ordering::Relaxed) == 0 {
             return Ok(());
+        }
+        let hook = HOOKS_HERE.with_borrow_mut(|hooks| {
+            let due = hooks.iter().position(|(start, _)| label.starts_with(start.as_str()))?;
+            Some(hooks.swap_remove(due).1)
+        });
+        if let Some(hook) = hook {
+            ARMED.fetch_sub(1, Ordering::SeqCst);
+            hook();
         }
         let here = FAULTS_HERE.with_borrow_mut(|armed| {
             let due = armed.iter_mut().position(|fault| is_due(fault, label))?;
@@ -144,6 +195,7 @@ pub fn truncate(label: &str, file: &File, len: u64) -> io::Result<()> {
 /// Makes a file's content and length durable (fdatasync).
 pub fn sync(label: &str, file: &File) -> io::Result<()> {
     fault::check(label)?;
+    count_sync(label);
     file.sync_data()
 }
 
@@ -158,12 +210,14 @@ pub fn start_writeback(file: &File) {
 /// Makes everything durable that was written to the file system of `path`, a directory.
 pub fn sync_fs(label: &str, path: &Path) -> io::Result<()> {
     fault::check(label)?;
+    count_sync(label);
     Ok(nix::unistd::syncfs(File::open(path)?)?)
 }
 
 /// Makes the names in a directory durable.
 pub fn sync_dir(label: &str, dir: &Path) -> io::Result<()> {
     fault::check(label)?;
+    count_sync(label);
     File::open(dir)?.sync_all()
 }
 

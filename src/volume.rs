@@ -610,6 +610,11 @@ impl PageCache for KernelCache {
     fn name_changed(&self, name: &str) {
         self.0.post_inval_entry(OsStr::new(name));
     }
+
+    fn file_mistaken(&self, ino: u64, name: &str) {
+        self.0.post_inval_inode(ino, 0, 0);
+        self.0.post_inval_entry(OsStr::new(name));
+    }
 }
 
 fn log_failure(result: Result<(), Errno>) {

@@ -314,7 +314,9 @@ impl Chain {
     pub fn wants_sync(&self) -> bool {
         let inner = self.inner.lock().unwrap();
         let failed = inner.error.is_some() && !inner.unsynced.is_empty();
-        failed || !inner.waiters.is_empty() || inner.unsynced.len() >= limits::SYNC_FILES
+        let pages: usize = inner.unsynced.iter().map(|file| file.transaction.page_count()).sum();
+        let many = inner.unsynced.len() >= limits::SYNC_FILES || pages >= limits::SYNC_PAGES;
+        failed || !inner.waiters.is_empty() || many
     }
 
     /// Whether so much is queued that committing has to wait for the writer.

@@ -143,6 +143,11 @@ impl Transaction {
         ltx::HEADER_SIZE + ltx::TRAILER_SIZE + 4 + self.pages.len() * (self.page_size.bytes() + 4)
     }
 
+    /// How many pages it changes.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Whether `next` can be merged behind this one: the same source and page size, contiguous.
     pub fn can_merge(&self, next: &Transaction) -> bool {
         // The first file of a database stays a snapshot of one transaction, and the second one

@@ -7,6 +7,7 @@ use ltx::Pgno;
 use prometheus::IntCounter;
 
 use crate::engine::{Db, DbState, Engine, Role};
+use crate::os;
 use crate::telemetry::Metrics;
 
 /// Brings `metrics` up to date. Blocking: looks at each database.
@@ -20,6 +21,7 @@ pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
     metrics.passthrough.set(i64::from(engine.shared().is_passthrough()));
     metrics.last_news_seconds.set(engine.lag_timestamp_ms().unwrap_or(0) as f64 / 1000.0);
     metrics.lag_seconds.set(engine.lag_ms().unwrap_or(0) as f64 / 1000.0);
+    metrics.set_syncs(os::syncs());
     for db in databases {
         collect_database(&db, metrics);
     }

@@ -20,6 +20,7 @@ use prometheus::{
 
 use super::histogram;
 use crate::engine::times::Noted;
+use crate::os::Syncs;
 
 mod proxy;
 
@@ -52,6 +53,7 @@ pub struct Metrics {
     /// When the primary last gave news, in seconds since the Unix epoch; 0 before the first.
     pub last_news_seconds: Gauge,
     transport: IntGaugeVec,
+    sync_count: IntCounterVec,
     /// What the proxy counts.
     pub proxy: ProxyMetrics,
     frame_send_count: IntCounterVec,
@@ -152,6 +154,10 @@ impl Metrics {
                 Opts::new("litefs_transport", "1 for how requests come from the kernel."),
                 &["type"],
             )?)?,
+            sync_count: register.add(IntCounterVec::new(
+                Opts::new("litefs_sync_count", "Files, directories and file systems made durable."),
+                &["for"],
+            )?)?,
             databases: DatabaseVecs::register(&register)?,
             times: Times::default(),
             registry,
@@ -187,6 +193,15 @@ impl Metrics {
     /// Says how requests come from the kernel: `dev` or `uring`.
     pub fn set_transport(&self, name: &str) {
         self.transport.with_label_values(&[name]).set(1);
+    }
+
+    /// How often something was made durable, because an application asked for it and otherwise.
+    pub fn set_syncs(&self, syncs: Syncs) {
+        for (label, total) in [("application", syncs.applications), ("litefs", syncs.own)] {
+            let counter = self.sync_count.with_label_values(&[label]);
+            // Two scrapes at a time can only count less, never down.
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 
     /// How long things took on the database `name` so far.

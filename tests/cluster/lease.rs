@@ -89,12 +89,13 @@ fn status(node: &Node, field: &str) -> String {
         .map_or_else(String::new, |value| value.as_str().unwrap_or_default().to_owned())
 }
 
-fn is_primary(node: &Node) -> bool {
+/// Whether the node says that it leads.
+pub fn is_primary(node: &Node) -> bool {
     status(node, "/role") == "primary"
 }
 
 /// The primary's host name as `.primary` says it; empty without one.
-fn primary_of(node: &Node) -> String {
+pub fn primary_of(node: &Node) -> String {
     let text = std::fs::read_to_string(node.file(".primary")).unwrap_or_default();
     text.trim_end().to_owned()
 }

@@ -23,6 +23,8 @@ mod follow;
 mod join;
 /// Nodes with a lease in Consul.
 mod lease;
+/// Nodes with a lease in Consul, and faults by chance.
+mod random;
 /// Readers on a replica.
 mod readers;
 /// Writes on a replica.

@@ -2,16 +2,21 @@
 //! refused any more.
 
 use std::sync::mpsc::{self, TryRecvError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use litefs::boot_time::BootTime;
 use litefs::engine::db::Refusal;
 use litefs::engine::files::FileKind;
+use litefs::engine::layout::DbDir;
 use litefs::engine::locks::{LockKind, Owner};
-use litefs::engine::{Db, Engine, Error, Role};
+use litefs::engine::{Db, Engine, Error, PageCache, Role};
+use litefs::os;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{self, ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno};
+
+use crate::support::image::Image;
 
 use super::{CLIENT, PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
 
@@ -65,6 +70,61 @@ fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
     db.remove_journal().unwrap();
     unlock_all(&db);
     assert_eq!(db.pos(), before);
+}
+
+/// A kernel that remembers which names it was told to forget.
+#[derive(Default)]
+struct Kernel(Mutex<Vec<String>>);
+
+impl PageCache for Kernel {
+    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
+    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
+    fn file_changed(&self, _ino: u64) {}
+    fn attr_changed(&self, _ino: u64) {}
+    fn name_changed(&self, _name: &str) {}
+    fn file_mistaken(&self, _ino: u64, name: &str) {
+        self.0.lock().unwrap().push(name.to_owned());
+    }
+}
+
+/// The lease runs out while the commit is on its way: while its LTX file is written it can still be
+/// rolled back; while the journal is removed it cannot, and then nobody may find the journal again.
+#[test]
+fn a_commit_whose_lease_runs_out_on_its_way_is_refused_whole_or_counts() {
+    for (label, counts) in [("chain:ltx", false), ("files:remove", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let kernel = Arc::new(Kernel::default());
+        engine.mounted(kernel.clone(), true);
+        let db = database(&engine, "db");
+        let content = image(1);
+        commit(&db, &content);
+        let before = db.pos();
+        begin(&db, &image(20));
+        let of_hook = engine.clone();
+        os::fault::meanwhile(label, move || close_fence(&of_hook));
+        let refused = db.remove_journal();
+        assert!(refused.is_err(), "{label}: acknowledged");
+        let mistaken = kernel.0.lock().unwrap().clone();
+        if counts {
+            assert_eq!(db.pos().txid, before.txid.next());
+            assert!(db.files().get(FileKind::Journal).is_none());
+            assert_eq!(mistaken, ["db-journal"], "the kernel believes in the journal");
+            // SQLite plays its journal back all the same.
+            let database = file(&db, FileKind::Database);
+            assert!(db.write_database(&database, 0, &content).is_err());
+        } else {
+            assert_eq!(db.pos(), before);
+            assert_eq!(mistaken, Vec::<String>::new());
+            let database = file(&db, FileKind::Database);
+            db.write_database(&database, 0, &content).unwrap();
+            db.truncate_database(&database, content.len() as u64).unwrap();
+            db.remove_journal().unwrap();
+        }
+        unlock_all(&db);
+        let pages = Image::of_files(&DbDir::new(&dir.path().join("dbs/db"))).unwrap();
+        assert_eq!(pages.checksum(), db.pos().checksum, "{label}");
+    }
 }
 
 /// One transaction in a WAL that makes page 1 `page`, up to the release of its locks.

@@ -30,6 +30,7 @@ impl PageCache for NoCache {
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}
+    fn file_mistaken(&self, _ino: u64, _name: &str) {}
 }
 
 /// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
@@ -132,6 +133,7 @@ impl PageCache for BusyKernel {
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}
+    fn file_mistaken(&self, _ino: u64, _name: &str) {}
 }
 
 #[test]

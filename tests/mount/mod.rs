@@ -9,6 +9,8 @@ use crate::support::image::{self, Image};
 use crate::support::node::{Node, Settings};
 use crate::support::sqlite;
 
+/// What a commit, a read and a page cost.
+mod cost;
 /// A node that is killed while applications write.
 mod crash;
 /// What shells and scripts do to files.

@@ -2,7 +2,8 @@
 //! would write it. Dropped, it is gone and unmounted; if the test fails, its log is shown.
 
 use std::fs::{self, File, OpenOptions};
-use std::net::TcpListener;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -298,6 +299,31 @@ impl Node {
                 found.then_some(())
             },
         );
+    }
+
+    /// What the API answers to a GET; an answer other than 200 is waited over.
+    #[track_caller]
+    pub fn get(&self, path: &str) -> String {
+        wait::until_or(|| format!("{path} of {}", self.address), || self.try_get(path))
+    }
+
+    /// What the API answers to a GET, if that is 200.
+    pub fn try_get(&self, path: &str) -> Option<String> {
+        let mut socket = TcpStream::connect(&self.address).ok()?;
+        socket.set_read_timeout(Some(wait::DEADLINE)).unwrap();
+        write!(socket, "GET {path} HTTP/1.0\r\nHost: {}\r\n\r\n", self.address).ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        head.lines().next()?.contains(" 200 ").then(|| body.to_owned())
+    }
+
+    /// A metric, by the beginning of its line; zero if there is none.
+    #[track_caller]
+    pub fn metric(&self, line: &str) -> f64 {
+        let text = self.get("/metrics");
+        let line = text.lines().find_map(|found| found.strip_prefix(line));
+        line.map_or(0.0, |value| value.trim().parse().unwrap())
     }
 
     /// Runs a command of the command line against this node; `-url` is added.

@@ -163,21 +163,37 @@ impl Db {
 
     /// Ends the journal, which makes count what was prepared. If that fails SQLite rolls back, and
     /// the transaction must not come back at the next start.
+    ///
+    /// The lease is looked at before and after. Before, the journal stays and SQLite can roll back;
+    /// after, it is gone, and SQLite, which is told of a failure, must not find it in the kernel's
+    /// caches: it would play it back over a transaction that counts.
     pub(in crate::engine) fn end_journal(
         &self,
         change: &mut Change,
         pending: Option<Pending>,
         end: impl FnOnce() -> Result<()>,
     ) -> Result<(), Refusal> {
-        if let Err(error) = end() {
+        let journal = self.files.get(FileKind::Journal);
+        let ended = match &pending {
+            Some(_) if !self.may_commit() => Err(Refusal::ReadOnly),
+            _ => end().map_err(Refusal::from),
+        };
+        if let Err(refusal) = ended {
             if let Some(Pending { transaction, .. }) = &pending {
                 self.chain.withdraw(transaction);
             }
-            return Err(error.into());
+            return Err(refusal);
         }
         let commits = pending.is_some();
         self.finish_commit(change, pending);
-        if commits { self.refuse_late_commit() } else { Ok(()) }
+        if !commits {
+            return Ok(());
+        }
+        self.refuse_late_commit().inspect_err(|_| {
+            if let (Some(journal), Some(cache)) = (journal, self.shared.page_cache()) {
+                cache.file_mistaken(journal.ino, &format!("{}-journal", self.name));
+            }
+        })
     }
 
     /// The journal is gone: what was prepared counts.

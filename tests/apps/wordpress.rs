@@ -4,8 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::{Pair, run};
-use crate::support::node::{Member, Node, Settings, free_address};
+use crate::support::consul::Consul;
+use crate::support::node::{Lease, Member, Node, Settings, free_address};
 use crate::support::{program, wait};
 
 /// The database of a site.
@@ -43,6 +47,39 @@ fn wordpress_is_read_and_written_on_both_nodes() {
     pair.check(DB);
 }
 
+/// The primary dies with all that it runs. Who was logged in goes on on the other node, and what was
+/// written there is on the first one when it is back.
+#[test]
+fn wordpress_goes_on_on_another_node_when_its_primary_dies() {
+    let consul = Consul::start();
+    let (ours, theirs) = (Site::new(), Site::new());
+    let lease = |hostname| {
+        let url = consul.url().leak();
+        Member::Consul(Lease { url, hostname, advertise: "", candidate: true, ttl: "10s" })
+    };
+    let (mut one, mut two) = (node(&ours, lease("one")), node(&theirs, lease("two")));
+    one.start();
+    two.start();
+
+    let mut author = ours.visit();
+    author.install("A site that survives");
+    author.log_in();
+    author.publish("Before", "This was written on the first primary.");
+    two.wait_for_pos(DB, one.pos(DB));
+    one.kill();
+    ours.kill_php(&one);
+
+    two.wait_for_log("primary lease acquired");
+    author.go_to(&theirs);
+    author.publish("After", "This was written on the second primary.");
+    author.get("/").shows("Before");
+    one.start();
+    one.wait_for_pos(DB, two.pos(DB));
+    let visitor = ours.visit();
+    visitor.get("/").shows("After");
+    Pair { primary: two, replica: one }.check(DB);
+}
+
 /// A node that serves `site`.
 pub fn node(site: &Site, member: Member<'_>) -> Node {
     let node = Node::new(&Settings::default(), member);
@@ -50,6 +87,9 @@ pub fn node(site: &Site, member: Member<'_>) -> Node {
     node.configure(&Settings { lines, ..Settings::default() }, member);
     node
 }
+
+/// The name of the site for its visitors.
+const HOST: &str = "site.test";
 
 /// Who may do everything.
 const USER: &str = "admin";
@@ -101,9 +141,10 @@ impl Site {
     pub fn lines(&self, node: &Node) -> String {
         let Site { php, proxy } = self;
         let (dir, log, files) = (node.mount(), node.scratch("php.log"), files());
+        let pid = php_pid(node).display().to_string();
         let (dir, log, files) = (dir.display(), log.display(), files.display());
         format!(
-            "exec: 'env DB_DIR={dir} WP_DEBUG_LOG={log} php -S {php} -t {files}'\n\
+            "exec: \"sh -c 'echo $$$$ >{pid}; exec env DB_DIR={dir} WP_DEBUG_LOG={log} php -S {php} -t {files}'\"\n\
              proxy: {{addr: '{proxy}', target: '{php}', db: {DB}, \
              always-forward: [/wp-login.php, '/wp-admin/*']}}"
         )
@@ -112,6 +153,15 @@ impl Site {
     /// A browser without cookies that goes through the proxy.
     pub fn visit(&self) -> Browser {
         Browser::at(&self.proxy)
+    }
+
+    /// Kills the web server, as the end of a container does that of its first process.
+    pub fn kill_php(&self, node: &Node) {
+        let pid = std::fs::read_to_string(php_pid(node)).unwrap();
+        kill(Pid::from_raw(pid.trim().parse().unwrap()), Signal::SIGKILL).unwrap();
+        wait::until_true("the web server to be gone", || {
+            std::net::TcpStream::connect(&self.php).is_err()
+        });
     }
 
     /// A browser that passes the proxy by.
@@ -124,6 +174,11 @@ impl Browser {
     fn at(address: &str) -> Browser {
         let dir = tempfile::tempdir().unwrap();
         Browser { address: address.to_owned(), jar: dir.path().join("cookies"), _dir: dir }
+    }
+
+    /// From now on the pages are those of another node.
+    pub fn go_to(&mut self, site: &Site) {
+        self.address.clone_from(&site.proxy);
     }
 
     /// A page. Waits until somebody answers.
@@ -194,14 +249,20 @@ impl Browser {
     fn attempt(&self, path: &str, arguments: &[&str]) -> Page {
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--location", "--max-time", "60", "--write-out", "\n%{http_code}"]);
+        // One name for all nodes, as behind a load balancer: WordPress's cookies are for that name.
+        curl.args(["--connect-to", &format!("{HOST}:80:{}", self.address)]);
         curl.arg("--cookie").arg(&self.jar).arg("--cookie-jar").arg(&self.jar);
-        let output =
-            program::output(curl.args(arguments).arg(format!("http://{}{path}", self.address)));
+        let output = program::output(curl.args(arguments).arg(format!("http://{HOST}{path}")));
         let output = output.expect("curl can be run").stdout;
         let text = String::from_utf8_lossy(&output);
         let (text, status) = text.rsplit_once('\n').unwrap_or_default();
         Page { status: status.parse().unwrap_or(0), text: text.to_owned() }
     }
+}
+
+/// Where a node's web server leaves its process id.
+fn php_pid(node: &Node) -> PathBuf {
+    node.scratch("php.pid")
 }
 
 /// The files of the site, the same for every node; fetched the first time.

@@ -62,7 +62,7 @@ fn an_imported_database_reaches_the_replica_and_comes_out_again(
     mode: &str,
     passthrough: &'static str,
 ) {
-    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    let mut cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
     let mut before = cluster.primary().pos(DB);
     // A new one, a larger, a smaller one, and others with other page sizes.
     for (page_size, rows) in [(4096, 50), (4096, 400), (4096, 5), (512, 30), (65536, 300)] {
@@ -77,6 +77,28 @@ fn an_imported_database_reaches_the_replica_and_comes_out_again(
     }
     sqlite::run(&cluster.file(DB), "insert into t values (1)");
     cluster.check();
+    // LiteFS could not start again after that.
+    cluster.nodes[0].kill();
+    cluster.nodes[0].start();
+    sqlite::run(&cluster.file(DB), "insert into t values (2)");
+    cluster.check();
+}
+
+/// `docs/differences.md`, 26: "An export's checksum is compared with the position and a bad one breaks
+/// off".
+#[test]
+fn an_export_of_a_damaged_file_is_no_success() {
+    let cluster = Cluster::of(1);
+    let primary = cluster.primary();
+    create(&cluster.file(DB), 4096, "delete", 100);
+    let file = fs::OpenOptions::new().write(true).open(primary.db_dir(DB).database()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0x55; 20], 4 * 4096 + 2000).unwrap();
+    let path = primary.scratch("export.db");
+    fs::write(&path, "keep me").unwrap();
+    let output = primary.litefs("export", &["-name", DB, path.to_str().unwrap()]);
+    assert!(!output.status.success(), "{output:?}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "keep me");
+    primary.wait_for_log("its pages have checksum");
 }
 
 #[test]

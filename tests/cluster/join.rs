@@ -368,3 +368,22 @@ fn idle_connections_do_not_hold_up_a_drop(passthrough: &'static str) {
     write(cluster.primary(), "app.db", 0..5);
     cluster.check();
 }
+
+/// `docs/differences.md`, cluster 25: "As there: kept".
+#[test]
+fn a_database_that_the_primary_does_not_know_stays_on_a_replica() {
+    let mut cluster = Cluster::of(2);
+    for name in ["app.db", "other.db"] {
+        create(cluster.primary(), name, "wal");
+        write(cluster.primary(), name, 0..3);
+        cluster.sync(name);
+    }
+    let pos = cluster.replica().pos("other.db");
+    cluster.nodes.iter_mut().for_each(|node| _ = node.stop());
+    fs::remove_dir_all(cluster.primary().db_dir("other.db").path()).unwrap();
+    cluster.nodes.iter_mut().for_each(Node::start);
+    write(cluster.primary(), "app.db", 3..5);
+    cluster.sync("app.db");
+    assert_eq!(cluster.replica().pos("other.db"), pos);
+    assert_eq!(sqlite::run(&cluster.replica().file("other.db"), "pragma integrity_check"), "ok");
+}

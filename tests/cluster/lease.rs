@@ -1,6 +1,8 @@
 //! Nodes with a lease in a real Consul agent: who leads, and what becomes of it when something dies, is
 //! cut off or stands still.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -411,4 +413,105 @@ fn a_rolling_restart_under_load_loses_nothing() {
             "an acknowledged row is lost"
         );
     }
+}
+
+/// Asks a node to hand its lease to the process of `to`; the head and the text of its answer.
+fn hand_off(node: &Node, to: &str) -> String {
+    let mut socket = TcpStream::connect(node.address()).unwrap();
+    socket.set_read_timeout(Some(wait::DEADLINE)).unwrap();
+    let body = format!(r#"{{"nodeID":"{to}"}}"#);
+    let (host, len) = (node.address(), body.len());
+    let head =
+        format!("POST /handoff?nodeID={to} HTTP/1.0\r\nHost: {host}\r\nContent-Length: {len}");
+    write!(socket, "{head}\r\n\r\n{body}").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// `docs/differences.md`, cluster 20: "They answer when the result is known; a replica of ours that is
+/// no candidate is refused".
+#[test]
+fn a_hand_off_that_cannot_be_leaves_the_primary_as_it_is() {
+    let mut cluster = Cluster::of(2, TTL);
+    create(&cluster.nodes[0], "wal");
+    let mut follower = node(&cluster.consul.url(), "follower", false, TTL);
+    follower.start();
+    let refused = hand_off(&cluster.nodes[0], &connected_id(&cluster.nodes[0], "follower"));
+    assert!(refused.contains("not eligible to become primary"), "{refused}");
+    let refused = hand_off(&cluster.nodes[0], "00000000000000AB");
+    assert!(refused.contains("target node is not currently connected"), "{refused}");
+    // A target that does not take what it is offered.
+    cluster.nodes[1].signal(Signal::SIGSTOP);
+    let refused = hand_off(&cluster.nodes[0], &connected_id(&cluster.nodes[0], "node1"));
+    assert!(!refused.starts_with("HTTP/1.0 200"), "{refused}");
+    assert!(is_primary(&cluster.nodes[0]));
+    insert(&cluster.nodes[0], 1);
+    cluster.nodes[1].signal(Signal::SIGCONT);
+    cluster.nodes.push(follower);
+    assert_eq!(cluster.settle(), 0);
+    cluster.check();
+}
+
+/// The id of a connected replica, as its primary knows it from the log.
+fn connected_id(primary: &Node, hostname: &str) -> String {
+    let log = primary.log();
+    let end = format!("hostname={hostname}");
+    let line = log.lines().rfind(|line| line.contains("stream connected") && line.ends_with(&end));
+    let line = line.unwrap_or_else(|| panic!("{hostname} is not connected:\n{log}"));
+    line.split("peer=").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+}
+
+/// `docs/differences.md`, cluster 37: "Tried again until there is a primary, for 30 s".
+#[test]
+fn a_node_that_is_to_be_promoted_leads_when_it_is_ready() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    let (url, hostname) = (&cluster.consul.url(), "node1");
+    let lease = Lease { url, hostname, advertise: "", candidate: true, ttl: TTL };
+    let settings = Settings { lease: ", promote: true", ..Settings::default() };
+    let mut promoted = Node::new(&settings, Member::Consul(lease));
+    promoted.start();
+    assert!(is_primary(&promoted));
+    insert(&promoted, 2);
+    cluster.nodes.push(promoted);
+    assert_eq!(cluster.settle(), 1);
+    cluster.check();
+}
+
+/// `docs/differences.md`, cluster 24: "Made only where there is none".
+#[test]
+fn nodes_that_start_at_once_agree_on_one_cluster_id() {
+    let consul = Consul::start();
+    let of = |n: usize| node(&consul.url(), &name(n), true, TTL);
+    let mut nodes: Vec<Node> = (0..3).map(of).collect();
+    nodes.iter_mut().for_each(Node::spawn);
+    nodes.iter().for_each(Node::wait_ready);
+    let id = consul.value("test/lease/clusterid").unwrap();
+    for node in &nodes {
+        let ours = std::fs::read_to_string(node.data().join("clusterid")).unwrap();
+        assert_eq!(ours.trim_end(), id);
+    }
+    let cluster = Cluster { consul, nodes };
+    create(&cluster.nodes[cluster.settle()], "wal");
+    cluster.check();
+}
+
+/// `docs/differences.md`, cluster 43: Consul "need not be there" at the start, whatever its URL is.
+#[test]
+fn a_node_waits_for_a_consul_that_is_not_there_yet() {
+    let consul = Consul::start();
+    let link = Link::to(consul.address());
+    link.cut();
+    let url = format!("http://{}/prefix", link.address());
+    let mut node = node(&url, "node0", true, TTL);
+    node.spawn();
+    node.wait_for_log("waiting to connect to cluster");
+    node.wait_for_log("retrying");
+    link.mend();
+    node.wait_ready();
+    create(&node, "wal");
+    insert(&node, 1);
+    assert!(is_primary(&node));
 }

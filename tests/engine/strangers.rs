@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use litefs::engine::Db;
 use litefs::engine::db::Refusal;
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
+use litefs::engine::{Db, LtxBytes, Next, Overlap};
 use litefs::os;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
@@ -98,4 +98,51 @@ fn nobody_ends_a_journal_or_drops_a_database_under_who_uses_it() {
     assert_eq!(db.pos().txid, Txid(1));
     lock(&db, LockSet::one(Lock::Shared), LockKind::Shared).unwrap();
     assert_eq!(db.drop_database(), Err(Refusal::Busy), "somebody reads");
+}
+
+/// `docs/differences.md`, 25: "Under a journal any write counts for the pages it touches; the file may be
+/// longer than the database".
+#[test]
+fn parts_of_pages_and_growth_by_truncation_are_captured() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    let content = image(10);
+    commit(&db, &content);
+    let pages = db.page_count();
+    let before = db.pos();
+    begin(&db, &content);
+    let database = file(&db, FileKind::Database);
+    // Two pages, neither of them whole; then room for later, as SQLITE_FCNTL_CHUNK_SIZE asks for it.
+    db.write_database(&database, 3 * PAGE as u64 - 50, &[7; 100]).unwrap();
+    db.truncate_database(&database, (content.len() + 64 * PAGE) as u64).unwrap();
+    db.remove_journal().unwrap();
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    assert_eq!(db.page_count(), pages, "the header says how large the database is");
+    let path = database.file.clone();
+    let mut sum = ltx::Checksum::EMPTY;
+    for pgno in 1..=pages {
+        let mut page = [0; PAGE];
+        os::read_up_to(&path, &mut page, u64::from(pgno - 1) * PAGE as u64).unwrap();
+        sum = sum.toggle(ltx::page_checksum(Pgno(pgno), &page));
+    }
+    assert_eq!(sum, db.pos().checksum);
+}
+
+/// `docs/differences.md`, 33: "Recent small transactions are encoded once for all replicas."
+#[test]
+fn a_recent_transaction_is_encoded_once_for_all_replicas() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(1));
+    let pos = db.pos();
+    let _replica = engine.subscribe(Box::new(|| ()));
+    commit(&db, &image(2));
+    let bytes = || match db.next_after(pos, Overlap::Refused) {
+        Next::Ltx { bytes: LtxBytes::Memory(bytes), .. } => bytes,
+        _ => panic!("not in memory"),
+    };
+    assert!(Arc::ptr_eq(&bytes(), &bytes()));
 }

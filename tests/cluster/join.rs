@@ -171,6 +171,8 @@ fn a_former_primary_keeps_what_nobody_else_has(mode: &str, rows: u32) {
     former.wait_for_log("kept in lost+found");
     let status = String::from_utf8(former.litefs("status", &["-json"]).stdout).unwrap();
     assert!(status.contains(&format!("\"lostFound\": {}", kept.len())), "{status}");
+    let metric = former.metric("litefs_db_lost_found_count{db=\"app.db\"}");
+    assert_eq!(metric as usize, kept.len());
     write(cluster.primary(), "app.db", 200..203);
     cluster.check();
 }

@@ -515,3 +515,44 @@ fn a_node_waits_for_a_consul_that_is_not_there_yet() {
     insert(&node, 1);
     assert!(is_primary(&node));
 }
+
+/// What `.lag` says, in milliseconds.
+fn lag(node: &Node) -> i64 {
+    std::fs::read_to_string(node.file(".lag")).unwrap().trim().parse().unwrap()
+}
+
+/// A node that its primary cannot reach any more, while both reach Consul; then the primary dies.
+#[test]
+fn a_replica_behind_a_cut_link_says_how_old_it_is_and_catches_up() {
+    let consul = Consul::start();
+    let (url, hostname) = (&consul.url(), "node0");
+    let lease = |advertise| Lease { url, hostname, advertise, candidate: true, ttl: SHORT_TTL };
+    let primary = Node::new(&Settings::default(), Member::Consul(lease("")));
+    let link = Link::to(primary.address());
+    let advertise = format!("http://{}", link.address());
+    primary.configure(&Settings::default(), Member::Consul(lease(&advertise)));
+    let mut nodes = vec![primary, node(&consul.url(), "node1", true, SHORT_TTL)];
+    nodes.iter_mut().for_each(Node::start);
+    create(&nodes[0], "wal");
+    insert(&nodes[0], 1);
+    nodes[1].wait_for_pos(DB, nodes[0].pos(DB));
+    link.cut();
+    insert(&nodes[0], 2);
+    wait::until_true("a lag", || lag(&nodes[1]) > 2000);
+    assert_eq!((lag(&nodes[0]), rows(&nodes[1]).as_str()), (0, "1"));
+    let info = nodes[1].get("/info");
+    assert!(info.contains("\"primary\""), "{info}");
+    link.mend();
+    nodes[1].wait_for_pos(DB, nodes[0].pos(DB));
+    wait::until_true("no lag", || lag(&nodes[1]) < 2000);
+    nodes[0].kill();
+    wait_writable(&nodes[1], 3);
+    assert!(is_primary(&nodes[1]));
+    assert_eq!((lag(&nodes[1]), primary_of(&nodes[1]).as_str()), (0, ""));
+    nodes[0].start();
+    let cluster = Cluster { consul, nodes };
+    assert_eq!(cluster.settle(), 1);
+    cluster.check();
+    wait::until_true("no lag", || lag(&cluster.nodes[0]) < 2000);
+    assert_eq!(rows(&cluster.nodes[0]), "1,2,3");
+}

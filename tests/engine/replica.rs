@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
@@ -13,7 +13,9 @@ use std::time::Duration;
 use litefs::engine::db::DbState;
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
-use litefs::engine::{Db, DbName, Engine, Error, PageCache, PrimaryInfo, Role};
+use litefs::engine::{
+    Db, DbName, Engine, Error, LtxBytes, Next, Overlap, PageCache, PrimaryInfo, Role,
+};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
 
@@ -36,12 +38,22 @@ impl PageCache for NoCache {
 /// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
 /// `pre`: `pages` from there on.
 fn ltx_file(txid: u64, pre: Checksum, first: u32, pages: &[Vec<u8>]) -> (Vec<u8>, Checksum) {
+    ltx_range([txid, txid], pre, first, pages)
+}
+
+/// As [`ltx_file`], of the transactions from one to another.
+fn ltx_range(
+    [min, max]: [u64; 2],
+    pre: Checksum,
+    first: u32,
+    pages: &[Vec<u8>],
+) -> (Vec<u8>, Checksum) {
     let header = Header {
         compression: Compression::None,
         page_size: PageSize::new(4096).unwrap(),
         commit: first + pages.len() as u32 - 1,
-        min_txid: Txid(txid),
-        max_txid: Txid(txid),
+        min_txid: Txid(min),
+        max_txid: Txid(max),
         timestamp_ms: 1,
         pre_apply: pre,
         wal_offset: 0,
@@ -51,7 +63,7 @@ fn ltx_file(txid: u64, pre: Checksum, first: u32, pages: &[Vec<u8>]) -> (Vec<u8>
         node_id: NodeId(9),
     };
     let mut encoder = Encoder::new(Vec::new(), header).unwrap();
-    let mut post = if txid == 1 { Checksum::EMPTY } else { pre };
+    let mut post = if min == 1 { Checksum::EMPTY } else { pre };
     for (index, page) in pages.iter().enumerate() {
         post = post.toggle(encoder.page(Pgno(first + index as u32), page).unwrap());
     }
@@ -278,4 +290,38 @@ fn a_file_that_lacks_grown_pages_is_applied_or_refused() {
         }
         assert!(engine.close().is_ok(), "wal: {wal}");
     }
+}
+
+/// `docs/differences.md`, cluster 21: "one of our nodes goes on from the middle of a range file, a LiteFS
+/// node gets a snapshot".
+#[test]
+fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let [former, other] = dirs.each_ref().map(|dir| replica(dir.path(), Arc::new(NoCache)));
+    let (bytes, pages, first) = snapshot(3);
+    let (at, grown) = (pages.len() as u32 + 1, [vec![3; PAGE], vec![4; PAGE]]);
+    let (second, _) = ltx_file(2, first, at, &grown[..1]);
+    let (both, _) = ltx_range([2, 3], first, at, &grown);
+    let apply = |engine: &Engine, bytes: &[u8]| {
+        let target = receive(engine, "db", bytes).unwrap();
+        let db = database(engine, "db");
+        wait::until_true("the file to be applied", || db.pos() == target);
+        db
+    };
+    apply(&former, &bytes);
+    let former_db = apply(&former, &both);
+    apply(&other, &bytes);
+    let middle = apply(&other, &second).pos();
+    former.set_role(Role::Primary);
+    assert!(matches!(former_db.next_after(middle, Overlap::Refused), Next::Snapshot));
+    let Next::Ltx { bytes, pos } = former_db.next_after(middle, Overlap::Accepted) else {
+        panic!("no file that goes on from {middle}");
+    };
+    let mut range = Vec::new();
+    match bytes {
+        LtxBytes::Memory(bytes) => range.extend_from_slice(&bytes),
+        LtxBytes::File(mut file, _) => _ = file.read_to_end(&mut range).unwrap(),
+    }
+    assert_eq!(apply(&other, &range).pos(), pos);
+    assert_eq!(pos, former_db.pos());
 }

@@ -321,3 +321,17 @@ fn the_table_behaves_like_posix_locks() {
         }
     }
 }
+
+/// `docs/differences.md`, 28: "no lock owners".
+#[test]
+fn nothing_is_left_of_owners_that_are_gone() {
+    let mut table = Table::default();
+    for owner in (0..10_000).map(Owner::Client) {
+        lock(&mut table, shared(owner, Lock::Shared));
+        lock(&mut table, exclusive(owner, Lock::Reserved));
+        assert_eq!(table.unlock(owner, LockSet::ALL), []);
+    }
+    assert!(table.locks.iter().all(|lock| lock.holders().next().is_none()));
+    let room: usize = table.locks.iter().map(|lock| lock.shared.capacity()).sum();
+    assert!(room < 100, "room for {room} owners");
+}

@@ -160,6 +160,7 @@ impl Replica<'_> {
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));
         let (failing, mut has_failed) = watch::channel(false);
+        self.engine.stream_began();
         let worker = Worker {
             engine: self.engine.clone(),
             events,
@@ -404,7 +405,7 @@ impl Worker {
         if self.is_ready
             && let Some(timestamp_ms) = Arrival::timestamp_ms(&header)
         {
-            self.engine.heartbeat(timestamp_ms);
+            self.engine.news(timestamp_ms);
         }
         Ok(())
     }

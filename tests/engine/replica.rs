@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use litefs::engine::db::DbState;
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
 use litefs::engine::{
-    Db, DbName, Engine, Error, LtxBytes, Next, Overlap, PageCache, PrimaryInfo, Role,
+    self, Db, DbName, Engine, Error, LtxBytes, Next, Overlap, PageCache, PrimaryInfo, Role,
 };
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
@@ -209,6 +209,46 @@ fn without_a_primary_the_lag_grows() {
     engine.set_role(Role::Primary);
     assert_eq!(engine.lag_timestamp_ms(), Some(0));
     engine.close().unwrap();
+}
+
+/// `docs/differences.md`, cluster 24: "The lag is by the primary's clock, which heartbeats tell".
+#[test]
+fn a_clock_that_goes_wrong_is_no_lag() {
+    const HOUR: i64 = 3_600_000;
+    for primary_ahead in [HOUR, -HOUR, 0] {
+        let dir = tempfile::tempdir().unwrap();
+        let now = Arc::new(AtomicI64::new(10 * HOUR));
+        let clock = now.clone();
+        let engine = Engine::open(engine::Options {
+            dir: dir.path().to_owned(),
+            compression: Compression::Lz4,
+            retention: Duration::ZERO,
+            retention_interval: Duration::ZERO,
+            strict_verify: true,
+            node_id: NodeId(1),
+            clock: Box::new(move || clock.load(Ordering::SeqCst)),
+        });
+        let engine = engine.unwrap();
+        let primary_now = || now.load(Ordering::SeqCst) + primary_ahead;
+        engine.stream_began();
+        // On its way for 20 ms, the next ones for 3 s, and for 5 ms.
+        engine.heartbeat(primary_now() - 20);
+        assert_eq!(engine.lag_ms(), Some(0));
+        now.fetch_add(5000, Ordering::SeqCst);
+        assert_eq!(engine.lag_ms(), Some(5000));
+        engine.heartbeat(primary_now() - 3020);
+        assert_eq!(engine.lag_ms(), Some(3000));
+        engine.news(primary_now() - 120);
+        assert_eq!(engine.lag_ms(), Some(100));
+        engine.heartbeat(primary_now() - 5);
+        assert_eq!(engine.lag_ms(), Some(0));
+        // Another primary, whose clock is right.
+        engine.stream_began();
+        engine.heartbeat(now.load(Ordering::SeqCst) - 5);
+        now.fetch_add(1000, Ordering::SeqCst);
+        assert_eq!(engine.lag_ms(), Some(1000));
+        engine.close().unwrap();
+    }
 }
 
 /// What stands in `lost+found/` of the database, by name.

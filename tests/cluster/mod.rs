@@ -21,6 +21,8 @@ mod damage;
 mod follow;
 /// Nodes that come late, come back, or do not belong.
 mod join;
+/// A database beyond 1 GiB.
+mod large;
 /// Nodes with a lease in Consul.
 mod lease;
 /// Nodes with a lease in Consul, and faults by chance.

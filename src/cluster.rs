@@ -8,6 +8,7 @@
 pub mod consul;
 pub mod control;
 pub mod election;
+pub mod halt;
 pub mod lease;
 mod lineage;
 mod lookout;

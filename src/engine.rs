@@ -34,6 +34,7 @@ pub mod feed;
 pub mod fence;
 pub mod files;
 pub mod follow_on;
+pub mod halt;
 pub mod locks;
 pub mod recover;
 pub mod role;

@@ -86,6 +86,31 @@ pub const STREAM_PAUSE: Duration = Duration::from_millis(1);
 /// Time until a stream tries a database again that could not be read.
 pub const STREAM_RETRY: Duration = Duration::from_secs(10);
 
+// The HALT lock.
+
+/// How long a HALT lock is valid unless it is renewed (protocol).
+pub const HALT_TTL: Duration = Duration::from_secs(30);
+/// How often its holder renews it: twice may fail.
+pub const HALT_RENEWAL: Duration = Duration::from_secs(10);
+/// Time until a HALT lock is granted, all in all (protocol).
+pub const HALT_WAIT: Duration = Duration::from_secs(10);
+/// Requests that wait for a HALT lock at a time: each holds a thread.
+pub const HALT_WAITERS_MAX: usize = 16;
+/// Time in which a forwarded transaction is taken by the primary, retries included. The application
+/// waits in a system call meanwhile.
+pub const FORWARD_WAIT: Duration = Duration::from_secs(10);
+/// Time in which the primary may wait for its readers to apply a forwarded transaction.
+pub const FORWARD_LOCK_WAIT: Duration = Duration::from_secs(8);
+/// First pause before a forwarded transaction is sent again; it doubles.
+pub const FORWARD_RETRY: Duration = Duration::from_millis(20);
+/// Forwarded transactions that arrive at a time.
+pub const FORWARDS_MAX: usize = 4;
+/// Positions of forwarded transactions that a replica remembers, until the primary has sent them: 128
+/// KiB a database at the most. One that it has forgotten costs a new connection.
+pub const TAKEN_LEN: usize = 8192;
+/// Time in which HALT locks are given back when the node stops; they would expire anyway.
+pub const HALT_STOP_WAIT: Duration = Duration::from_secs(3);
+
 // Following a primary.
 
 /// Events between the network and the thread that stores them, each of at most one chunk: 16 MiB.

@@ -5,26 +5,33 @@
 //! `.primary` and `.lag` speak of the node. A name that SQLite gives to a super-journal is a plain
 //! file. Errors become an errno here and nowhere else.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use fuse::{
     Attr, Caller, Conflict, Created, DirEntry, Entry, Errno, FileType, Kernel, LockCall, LockKind,
     Lookup, Notifier, OpenMode, Opened, Owner, Range, Reply, SetAttr, StatFs, Wait, WaitId, Write,
 };
 
-use crate::engine::db::{Db, Refusal};
+use crate::engine::db::{Answer, Db, Refusal};
 use crate::engine::files::{Backing, FileKind, next_ino};
+use crate::engine::halt::HaltId;
 use crate::engine::locks::{self, Request};
 use crate::engine::name::is_super_journal;
 use crate::engine::{DbName, Engine, PageCache, Role};
 use crate::sqlite::lock_byte::{Lock, LockFile, LockSet};
 
+mod halt;
+mod past;
 mod plain;
+mod shown;
 mod text;
 
+use past::Past;
 use plain::PlainFiles;
+use shown::Shown;
 
 /// What the kernel may remember until it is told otherwise.
 const KEEP: Duration = Duration::from_secs(60);
@@ -37,12 +44,27 @@ pub struct EngineVolume {
     notifier: OnceLock<Notifier>,
     /// The super-journals.
     plain: PlainFiles,
-    started: SystemTime,
-    uid: u32,
-    gid: u32,
-    inos: [u64; 2],
-    /// Lock calls that wait, by their id: which database to ask.
-    waiting: Mutex<Vec<(u64, Arc<Db>)>>,
+    shown: Shown,
+    /// Lock calls that wait, by their id: whom to ask.
+    waiting: Arc<Mutex<HashMap<u64, Waiting>>>,
+    /// Who has a WAL open that is written past us.
+    past: Past,
+}
+
+/// Who ends a lock call that waits.
+enum Waiting {
+    /// One of SQLite's locks.
+    Table(Arc<Db>),
+    /// A HALT lock.
+    Halt(HaltId),
+}
+
+/// Takes the result of a call that changes something.
+type Done = Box<dyn FnOnce(Result<(), Errno>) + Send>;
+
+/// The same, for the engine.
+fn answer(done: Done) -> Answer {
+    Box::new(move |result| done(result.map_err(refused)))
 }
 
 /// What a name stands for.
@@ -66,6 +88,8 @@ pub enum Node {
 pub struct OpenFile {
     id: locks::Handle,
     node: Node,
+    /// The HALT lock that was taken through it, if it is a `NAME-lock`.
+    halt: halt::Held,
     /// The content of `.primary` and `.lag`, made at the first read.
     text: OnceLock<String>,
 }
@@ -117,13 +141,11 @@ impl EngineVolume {
     pub fn new(engine: Arc<Engine>) -> EngineVolume {
         EngineVolume {
             plain: PlainFiles::new(engine.layout().super_journals()),
+            shown: Shown::new(engine.clone()),
             engine,
             notifier: OnceLock::new(),
-            started: SystemTime::now(),
-            uid: nix::unistd::geteuid().as_raw(),
-            gid: nix::unistd::getegid().as_raw(),
-            inos: [next_ino(), next_ino()],
-            waiting: Mutex::default(),
+            waiting: Arc::default(),
+            past: Past::default(),
         }
     }
 
@@ -144,87 +166,40 @@ impl EngineVolume {
         }
     }
 
-    fn attr(&self, node: &Node) -> Result<Attr, Errno> {
-        let primary = self.engine.role() == Role::Primary;
-        let base = Attr {
-            ino: 0,
-            size: 0,
-            blocks: 0,
-            mtime: self.started,
-            file_type: FileType::Regular,
-            perm: 0o666,
-            uid: self.uid,
-            gid: self.gid,
-            ttl: ASK,
-        };
-        Ok(match node {
-            Node::File(db, backing) => {
-                let meta = backing.file.metadata().map_err(|error| os_errno(&error))?;
-                let database = backing.kind == FileKind::Database;
-                let writable = !database || primary || db.may_write();
-                // The size of these is changed past us, or by us past the kernel.
-                let shared = matches!(backing.kind, FileKind::Wal | FileKind::Shm);
-                Attr {
-                    ino: backing.ino,
-                    size: meta.len(),
-                    blocks: meta.len().div_ceil(512),
-                    mtime: meta.modified().unwrap_or(self.started),
-                    perm: if writable { 0o666 } else { 0o444 },
-                    ttl: if shared { ASK } else { KEEP },
-                    ..base
-                }
-            }
-            Node::Pos(db) => Attr {
-                ino: db.virtual_inos()[0],
-                size: text::POS_LEN,
-                mtime: text::time(db.view().timestamp_ms),
-                ..base
-            },
-            Node::Lock(db) => Attr { ino: db.virtual_inos()[1], perm: 0o444, ..base },
-            Node::Primary => Attr {
-                ino: self.inos[0],
-                size: text::primary(&self.engine).len() as u64,
-                perm: 0o444,
-                ..base
-            },
-            Node::Lag => Attr {
-                ino: self.inos[1],
-                size: text::LAG_LEN,
-                mtime: text::lag_mtime(&self.engine),
-                perm: 0o444,
-                ..base
-            },
-            Node::Plain(file) => {
-                let meta = file.file.metadata().map_err(|error| os_errno(&error))?;
-                Attr { ino: file.ino, size: meta.len(), blocks: meta.len().div_ceil(512), ..base }
-            }
-        })
-    }
-
     fn entry(&self, node: Node) -> Result<Entry<Node>, Errno> {
-        let attr = self.attr(&node)?;
+        let attr = self.shown.attr(&node)?;
         let ttl = if matches!(node, Node::Primary) { ASK } else { KEEP };
         Ok(Entry { node, attr, ttl })
     }
 
-    fn opened(&self, node: &Node) -> Result<Opened<Arc<OpenFile>>, Errno> {
+    fn opened(&self, node: &Node, thread: Caller) -> Result<Opened<Arc<OpenFile>>, Errno> {
+        let id = locks::Handle(next_ino());
         let mode = match node {
-            Node::File(_, backing) => self.mode(backing)?,
+            Node::File(db, backing) => self.mode(db, backing, id, thread)?,
             Node::Plain(_) => OpenMode::Cached,
-            Node::Pos(_) | Node::Lock(_) | Node::Primary | Node::Lag => OpenMode::Direct,
+            Node::Lock(db) => {
+                self.expect_halt(db)?;
+                OpenMode::Direct
+            }
+            Node::Pos(_) | Node::Primary | Node::Lag => OpenMode::Direct,
         };
-        let handle = Arc::new(OpenFile {
-            id: locks::Handle(next_ino()),
-            node: node.clone(),
-            text: OnceLock::new(),
-        });
-        Ok(Opened { handle, mode })
+        let (node, halt, text) = (node.clone(), halt::Held::default(), OnceLock::new());
+        Ok(Opened { handle: Arc::new(OpenFile { id, node, halt, text }), mode })
     }
 
-    fn mode(&self, backing: &Backing) -> Result<OpenMode, Errno> {
+    fn mode(
+        &self,
+        db: &Db,
+        backing: &Backing,
+        id: locks::Handle,
+        thread: Caller,
+    ) -> Result<OpenMode, Errno> {
         let shared = matches!(backing.kind, FileKind::Wal | FileKind::Shm);
         if !shared || !self.engine.shared().is_passthrough() {
             return Ok(OpenMode::Cached);
+        }
+        if backing.kind == FileKind::Wal && !self.past.admit(db, id, thread) {
+            return Ok(OpenMode::Direct);
         }
         let file = backing.file.try_clone().map_err(|error| os_errno(&error))?;
         Ok(OpenMode::Passthrough(file.into()))
@@ -242,7 +217,10 @@ impl EngineVolume {
     fn create_node(&self, name: &OsStr) -> Result<Node, Errno> {
         match Name::parse(name).ok_or(Errno::EINVAL)? {
             Name::Db(name, FileKind::Database) => {
-                if !self.engine.shared().may_begin() {
+                let known = self.engine.database(name.as_str());
+                let may_begin =
+                    known.map_or_else(|| self.engine.shared().may_begin(), |db| db.may_begin());
+                if !may_begin {
                     return Err(Errno::EACCES);
                 }
                 let db =
@@ -265,40 +243,43 @@ impl EngineVolume {
         }
     }
 
-    fn truncate(&self, node: &Node, size: u64) -> Result<(), Errno> {
-        match node {
+    fn truncate(&self, node: &Node, size: u64, done: Done) {
+        let result = match node {
             Node::File(db, backing) => match backing.kind {
                 FileKind::Database => db.truncate_database(backing, size),
-                FileKind::Journal => db.truncate_journal(backing, size),
+                FileKind::Journal => {
+                    return db.truncate_journal(backing, size, answer(done));
+                }
                 FileKind::Wal => db.truncate_wal(backing, size),
                 FileKind::Shm => db.truncate_shm(backing, size),
             }
             .map_err(refused),
             Node::Plain(file) => file.truncate(size).map_err(|error| os_errno(&error)),
             _ => Err(Errno::EACCES),
-        }
+        };
+        done(result);
     }
 
-    fn remove(&self, name: &OsStr) -> Result<(), Errno> {
-        match Name::parse(name).ok_or(Errno::ENOENT)? {
-            Name::Db(name, kind) => {
-                let db = self.engine.database(name.as_str()).ok_or(Errno::ENOENT)?;
-                if db.files().get(kind).is_none() {
-                    return Err(Errno::ENOENT);
-                }
-                match kind {
-                    FileKind::Database => db.drop_database(),
-                    FileKind::Journal => db.remove_journal(),
-                    FileKind::Wal => db.remove_wal(),
-                    FileKind::Shm => db.remove_shm(),
-                }
-                .map_err(refused)
-            }
+    fn remove(&self, name: &OsStr, done: Done) {
+        let result = match Name::parse(name) {
+            Some(Name::Db(name, kind)) => match self.engine.database(name.as_str()) {
+                Some(db) if db.files().get(kind).is_some() => match kind {
+                    FileKind::Database => db.drop_database().map_err(refused),
+                    FileKind::Journal => return db.remove_journal(answer(done)),
+                    FileKind::Wal => db.remove_wal().map_err(refused),
+                    FileKind::Shm => db.remove_shm().map_err(refused),
+                },
+                _ => Err(Errno::ENOENT),
+            },
             // SQLite commits a transaction over several databases by this.
-            Name::SuperJournal(_) if self.engine.shared().is_fenced() => Err(Errno::EIO),
-            Name::SuperJournal(name) => self.plain.remove(&name).map_err(|error| os_errno(&error)),
-            Name::Pos(_) | Name::Lock(_) | Name::Primary | Name::Lag => Err(Errno::EACCES),
-        }
+            Some(Name::SuperJournal(_)) if self.engine.shared().is_fenced() => Err(Errno::EIO),
+            Some(Name::SuperJournal(name)) => {
+                self.plain.remove(&name).map_err(|error| os_errno(&error))
+            }
+            Some(Name::Pos(_) | Name::Lock(_) | Name::Primary | Name::Lag) => Err(Errno::EACCES),
+            None => Err(Errno::ENOENT),
+        };
+        done(result);
     }
 
     fn call(&self, file: &OpenFile, call: LockCall) -> Result<(Arc<Db>, Request), Errno> {
@@ -327,18 +308,7 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn root(&self) -> Attr {
-        let primary = self.engine.role() == Role::Primary;
-        Attr {
-            ino: fuse::ROOT,
-            size: 0,
-            blocks: 0,
-            mtime: self.started,
-            file_type: FileType::Directory,
-            perm: if primary { 0o777 } else { 0o555 },
-            uid: self.uid,
-            gid: self.gid,
-            ttl: ASK,
-        }
+        self.shown.root()
     }
 
     fn lookup(&self, name: &OsStr) -> Result<Lookup<Node>, Errno> {
@@ -353,7 +323,7 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn getattr(&self, node: &Node) -> Result<Attr, Errno> {
-        self.attr(node)
+        self.shown.attr(node)
     }
 
     fn setattr(
@@ -363,22 +333,28 @@ impl fuse::Volume for EngineVolume {
         change: SetAttr,
         reply: Reply<Attr>,
     ) {
-        let result = change.size.map_or(Ok(()), |size| self.truncate(node, size));
-        reply.send(result.and_then(|()| self.attr(node)));
+        let (shown, shown_node) = (self.shown.clone(), node.clone());
+        let done = move |result: Result<(), Errno>| {
+            reply.send(result.and_then(|()| shown.attr(&shown_node)));
+        };
+        match change.size {
+            Some(size) => self.truncate(node, size, Box::new(done)),
+            None => done(Ok(())),
+        }
     }
 
     fn open(
         &self,
         node: &Node,
         _flags: i32,
-        _thread: Caller,
+        thread: Caller,
     ) -> Result<Opened<Arc<OpenFile>>, Errno> {
         if let Node::File(db, backing) = node
             && backing.kind == FileKind::Wal
         {
             db.refuse_heap_index().map_err(refused)?;
         }
-        self.opened(node)
+        self.opened(node, thread)
     }
 
     fn create(
@@ -386,7 +362,7 @@ impl fuse::Volume for EngineVolume {
         name: &OsStr,
         flags: i32,
         _mode: u32,
-        _thread: Caller,
+        thread: Caller,
     ) -> Result<Created<Node, Arc<OpenFile>>, Errno> {
         let node = match self.node(name) {
             Some(_) if flags & libc::O_EXCL != 0 => return Err(Errno::EEXIST),
@@ -399,12 +375,12 @@ impl fuse::Volume for EngineVolume {
                 made => made?,
             },
         };
-        let opened = self.opened(&node)?;
+        let opened = self.opened(&node, thread)?;
         Ok((self.entry(node)?, opened))
     }
 
     fn unlink(&self, name: &OsStr, reply: Reply<()>) {
-        reply.send(self.remove(name));
+        self.remove(name, Box::new(move |result| reply.send(result)));
     }
 
     fn read(&self, handle: &Arc<OpenFile>, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
@@ -424,18 +400,22 @@ impl fuse::Volume for EngineVolume {
 
     fn write(&self, handle: &Arc<OpenFile>, write: Write<'_>, reply: Reply<u32>) {
         let Write { offset, data, .. } = write;
+        let len = data.len() as u32;
+        let done: Done = Box::new(move |result| reply.send(result.map(|()| len)));
         let result = match &handle.node {
             Node::File(db, backing) => match backing.kind {
                 FileKind::Database => db.write_database(backing, offset, data),
-                FileKind::Journal => db.write_journal(backing, offset, data),
-                FileKind::Wal => db.write_wal(backing, offset, data),
+                FileKind::Journal => {
+                    return db.write_journal(backing, offset, data, answer(done));
+                }
+                FileKind::Wal => return db.write_wal(backing, offset, data, answer(done)),
                 FileKind::Shm => db.write_shm(backing, offset, data),
             }
             .map_err(refused),
             Node::Plain(plain) => plain.write(offset, data).map_err(|error| os_errno(&error)),
-            _ => Err(Errno::EACCES),
+            _ => Err(Errno::EIO),
         };
-        reply.send(result.map(|()| data.len() as u32));
+        done(result);
     }
 
     fn flush(&self, handle: &Arc<OpenFile>, owner: Owner, reply: Reply<()>) {
@@ -452,8 +432,15 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn release(&self, handle: Arc<OpenFile>) {
-        if let Node::File(db, _) = &handle.node {
-            db.release_handle(handle.id);
+        match &handle.node {
+            Node::File(db, backing) => {
+                db.release_handle(handle.id);
+                if backing.kind == FileKind::Wal {
+                    self.past.forget(handle.id);
+                }
+            }
+            Node::Lock(db) => self.close_halt(&handle, db),
+            _ => {}
         }
     }
 
@@ -470,6 +457,9 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn getlk(&self, handle: &Arc<OpenFile>, call: LockCall) -> Result<Option<Conflict>, Errno> {
+        if let Node::Lock(db) = &handle.node {
+            return halt::query(db, call.range);
+        }
         let (db, call) = self.call(handle, call)?;
         if handle.is_stale() {
             return Ok(None);
@@ -485,7 +475,10 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn setlk(&self, handle: &Arc<OpenFile>, call: LockCall, wait: Wait, reply: Reply<()>) {
-        let kind = call.kind;
+        if let Node::Lock(db) = &handle.node {
+            return self.halt_call(handle, db, call, wait, reply);
+        }
+        let LockCall { kind, process, .. } = call;
         let (db, call) = match self.call(handle, call) {
             Ok(found) => found,
             Err(errno) => return reply.send(Err(errno)),
@@ -496,29 +489,41 @@ impl fuse::Volume for EngineVolume {
         if kind == LockKind::Unlock {
             return db.unlock(call.owner, call.set, move || reply.send(Ok(())));
         }
+        if self.past.writes_past(&db, &call, process) {
+            return reply.send(Err(Errno::EAGAIN));
+        }
         let wait = match wait {
             Wait::No => None,
             Wait::Yes(WaitId(id)) => {
-                self.waiting.lock().unwrap().push((id, db.clone()));
+                self.waiting.lock().unwrap().insert(id, Waiting::Table(db.clone()));
                 Some(id)
             }
         };
-        db.lock(call, wait, Box::new(move |result| reply.send(result.map_err(refused))));
+        let waiting = wait.map(|id| (id, self.waiting.clone()));
+        let answer = move |result: Result<(), Refusal>| {
+            if let Some((id, waiting)) = waiting {
+                waiting.lock().unwrap().remove(&id);
+            }
+            reply.send(result.map_err(refused));
+        };
+        db.lock(call, wait, Box::new(answer));
     }
 
     fn interrupt(&self, wait: WaitId) -> bool {
-        let db = {
-            let mut waiting = self.waiting.lock().unwrap();
-            let index = waiting.iter().position(|(id, _)| *id == wait.0);
-            index.map(|index| waiting.swap_remove(index).1)
-        };
-        db.is_some_and(|db| db.interrupt(wait.0))
+        let waiting = self.waiting.lock().unwrap().remove(&wait.0);
+        match waiting {
+            Some(Waiting::Table(db)) => db.interrupt(wait.0),
+            Some(Waiting::Halt(id)) => {
+                self.engine.shared().forward().is_some_and(|forward| forward.cancel(id))
+            }
+            None => false,
+        }
     }
 
     fn readdir(&self) -> Result<Vec<DirEntry>, Errno> {
-        let mut entries = vec![line(".lag", self.inos[1])];
+        let mut entries = vec![line(".lag", self.shown.inos[1])];
         if matches!(self.engine.role(), Role::Replica(_)) {
-            entries.push(line(".primary", self.inos[0]));
+            entries.push(line(".primary", self.shown.inos[0]));
         }
         for db in self.engine.databases() {
             if db.view().pages == 0 {

@@ -20,6 +20,7 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 use super::capture::Change;
 use super::db::Db;
 use super::error::{Error, Result, chain_text};
+use super::halt::HaltId;
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::{limits, os};
 
@@ -189,7 +190,23 @@ impl Receiver {
     /// queues it. Waits while the queue is full.
     ///
     /// Errors: the file does not verify, or does not follow ([`Error::PositionMismatch`]).
-    pub fn finish(mut self) -> Result<Pos> {
+    pub fn finish(self) -> Result<Pos> {
+        let db = self.db.clone();
+        db.queue_received(self.complete()?)
+    }
+
+    /// The file is complete, and comes from the node to which the database is lent with `id`: verifies
+    /// it against the database and applies it. Blocking.
+    ///
+    /// Errors: the file does not verify, does not fit the database, or cannot be applied; the lock is
+    /// not held.
+    pub fn finish_forwarded(self, id: HaltId) -> Result<Pos> {
+        let db = self.db.clone();
+        db.apply_forwarded(id, &Arc::new(self.complete()?))
+    }
+
+    /// The file with what it says, if it verifies.
+    fn complete(mut self) -> Result<Received> {
         self.spill_if_spooled()
             .map_err(Error::io("write received ltx file", &self.db.dir.ltx()))?;
         if let Body::Memory(bytes) = &mut self.body {
@@ -198,7 +215,7 @@ impl Receiver {
         let mut received = self.verify()?;
         received.body = std::mem::replace(&mut self.body, Body::Memory(Arc::default()));
         self.kept = true;
-        self.db.queue_received(received)
+        Ok(received)
     }
 
     /// What the file says, but not its body.
@@ -363,11 +380,17 @@ impl Db {
     }
 
     fn queue_received(&self, received: Received) -> Result<Pos> {
-        if self.may_write() {
+        if self.shared.is_writable() {
             let what = "this node is the primary now";
             return Err(Error::Busy { db: self.name.clone(), what });
         }
         let pos = received.pos();
+        if self.is_here(&received) {
+            return Ok(pos);
+        }
+        if received.header.node_id != self.shared.node_id && self.end_borrow(None) {
+            tracing::warn!(db = %self.name, %pos, "halt lock lost: the primary has a transaction that is not from here");
+        }
         let mut state = self.inbox.state.lock().unwrap();
         while state.queue_bytes > limits::INBOX_BYTES && !state.stop {
             let (guard, waited) = self.inbox.changed.wait_timeout(state, FULL_WAIT).unwrap();
@@ -380,13 +403,45 @@ impl Db {
             }
         }
         self.check_follows(self.queue_end(&state), &received)?;
-        state.received = pos;
         state.needs_snapshot = false;
+        self.enqueue(state, Arc::new(received));
+        Ok(pos)
+    }
+
+    /// Queues a transaction that is in the chain and could not be applied.
+    pub(super) fn queue_stored(&self, received: Arc<Received>) {
+        self.enqueue(self.inbox.state.lock().unwrap(), received);
+    }
+
+    fn enqueue(&self, mut state: MutexGuard<'_, State>, received: Arc<Received>) {
+        state.received = received.pos();
         state.queue_bytes += received.size();
-        state.queue.push_back(Arc::new(received));
+        state.queue.push_back(received);
         self.inbox.queued.store(state.queue.len(), Ordering::SeqCst);
         self.wake_applier(state);
-        Ok(pos)
+    }
+
+    /// Whether it is a transaction that was committed here and taken by the primary.
+    fn is_here(&self, received: &Received) -> bool {
+        received.header.max_txid <= self.pos().txid && self.has_taken(received.pos())
+    }
+
+    /// Whether something was received that a client would have to go on from.
+    pub(super) fn is_behind(&self) -> bool {
+        self.inbox.has_queue() && {
+            let state = self.inbox.state.lock().unwrap();
+            let last = state.queue.back().cloned();
+            drop(state);
+            last.is_some_and(|last| !self.is_here(&last))
+        }
+    }
+
+    /// Waits until something was queued or applied, `limit` long at most.
+    pub(super) fn wait_for_applier(&self, limit: Duration) {
+        let state = self.inbox.state.lock().unwrap();
+        if !state.queue.is_empty() && !state.stop {
+            drop(self.inbox.changed.wait_timeout(state, limit).unwrap());
+        }
     }
 
     /// Has the applier look again at what there is to do.
@@ -511,19 +566,45 @@ impl Db {
 
     /// Applies at least one of `batch`; how many.
     fn apply_some(&self, batch: &[Arc<Received>]) -> Result<usize> {
+        // It may be the very transaction that is being committed here.
+        self.wait_settled();
         let mut turn = self.turn();
-        let mut change = self.change.lock().unwrap();
         let first = &batch[0];
-        if first.header.max_txid <= change.pos.txid && first.pos() == change.pos {
-            // Our own transaction, or one that a restart had applied already.
+        if self.is_here(first) {
             return Ok(1);
         }
+        if self.is_borrowed() {
+            // It came from here, but the answer was lost.
+            self.follow(&mut turn, limits::LOCK_WAIT)?;
+        }
+        let pos = self.pos();
+        if first.header.max_txid <= pos.txid && first.pos() == pos {
+            // One that a restart had applied already.
+            return Ok(1);
+        }
+        self.apply_as_fits(&mut turn, batch, limits::LOCK_WAIT)
+    }
+
+    /// Applies one transaction of the node to which the database is lent.
+    pub(super) fn apply_next(&self, turn: &mut Turn, received: &Arc<Received>) -> Result<()> {
+        let batch = std::slice::from_ref(received);
+        self.apply_as_fits(turn, batch, limits::FORWARD_LOCK_WAIT).map(drop)
+    }
+
+    /// Applies at least one of `batch`, to the WAL or with everybody locked out; how many.
+    fn apply_as_fits(
+        &self,
+        turn: &mut Turn,
+        batch: &[Arc<Received>],
+        limit: Duration,
+    ) -> Result<usize> {
+        let mut change = self.change.lock().unwrap();
         let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();
         if run > 0 {
-            return self.apply_to_wal(&mut turn, &mut change, &batch[..run]);
+            return self.apply_to_wal(turn, &mut change, &batch[..run]);
         }
         drop(change);
-        self.apply_exclusively(&mut turn, batch)
+        self.apply_exclusively(turn, batch, limit)
     }
 
     /// A failed apply: a checksum that does not come out needs a snapshot, anything else is tried

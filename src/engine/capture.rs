@@ -12,11 +12,12 @@ use ltx::{Checksum, PageSize, Pgno, Pos};
 
 use super::checksum::PageSums;
 use super::db::{Db, View};
-use super::error::Result;
+use super::error::{Error, Result};
 use super::recover::Recovered;
 use super::transaction::{PageRef, Parts, Transaction, WalSpan};
 use crate::sqlite::header::JournalMode;
 
+pub mod forward;
 pub mod journal;
 pub mod resync;
 pub mod wal;
@@ -178,7 +179,12 @@ impl Db {
         sink: Sink,
     ) -> Result<()> {
         if sink == Sink::Chain {
+            let pos = transaction.pos();
+            if !self.shared.is_writable() && !self.is_pending(pos) {
+                return Err(Error::NotTaken { db: self.name.clone(), pos });
+            }
             self.publish(change, transaction);
+            self.note_committed(pos);
             return Ok(());
         }
         let path = self.chain.write_aside(&transaction)?;

@@ -20,6 +20,8 @@ use super::chain::Chain;
 use super::error::{Error, Result, chain_text};
 use super::feed::Event;
 use super::files::{Backing, FileKind, Files, next_ino};
+use super::halt::borrowed::Borrowing;
+use super::halt::lent::Lending;
 use super::layout::DbDir;
 use super::name::DbName;
 use super::recover::Recovered;
@@ -30,6 +32,7 @@ use crate::os;
 use crate::sqlite::header::JournalMode;
 
 pub use lock::{Answer, Guard, Waiter};
+pub(super) use role::WRITERS;
 
 mod lock;
 mod role;
@@ -142,7 +145,7 @@ pub struct Db {
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
-    notes: Mutex<[Option<Instant>; 3]>,
+    notes: Mutex<[Option<Instant>; 4]>,
     /// Inode numbers of `NAME-pos` and `NAME-lock`.
     virtual_inos: [u64; 2],
     /// The backup's high-water mark.
@@ -151,6 +154,10 @@ pub struct Db {
     pub counters: Counters,
     /// The replica side: what came from the primary.
     pub(super) inbox: Inbox,
+    /// The replica side: the right to write, borrowed from the primary.
+    pub(super) borrowing: Borrowing,
+    /// The primary side: the right to write, lent to another node.
+    pub(super) lending: Lending,
 }
 
 struct Failure {
@@ -194,6 +201,8 @@ impl Db {
             me: me.clone(),
             files,
             name,
+            borrowing: Borrowing::new(dir.halt().exists()),
+            lending: Lending::default(),
             dir,
             shared,
             chain: Arc::new(chain),
@@ -276,17 +285,25 @@ impl Db {
 
     /// Whether a transaction may begin here now.
     pub fn may_begin(&self) -> bool {
-        self.shared.may_begin()
+        if self.shared.is_writable() {
+            self.shared.may_begin() && !self.is_lent()
+        } else {
+            self.is_borrowed()
+        }
     }
 
     /// Whether this node may finish or undo what was begun.
     pub fn may_write(&self) -> bool {
-        self.shared.is_writable()
+        if self.shared.is_writable() { !self.is_lent() } else { self.is_borrowed() }
     }
 
     /// Whether this node may commit a transaction at this moment.
     pub fn may_commit(&self) -> bool {
-        self.shared.may_commit()
+        if self.shared.is_writable() {
+            self.shared.may_commit() && !self.is_lent()
+        } else {
+            self.is_borrowed()
+        }
     }
 
     /// How many things were set aside in `lost+found/`.
@@ -343,30 +360,12 @@ impl Db {
     /// With synchronous=FULL the sync of the WAL is the last moment at which SQLite lets a commit
     /// fail.
     fn refuse_fenced_writer(&self) -> Result<(), Refusal> {
-        if !self.may_commit() && self.is_client_writing() {
+        // What the primary has taken may be finished, whatever became of the HALT lock meanwhile.
+        if !self.may_commit() && self.is_client_writing() && !self.has_pending() {
             tracing::warn!(db = %self.name, "commit refused: the lease is not confirmed");
             return Err(Refusal::Os(libc::EIO));
         }
         Ok(())
-    }
-
-    /// A write to the WAL that came through us.
-    pub fn write_wal(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
-        if !self.may_commit() {
-            self.note_refused_write();
-            return Err(Refusal::ReadOnly);
-        }
-        // Who builds a wal-index is let in even then.
-        if self.shared.is_full() {
-            return Err(Refusal::Os(libc::ENOSPC));
-        }
-        if self.has_failed() || self.chain.refusal().is_some() {
-            return Err(Refusal::Os(libc::EIO));
-        }
-        let path = self.files.path(FileKind::Wal);
-        self.change.lock().unwrap().wal.note_write(offset);
-        Ok(os::write_at("wal:write", &backing.file, data, offset)
-            .map_err(Error::io("write wal", &path))?)
     }
 
     /// A write to the wal-index that came through us.
@@ -450,14 +449,18 @@ impl Db {
     }
 
     /// Drops the database: a transaction that leaves nothing. Refused while somebody has it locked.
+    /// On a replica it is refused, under a HALT lock too.
     pub fn drop_database(&self) -> Result<(), Refusal> {
-        let guard = self.may_begin().then(|| self.lock_everything_now()).flatten();
+        if self.is_lent() {
+            return Err(Refusal::Busy);
+        }
+        let guard = self.shared.may_begin().then(|| self.lock_everything_now()).flatten();
         // Asked again under the locks, for which a change of the role waits.
-        if !self.may_begin() {
+        if !self.shared.may_begin() {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
-        if guard.is_none() || self.inbox.has_queue() {
+        if guard.is_none() || self.is_lent() || self.inbox.has_queue() {
             return Err(Refusal::Busy);
         }
         let mut change = self.change.lock().unwrap();
@@ -660,6 +663,13 @@ impl Db {
     pub(super) fn note_no_database(&self) {
         if self.note_is_due(2) {
             tracing::warn!(file = %self.name, "refused a write: not a SQLite database; other files have no place in the mount");
+        }
+    }
+
+    /// Logs, once a minute, a writer that had the WAL open before the first HALT lock.
+    pub fn note_write_past(&self, process: Option<u32>) {
+        if self.note_is_due(3) {
+            tracing::warn!(db = %self.name, process, "refused a write under a halt lock: this process had the database open before, in a way that cannot be held back; it must open it again");
         }
     }
 

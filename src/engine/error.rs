@@ -74,6 +74,22 @@ pub enum Error {
         /// Why it failed.
         reason: String,
     },
+    /// A replica has a transaction that its primary has not taken.
+    #[error("transaction to {pos} of {db} was not taken by the primary")]
+    NotTaken {
+        /// The database.
+        db: DbName,
+        /// Where the transaction leads to.
+        pos: Pos,
+    },
+    /// A HALT lock is not what it would have to be.
+    #[error("halt lock on {db}: {what}")]
+    HaltLock {
+        /// The database.
+        db: DbName,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// The database could not be locked in time.
     #[error("database {db} is busy: {what}")]
     Busy {

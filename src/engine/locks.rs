@@ -44,6 +44,8 @@ impl Owner {
     pub const DROP: Owner = Owner::Internal(3);
     /// Whoever waits until nobody writes.
     pub const DRAIN: Owner = Owner::Internal(4);
+    /// Whoever lends the database to another node.
+    pub const LEND: Owner = Owner::Internal(5);
 
     /// A process or an open file by the kernel's number.
     pub fn client(number: u64) -> Owner {

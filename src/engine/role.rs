@@ -69,6 +69,9 @@ impl Engine {
         let end = Instant::now() + limit;
         self.shared.change_writing(Writing::Allowed, Writing::Finishing);
         let databases = self.databases();
+        for db in &databases {
+            db.take_back(None, "this node stops being primary");
+        }
         let left = || end.saturating_duration_since(Instant::now());
         let unfinished = databases.iter().filter(|db| !db.drain(left()));
         let unfinished = unfinished.map(|db| db.name().clone()).collect();
@@ -106,7 +109,12 @@ impl Engine {
             self.shared.set_writing(Writing::Allowed);
         }
         *self.role.lock().unwrap() = role.clone();
-        self.databases().iter().for_each(|db| db.role_changed());
+        for db in self.databases() {
+            if db.end_borrow(None) {
+                tracing::warn!(db = %db.name(), "halt lock ended: this node has another primary now");
+            }
+            db.role_changed();
+        }
         self.attributes_changed();
         self.shared.feed.emit(&Event::PrimaryChange {
             is_primary: primary,

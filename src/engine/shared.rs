@@ -13,6 +13,7 @@ use super::chain::Waker;
 use super::feed::Feed;
 use super::fence::Fence;
 use super::files::FileKind;
+use super::halt::Forward;
 use crate::limits;
 
 /// How long a look at the free space holds.
@@ -80,6 +81,8 @@ pub struct Shared {
     passthrough: AtomicBool,
     /// The kernel, once something is mounted.
     page_cache: OnceLock<Arc<dyn PageCache>>,
+    /// The way to the primary of a replica that writes.
+    forward: OnceLock<Arc<dyn Forward>>,
     /// Asks for the stream to be opened again.
     reconnect: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Where writes should go, for the log.
@@ -107,6 +110,7 @@ impl Shared {
             same_line: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
             page_cache: OnceLock::new(),
+            forward: OnceLock::new(),
             reconnect: OnceLock::new(),
             primary_hint: Mutex::default(),
             space: Mutex::default(),
@@ -187,6 +191,17 @@ impl Shared {
         for kind in FileKind::ALL {
             cache.name_changed(&format!("{name}{}", kind.suffix()));
         }
+    }
+
+    /// Remembers the way to the primary.
+    pub fn set_forward(&self, forward: Arc<dyn Forward>) {
+        // Said once, at start-up.
+        let _ = self.forward.set(forward);
+    }
+
+    /// The way to the primary, where the node has one.
+    pub fn forward(&self) -> Option<Arc<dyn Forward>> {
+        self.forward.get().cloned()
     }
 
     /// Remembers whom to ask for the stream to be opened again.

@@ -127,9 +127,7 @@ impl Db {
     ///
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
-        if !self.may_begin() {
-            return Err(Error::NotPrimary);
-        }
+        self.refuse_import()?;
         let file = File::open(source).map_err(Error::io("open import", source))?;
         let _turn = self.turn();
         if self.inbox.has_queue() {
@@ -138,9 +136,7 @@ impl Db {
         }
         let mut locks = self.lock_everything(limits::LOCK_WAIT)?;
         // Asked again under the locks, for which a change of the role waits.
-        if !self.may_begin() {
-            return Err(Error::NotPrimary);
-        }
+        self.refuse_import()?;
         let mut change = self.change.lock().unwrap();
         if !self.is_lost() {
             self.settle_wal(&mut change)?;
@@ -148,7 +144,7 @@ impl Db {
         let spool = self.dir.ltx().join("import.ltx.tmp");
         os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
         let received = self.encode_import(&change, &file, source, spool)?;
-        if !self.may_commit() {
+        if !self.shared.may_commit() {
             return Err(Error::NotPrimary);
         }
         let mut stale = Stale::default();
@@ -169,6 +165,16 @@ impl Db {
             Ok(()) => Ok(pos),
             Err(_) => Err(Error::NotPrimary),
         }
+    }
+
+    fn refuse_import(&self) -> Result<()> {
+        if self.is_lent() {
+            return Err(Error::Busy {
+                db: self.name.clone(),
+                what: "another node has its halt lock",
+            });
+        }
+        if self.shared.may_begin() { Ok(()) } else { Err(Error::NotPrimary) }
     }
 
     /// The LTX file of an import. The counters of page 1 by which SQLite notices a change are set

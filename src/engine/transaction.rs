@@ -8,10 +8,11 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
+
+use crate::os;
 
 /// One changed page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +75,34 @@ impl WalSpan {
             return WalSpan::default();
         }
         WalSpan { size: last.offset + last.size - self.offset, ..*self }
+    }
+}
+
+/// Bytes of a file that are on their way to it.
+#[derive(Debug, Clone, Copy)]
+pub struct Overlay<'a> {
+    /// Where they belong.
+    pub offset: u64,
+    /// The bytes.
+    pub data: &'a [u8],
+}
+
+impl Overlay<'_> {
+    /// No bytes.
+    pub const NONE: Overlay<'static> = Overlay { offset: 0, data: &[] };
+
+    /// Puts them into `bytes`, of which `filled` were read at `offset` of the file; how many are valid
+    /// then.
+    pub fn lay_over(&self, bytes: &mut [u8], offset: u64, filled: usize) -> usize {
+        let start = self.offset.max(offset);
+        let end = (self.offset + self.data.len() as u64).min(offset + bytes.len() as u64);
+        if start >= end || start > offset + filled as u64 {
+            return filled;
+        }
+        let (to, from) = ((start - offset) as usize, (start - self.offset) as usize);
+        let len = (end - start) as usize;
+        bytes[to..to + len].copy_from_slice(&self.data[from..from + len]);
+        filled.max(to + len)
     }
 }
 
@@ -152,7 +181,9 @@ impl Transaction {
     pub fn can_merge(&self, next: &Transaction) -> bool {
         // The first file of a database stays a snapshot of one transaction, and the second one
         // something that a replica can go on from.
+        // What a LiteFS node wrote itself it leaves out, whatever else is in the file.
         self.min > Txid(1)
+            && self.node_id == next.node_id
             && Arc::ptr_eq(&self.source, &next.source)
             && self.page_size == next.page_size
             && self.max.next() == next.min
@@ -228,10 +259,20 @@ impl Transaction {
     /// Writes its LTX file. An image whose checksum is not the recorded one is an error
     /// (`InvalidData`): the source was changed behind our back.
     pub fn write<W: Write>(&self, out: W, compression: Compression) -> Result<W, ltx::Error> {
+        self.write_with(out, compression, &Overlay::NONE)
+    }
+
+    /// [`Transaction::write`] with bytes that the source does not have yet.
+    pub fn write_with<W: Write>(
+        &self,
+        out: W,
+        compression: Compression,
+        overlay: &Overlay<'_>,
+    ) -> Result<W, ltx::Error> {
         let mut encoder = Encoder::new(out, self.header(compression))?;
         let mut image = vec![0; self.page_size.bytes()];
         for page in &self.pages {
-            self.read_page(page, &mut image).map_err(ltx::Error::Read)?;
+            self.read_page(page, &mut image, overlay).map_err(ltx::Error::Read)?;
             if encoder.page(page.pgno, &image)? != page.sum {
                 let text = format!("page {} changed before its ltx file was written", page.pgno);
                 return Err(ltx::Error::Read(io::Error::new(io::ErrorKind::InvalidData, text)));
@@ -262,11 +303,15 @@ impl Transaction {
         self.encoded.lock().unwrap().clone()
     }
 
-    fn read_page(&self, page: &PageRef, image: &mut [u8]) -> io::Result<()> {
+    fn read_page(&self, page: &PageRef, image: &mut [u8], overlay: &Overlay<'_>) -> io::Result<()> {
         if page.offset == ZERO_PAGE {
             image.fill(0);
             return Ok(());
         }
-        self.source.read_exact_at(image, page.offset)
+        let filled = os::read_up_to(&self.source, image, page.offset)?;
+        match overlay.lay_over(image, page.offset, filled) {
+            filled if filled == image.len() => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 }

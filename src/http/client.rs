@@ -7,6 +7,7 @@
 //! its reader takes it, within the HTTP/2 window.
 
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -18,19 +19,20 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ltx::{NodeId, Pos};
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
-use super::report::{Info, Status};
+use super::report::{HaltLock, Info, Status};
 use super::security::Security;
 use super::url::{self, Url};
 use super::{CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, TERM};
 use crate::cluster::election::Force;
 use crate::cluster::node::Candidacy;
 use crate::cluster::peers::Identity;
+use crate::engine::LtxBytes;
 use crate::limits;
 
 /// Why a call failed.
@@ -136,6 +138,86 @@ pub struct StreamRequest<'a> {
     pub filter: &'a [String],
 }
 
+/// What a HALT call is about.
+#[derive(Debug, Clone, Copy)]
+pub struct HaltCall<'a> {
+    /// The database.
+    pub db: &'a str,
+    /// Which lock.
+    pub id: i64,
+    /// Who asks.
+    pub node_id: NodeId,
+}
+
+impl HaltCall<'_> {
+    fn path(&self, route: &str, id: &str) -> String {
+        format!("{route}?name={}&{id}={}", encode_query(self.db), self.id)
+    }
+}
+
+/// The way of forwarded transactions to a primary: one connection for one after the other.
+pub struct Forwarding {
+    client: Client,
+    /// The open connection, if there is one.
+    connection: Mutex<Option<Arc<Connection>>>,
+}
+
+impl Forwarding {
+    /// To that node; nothing is connected yet.
+    pub fn new(client: Client) -> Forwarding {
+        Forwarding { client, connection: Mutex::default() }
+    }
+
+    /// `POST /tx`: sends an LTX file that leads to `pos`; returns when the primary has it. An error
+    /// without a response leaves open whether it has. The caller limits the wait.
+    pub async fn send(&self, call: HaltCall<'_>, pos: Pos, ltx: &LtxBytes) -> Result<(), Error> {
+        let open = self.connection.lock().unwrap().take();
+        let connection = match open {
+            Some(connection) => connection,
+            None => Arc::new(self.client.connect().await?),
+        };
+        let path = format!("{}&pos={pos}", call.path("/tx", "lockID"));
+        self.send_on(&connection, &path, call.node_id, ltx).await?;
+        *self.connection.lock().unwrap() = Some(connection);
+        Ok(())
+    }
+
+    async fn send_on(
+        &self,
+        connection: &Arc<Connection>,
+        path: &str,
+        node_id: NodeId,
+        ltx: &LtxBytes,
+    ) -> Result<(), Error> {
+        let client = &self.client;
+        let (body, file) = match ltx {
+            LtxBytes::Memory(bytes) => (body::full(Bytes::from_owner(bytes.clone())), None),
+            LtxBytes::File(file, len) => {
+                let mut file =
+                    tokio::fs::File::from_std(file.try_clone().map_err(Error::ReadUpload)?);
+                file.rewind().await.map_err(Error::ReadUpload)?;
+                let (sender, body) = body::channel();
+                (body, Some(upload(file.take(*len), sender)))
+            }
+        };
+        let request = client.identified(Method::POST, path, node_id, body);
+        let answer = connection.sender.clone().send_request(request);
+        let answer = match file {
+            None => answer.await,
+            Some(upload) => {
+                let (answer, uploaded) = tokio::join!(answer, upload);
+                // One that is there already is taken without its body.
+                if answer.is_err() {
+                    uploaded?;
+                }
+                answer
+            }
+        };
+        let response = answer.map_err(|source| client.http_error("send transaction to", source))?;
+        client.check(Answer::new(response, connection.clone())).await.map(drop)
+    }
+}
+
 impl Client {
     /// The node at `url`, such as `http://10.0.0.1:20202`.
     pub fn new(url: &str, security: &Security) -> Result<Client, Error> {
@@ -191,7 +273,32 @@ impl Client {
         let (answer, upload) = tokio::join!(answer, upload(file.take(len), sender));
         upload?;
         let response = answer.map_err(|source| self.http_error("import to", source))?;
-        self.check(Answer::new(response, connection)).await.map(|_| ())
+        self.check(Answer::new(response, Arc::new(connection))).await.map(|_| ())
+    }
+
+    /// `POST /halt`: asks for a HALT lock, or renews it.
+    pub async fn halt(&self, call: HaltCall<'_>) -> Result<HaltLock, Error> {
+        let path = call.path("/halt", "id");
+        let request = self.identified(Method::POST, &path, call.node_id, body::empty());
+        let mut answer = self.call(request).await?;
+        let text = self.collect(&mut answer.body).await?;
+        serde_json::from_slice(&text)
+            .map_err(|source| Error::Decode { address: self.address(), source })
+    }
+
+    /// `DELETE /halt`: gives a HALT lock back.
+    pub async fn unhalt(&self, call: HaltCall<'_>) -> Result<(), Error> {
+        let path = call.path("/halt", "id");
+        let request = self.identified(Method::DELETE, &path, call.node_id, body::empty());
+        self.call(request).await.map(drop)
+    }
+
+    fn identified(&self, method: Method, path: &str, id: NodeId, body: Body) -> Request<Body> {
+        let mut request = self.request(method, path, body);
+        if let Ok(id) = id.to_string().parse() {
+            request.headers_mut().insert(NODE_ID, id);
+        }
+        request
     }
 
     /// `POST /promote`: asks the node to become primary.
@@ -277,7 +384,7 @@ impl Client {
             .await
             .map_err(|_| self.silence("response", wait))?
             .map_err(|source| self.http_error("call", source))?;
-        self.check(Answer::new(response, connection)).await
+        self.check(Answer::new(response, Arc::new(connection))).await
     }
 
     async fn check(&self, mut answer: Answer) -> Result<Answer, Error> {
@@ -426,11 +533,11 @@ struct Answer {
     proxy_url: Option<String>,
     term: Option<u64>,
     body: Incoming,
-    _connection: Connection,
+    _connection: Arc<Connection>,
 }
 
 impl Answer {
-    fn new(response: Response<Incoming>, connection: Connection) -> Answer {
+    fn new(response: Response<Incoming>, connection: Arc<Connection>) -> Answer {
         let header = |name: &str| response.headers().get(name).and_then(|id| id.to_str().ok());
         Answer {
             status: response.status(),

@@ -11,6 +11,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::body::{self, Body};
+use super::rfc3339::rfc3339;
 use super::{Stop, stopped};
 use crate::engine::{Engine, Event, EventWatch, Role};
 use crate::limits;
@@ -121,51 +122,12 @@ fn encode(line: &Line<'_>) -> Vec<u8> {
     json
 }
 
-/// UTC with the milliseconds' trailing zeros dropped: `2026-11-23T06:53:10.13Z`.
-fn rfc3339(timestamp_ms: i64) -> String {
-    let (seconds, ms) = (timestamp_ms.div_euclid(1000), timestamp_ms.rem_euclid(1000));
-    let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let (year, month, day) = civil(days);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let fraction = format!(".{ms:03}");
-    let fraction = fraction.trim_end_matches('0').trim_end_matches('.');
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{fraction}Z")
-}
-
-/// Year, month and day of the day `days` after 1970-01-01, by the Gregorian rules. Counted in years
-/// that begin in March, so that a leap day is the last of its year.
-fn civil(days: i64) -> (i64, i64, i64) {
-    let days = days + 719_468; // since 0000-03-01
-    let era = days.div_euclid(146_097); // of 400 years
-    let day_of_era = days.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (year, month, day)
-}
-
 #[cfg(test)]
 mod tests {
     use ltx::{Checksum, PageSize, Pos, Txid};
 
     use super::*;
     use crate::engine::{DbName, PrimaryInfo};
-
-    #[test]
-    fn timestamps_drop_the_zeros_of_their_fraction() {
-        let check = |ms, expected: &str| assert_eq!(rfc3339(ms), expected);
-        check(0, "1970-01-01T00:00:00Z");
-        check(-1, "1969-12-31T23:59:59.999Z");
-        check(951_782_400_000, "2000-02-29T00:00:00Z");
-        check(1_795_416_790_135, "2026-11-23T06:53:10.135Z");
-        check(1_795_416_790_130, "2026-11-23T06:53:10.13Z");
-        check(1_795_416_790_100, "2026-11-23T06:53:10.1Z");
-        check(4_102_444_799_000, "2099-12-31T23:59:59Z");
-    }
 
     #[test]
     fn events_have_the_shape_of_litefs() {

@@ -3,6 +3,7 @@
 //! Unknown fields are ignored when reading, so that nodes of different versions understand each
 //! other.
 
+use ltx::Pos;
 use serde::{Deserialize, Serialize};
 
 /// `GET /info`.
@@ -27,6 +28,40 @@ pub struct Info {
 pub struct InfoPrimary {
     /// Its host name; empty if unknown.
     pub hostname: String,
+}
+
+/// The answer to `POST /halt`, one line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HaltLock {
+    /// What the holder drew.
+    pub id: i64,
+    /// Where the database stood when the lock was granted.
+    pub pos: HaltPos,
+    /// When the lock ends unless it is renewed, by the primary's clock.
+    pub expires: String,
+}
+
+/// A position as LiteFS writes it in JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HaltPos {
+    /// 16 hex digits.
+    #[serde(rename = "TXID")]
+    pub txid: String,
+    /// 16 hex digits.
+    #[serde(rename = "PostApplyChecksum")]
+    pub post_apply: String,
+}
+
+impl HaltPos {
+    /// `pos` in this form.
+    pub fn new(pos: Pos) -> HaltPos {
+        HaltPos { txid: pos.txid.to_string(), post_apply: pos.checksum.to_string() }
+    }
+
+    /// The position; none if it is not one.
+    pub fn pos(&self) -> Option<Pos> {
+        format!("{}/{}", self.txid, self.post_apply).parse().ok()
+    }
 }
 
 /// `GET /status`: what `litefs status` prints.

@@ -7,6 +7,7 @@
 //! POST /import    a database file                      GET /         the status for a browser
 //!                                                      POST /handoff  give the lease to a replica
 //!                                                      POST /promote  become primary
+//! POST, DELETE /halt, POST /tx                         a replica writes
 //! ```
 //!
 //! An error is one line of text. Every answer but `/metrics` carries the node id, and the cluster id
@@ -44,7 +45,7 @@ use super::security::Security;
 use super::socket::Socket;
 use super::{
     CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM,
-    events, frame, gauges, page, spool, stopped, stream, transfer,
+    events, frame, gauges, halt, page, spool, stopped, stream, transfer,
 };
 use crate::cluster::control::{Control, HandoffError, PromoteError};
 use crate::cluster::election::Force;
@@ -57,7 +58,7 @@ use crate::limits;
 use crate::sqlite::header::JournalMode;
 use crate::telemetry::{Metrics, metrics};
 
-const TEXT: &str = "text/plain; charset=utf-8";
+pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const BINARY: &str = "application/octet-stream";
 
@@ -88,6 +89,10 @@ pub struct Api {
     pub(super) spool_slots: Arc<Semaphore>,
     /// Imports go one by one.
     import_slot: Semaphore,
+    /// One for each request that waits for a HALT lock.
+    pub(super) halt_slots: Arc<Semaphore>,
+    /// One for each forwarded transaction that is arriving.
+    pub(super) forward_slots: Semaphore,
     /// The number of this primaryship; `None` while the node is not primary.
     primaryship: watch::Receiver<Option<u64>>,
     _role_watch: EventWatch,
@@ -113,6 +118,8 @@ impl Api {
             spool_dir,
             spool_slots: Arc::new(Semaphore::new(limits::SPOOLS_MAX)),
             import_slot: Semaphore::new(1),
+            halt_slots: Arc::new(Semaphore::new(limits::HALT_WAITERS_MAX)),
+            forward_slots: Semaphore::new(limits::FORWARDS_MAX),
             primaryship,
             _role_watch: role_watch,
             peers: Peers::default(),
@@ -224,10 +231,10 @@ impl Api {
             return Err(Refusal::unauthorized());
         }
         let path = request.uri().path();
-        let Some(allowed) = method_of(path) else {
+        let Some(allowed) = methods_of(path) else {
             return Err(Refusal::new(StatusCode::NOT_FOUND, "404 page not found"));
         };
-        if request.method() != allowed {
+        if allowed.split(", ").all(|allowed| request.method() != allowed) {
             return Err(Refusal { allowed: Some(allowed), ..METHOD_NOT_ALLOWED.into() });
         }
         match path {
@@ -238,10 +245,13 @@ impl Api {
             "/export" => self.export(request).await,
             "/handoff" => self.hand_off(request).await,
             "/import" => self.import(request, stop).await,
+            "/halt" if request.method() == Method::DELETE => halt::take_back(self, request).await,
+            "/halt" => halt::lend(self, request).await,
             "/info" => Ok(respond(TEXT, body::full(pretty_json(&self.info())))),
             "/metrics" => self.metrics().await,
             "/promote" => self.promote(request).await,
             "/status" => self.status().await,
+            "/tx" => halt::take(self, request).await,
             _ => self.stream(request, stop).await,
         }
     }
@@ -455,12 +465,12 @@ impl Api {
     }
 
     /// The number of the present primaryship.
-    fn primaryship(&self) -> Result<u64, Refusal> {
+    pub(super) fn primaryship(&self) -> Result<u64, Refusal> {
         self.primaryship.borrow().ok_or_else(lease_expired)
     }
 
     /// Waits until the primaryship of that number is over.
-    async fn primary_lost(&self, number: u64) {
+    pub(super) async fn primary_lost(&self, number: u64) {
         let mut primaryship = self.primaryship.clone();
         // An error means that the sender is gone, and it lives as long as this value.
         let _ = primaryship.wait_for(|now| *now != Some(number)).await;
@@ -524,17 +534,18 @@ async fn nothing_asked(asked: &AtomicBool) {
     }
 }
 
-/// The one method of a route; `None` if there is no such route.
-fn method_of(path: &str) -> Option<Method> {
+/// The methods of a route; `None` if there is no such route.
+fn methods_of(path: &str) -> Option<&'static str> {
     match path {
-        "/stream" | "/import" | "/handoff" | "/promote" => Some(Method::POST),
+        "/stream" | "/import" | "/tx" | "/handoff" | "/promote" => Some("POST"),
+        "/halt" => Some("POST, DELETE"),
         "/" | "/page.css" | "/page.js" | "/events" | "/export" | "/info" | "/metrics"
-        | "/status" => Some(Method::GET),
+        | "/status" => Some("GET"),
         _ => None,
     }
 }
 
-fn peer_id(headers: &HeaderMap) -> NodeId {
+pub(super) fn peer_id(headers: &HeaderMap) -> NodeId {
     let id = headers.get(NODE_ID).and_then(|id| id.to_str().ok());
     id.and_then(|id| id.parse().ok()).unwrap_or_default()
 }
@@ -559,7 +570,7 @@ fn accepted_overlap(headers: &HeaderMap) -> Overlap {
     }
 }
 
-fn required_name(request: &Request<Incoming>) -> Result<String, Refusal> {
+pub(super) fn required_name(request: &Request<Incoming>) -> Result<String, Refusal> {
     let name = parameter(request.uri().query(), "name");
     if name.is_empty() {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "name required"));
@@ -586,22 +597,22 @@ fn pretty_json(document: &impl serde::Serialize) -> String {
     json.expect("plain structs of texts and numbers encode") + "\n"
 }
 
-fn respond(content_type: &'static str, body: Body) -> Response<Body> {
+pub(super) fn respond(content_type: &'static str, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
-type Answer = Result<Response<Body>, Refusal>;
+pub(super) type Answer = Result<Response<Body>, Refusal>;
 
 /// An answer that says no.
 #[derive(Debug)]
-struct Refusal {
+pub(super) struct Refusal {
     status: StatusCode,
     /// One line.
     text: String,
-    /// The method that would be right.
-    allowed: Option<Method>,
+    /// The methods that would be right.
+    allowed: Option<&'static str>,
 }
 
 /// Makes a browser ask for the token.
@@ -610,12 +621,12 @@ const ASK_FOR_TOKEN: HeaderValue = HeaderValue::from_static("Basic realm=\"litef
 const METHOD_NOT_ALLOWED: (StatusCode, &str) =
     (StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
 
-fn lease_expired() -> Refusal {
+pub(super) fn lease_expired() -> Refusal {
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "lease expired")
 }
 
 impl Refusal {
-    fn new(status: StatusCode, text: &str) -> Refusal {
+    pub(super) fn new(status: StatusCode, text: &str) -> Refusal {
         Refusal { status, text: text.replace('\n', " "), allowed: None }
     }
 
@@ -626,7 +637,7 @@ impl Refusal {
         )
     }
 
-    fn internal(error: &dyn std::error::Error) -> Refusal {
+    pub(super) fn internal(error: &dyn std::error::Error) -> Refusal {
         Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, &chain_text(error))
     }
 }
@@ -658,8 +669,8 @@ impl From<Refusal> for Response<Body> {
         *response.status_mut() = refusal.status;
         let headers = response.headers_mut();
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        if let Some(method) = refusal.allowed.and_then(|method| method.as_str().parse().ok()) {
-            headers.insert(ALLOW, method);
+        if let Some(method) = refusal.allowed {
+            headers.insert(ALLOW, HeaderValue::from_static(method));
         }
         if refusal.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, ASK_FOR_TOKEN);

@@ -19,6 +19,10 @@ mod crash;
 mod damage;
 /// What an application does on the primary, and what its replica has then.
 mod follow;
+/// What is lost between a replica that writes and its primary, or must not be taken.
+mod forward;
+/// A replica that writes under a HALT lock.
+mod halt;
 /// Nodes that come late, come back, or do not belong.
 mod join;
 /// A database beyond 1 GiB.

@@ -17,7 +17,7 @@ use crate::support::local::copy;
 use crate::support::wait;
 
 use super::{
-    PAGE, begin, commit, contents, database, file, image, lock, open, primary, unlock_all,
+    PAGE, asked, begin, commit, contents, database, file, image, lock, open, primary, unlock_all,
 };
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
@@ -147,7 +147,7 @@ fn a_commit_that_fails_does_not_come_back_at_the_next_start() {
             commit(&db, &image(3));
             begin(&db, &image(4));
             fail(label, after);
-            let failed = db.remove_journal().is_err();
+            let failed = asked(|answer| db.remove_journal(answer)).is_err();
             fault::disarm_here();
             if !failed {
                 assert!(after > 0, "{label} is never called");
@@ -168,7 +168,7 @@ fn no_checkpoint_moves_frames_that_could_not_be_captured() {
     commit(&db, &image(3));
     lock(&db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
     let log = file(&db, FileKind::Wal);
-    db.write_wal(&log, 0, &wal(512)).unwrap(); // Of another page size.
+    asked(|answer| db.write_wal(&log, 0, &wal(512), answer)).unwrap(); // Of another page size.
     unlock_all(&db);
     assert!(matches!(db.state(), DbState::Failed(_)));
     assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));
@@ -184,9 +184,9 @@ fn writers_are_let_in_again_after_a_sync_that_failed_once() {
     let content = image(3);
     lock(&db, super::write_locks(), LockKind::Exclusive).unwrap();
     let journal = file(&db, FileKind::Journal);
-    db.write_journal(&journal, 0, &[1; 512]).unwrap(); // And not synced.
+    asked(|answer| db.write_journal(&journal, 0, &[1; 512], answer)).unwrap(); // And not synced.
     db.write_database(&file(&db, FileKind::Database), 0, &content).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     fail("chain:sync", 0);
     db.chain().sync().unwrap_err();
@@ -200,9 +200,9 @@ fn writers_are_let_in_again_after_a_sync_that_failed_once() {
 fn commit_unsynced(db: &Db, content: &[u8]) {
     lock(db, super::write_locks(), LockKind::Exclusive).unwrap();
     let journal = file(db, FileKind::Journal);
-    db.write_journal(&journal, 0, &[1; 512]).unwrap();
+    asked(|answer| db.write_journal(&journal, 0, &[1; 512], answer)).unwrap();
     db.write_database(&file(db, FileKind::Database), 0, content).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(db);
 }
 

@@ -18,7 +18,7 @@ use ltx::{PageSize, Pgno};
 
 use crate::support::image::Image;
 
-use super::{CLIENT, PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{CLIENT, PAGE, asked, begin, commit, database, file, image, lock, primary, unlock_all};
 
 fn close_fence(engine: &Engine) {
     engine.shared().fence.confirm(BootTime::START);
@@ -63,11 +63,11 @@ fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
     let before = db.pos();
     begin(&db, &image(20));
     close_fence(&engine);
-    assert_eq!(db.remove_journal(), Err(Refusal::ReadOnly));
+    assert_eq!(asked(|answer| db.remove_journal(answer)), Err(Refusal::ReadOnly));
     let database = file(&db, FileKind::Database);
     db.write_database(&database, 0, &content).unwrap();
     db.truncate_database(&database, content.len() as u64).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     assert_eq!(db.pos(), before);
 }
@@ -103,7 +103,7 @@ fn a_commit_whose_lease_runs_out_on_its_way_is_refused_whole_or_counts() {
         begin(&db, &image(20));
         let of_hook = engine.clone();
         os::fault::meanwhile(label, move || close_fence(&of_hook));
-        let refused = db.remove_journal();
+        let refused = asked(|answer| db.remove_journal(answer));
         assert!(refused.is_err(), "{label}: acknowledged");
         let mistaken = kernel.0.lock().unwrap().clone();
         if counts {
@@ -119,7 +119,7 @@ fn a_commit_whose_lease_runs_out_on_its_way_is_refused_whole_or_counts() {
             let database = file(&db, FileKind::Database);
             db.write_database(&database, 0, &content).unwrap();
             db.truncate_database(&database, content.len() as u64).unwrap();
-            db.remove_journal().unwrap();
+            asked(|answer| db.remove_journal(answer)).unwrap();
         }
         unlock_all(&db);
         let pages = Image::of_files(&DbDir::new(&dir.path().join("dbs/db"))).unwrap();
@@ -137,8 +137,8 @@ fn begin_wal(db: &Db, page: &[u8]) {
     WalCursor::start(&header).encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
     let log = file(db, FileKind::Wal);
     let (head, frames) = bytes.split_at(wal::HEADER_SIZE);
-    db.write_wal(&log, 0, head).unwrap();
-    db.write_wal(&log, wal::HEADER_SIZE as u64, frames).unwrap();
+    asked(|answer| db.write_wal(&log, 0, head, answer)).unwrap();
+    asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, frames, answer)).unwrap();
 }
 
 /// A database in WAL mode, and a new image of its first page.
@@ -182,7 +182,8 @@ fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
     let log = file(&db, FileKind::Wal);
     close_fence(&engine);
     assert_eq!(db.sync_file(&log), Err(Refusal::Os(libc::EIO)));
-    assert_eq!(db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9]), Err(Refusal::ReadOnly));
+    let late = asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9], answer));
+    assert_eq!(late, Err(Refusal::ReadOnly));
     open_fence(&engine);
     assert_eq!(db.sync_file(&log), Ok(()));
 }
@@ -195,7 +196,7 @@ fn paused_writes_begin_no_transaction_and_wait_for_the_last_one() {
     commit(&db, &image(1));
     begin(&db, &image(2));
     assert_eq!(engine.stop_writes(Duration::ZERO).unfinished, [db.name().clone()]);
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     assert_eq!(engine.stop_writes(Duration::from_secs(20)).unfinished, []);
     for byte in [Lock::Write, Lock::Reserved] {

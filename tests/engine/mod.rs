@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use litefs::engine::db::Refusal;
+use litefs::engine::db::{Answer, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::{self, Db, DbName, Engine, Role};
@@ -85,6 +85,13 @@ fn write_locks() -> LockSet {
     LockSet::one(Lock::Reserved).with(Lock::Shared)
 }
 
+/// The answer to a call that is answered at once.
+fn asked(call: impl FnOnce(Answer)) -> Result<(), Refusal> {
+    let (sender, answers) = std::sync::mpsc::channel();
+    call(Box::new(move |result| sender.send(result).unwrap()));
+    answers.try_recv().expect("answered at once")
+}
+
 fn unlock_all(db: &Db) {
     db.unlock(Owner::client(CLIENT), LockSet::ALL, || ());
 }
@@ -100,7 +107,7 @@ fn file(db: &Db, kind: FileKind) -> Arc<Backing> {
 fn begin(db: &Db, content: &[u8]) {
     lock(db, write_locks(), LockKind::Exclusive).unwrap();
     let journal = file(db, FileKind::Journal);
-    db.write_journal(&journal, 0, &[1; 512]).unwrap();
+    asked(|answer| db.write_journal(&journal, 0, &[1; 512], answer)).unwrap();
     db.sync_file(&journal).unwrap();
     let database = file(db, FileKind::Database);
     for (index, page) in content.chunks(PAGE).enumerate() {
@@ -111,7 +118,7 @@ fn begin(db: &Db, content: &[u8]) {
 /// One transaction that makes `content` the database.
 fn commit(db: &Db, content: &[u8]) {
     begin(db, content);
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(db);
 }
 

@@ -20,7 +20,7 @@ use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
 
 use super::faults::lost_database;
-use super::{PAGE, commit, contents, database, file, image, lock, primary, unlock_all};
+use super::{PAGE, asked, commit, contents, database, file, image, lock, primary, unlock_all};
 use crate::support::wait;
 
 /// A kernel that has nothing cached.
@@ -131,7 +131,7 @@ impl PageCache for BusyKernel {
             // What workers do that may want a lock of the engine.
             let _ = db.remove_wal();
             let _ = db.truncate_wal(&file(&db, FileKind::Wal), 0);
-            let _ = db.remove_journal();
+            let _ = asked(|answer| db.remove_journal(answer));
             let log = LockSet::READERS.without(LockSet::one(Lock::Read0));
             let _ = lock(&db, log, LockKind::Exclusive);
             unlock_all(&db);

@@ -13,7 +13,7 @@ use litefs::sqlite::wal_index::IndexHeader;
 use ltx::{PageSize, Pgno, Txid};
 
 use super::replica::NoCache;
-use super::{PAGE, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{PAGE, asked, begin, commit, database, file, image, lock, primary, unlock_all};
 
 const SALTS: Salts = Salts(1, 2);
 
@@ -56,7 +56,7 @@ fn a_commit_frame_that_the_wal_index_does_not_know_is_no_transaction() {
         page
     };
     let log = file(&db, FileKind::Wal);
-    db.write_wal(&log, 0, &header.encode()).unwrap();
+    asked(|answer| db.write_wal(&log, 0, &header.encode(), answer)).unwrap();
     let mut cursor = WalCursor::start(&header);
     // Two applications die one after the other behind their commit frame; a third one does not.
     for (byte, lives) in [(1, true), (2, false), (3, false), (4, true)] {
@@ -64,7 +64,7 @@ fn a_commit_frame_that_the_wal_index_does_not_know_is_no_transaction() {
         let (mut next, mut bytes) = (cursor, Vec::new());
         let frame = Frame { pgno: Pgno(1), commit: Some(pages), page: &page(byte) };
         next.encode(&frame, &mut bytes);
-        db.write_wal(&log, cursor.offset(), &bytes).unwrap();
+        asked(|answer| db.write_wal(&log, cursor.offset(), &bytes, answer)).unwrap();
         let before = db.pos().txid;
         if lives {
             publish(&db, pages, &next);
@@ -92,9 +92,9 @@ fn nobody_ends_a_journal_or_drops_a_database_under_who_uses_it() {
     begin(&db, &image(4));
     assert_eq!(db.drop_database(), Err(Refusal::Busy));
     unlock_all(&db); // The application died.
-    assert_eq!(db.remove_journal(), Err(Refusal::Busy));
+    assert_eq!(asked(|answer| db.remove_journal(answer)), Err(Refusal::Busy));
     let journal = file(&db, FileKind::Journal);
-    assert_eq!(db.truncate_journal(&journal, 0), Err(Refusal::Busy));
+    assert_eq!(asked(|answer| db.truncate_journal(&journal, 0, answer)), Err(Refusal::Busy));
     assert_eq!(db.pos().txid, Txid(1));
     lock(&db, LockSet::one(Lock::Shared), LockKind::Shared).unwrap();
     assert_eq!(db.drop_database(), Err(Refusal::Busy), "somebody reads");
@@ -116,7 +116,7 @@ fn parts_of_pages_and_growth_by_truncation_are_captured() {
     // Two pages, neither of them whole; then room for later, as SQLITE_FCNTL_CHUNK_SIZE asks for it.
     db.write_database(&database, 3 * PAGE as u64 - 50, &[7; 100]).unwrap();
     db.truncate_database(&database, (content.len() + 64 * PAGE) as u64).unwrap();
-    db.remove_journal().unwrap();
+    asked(|answer| db.remove_journal(answer)).unwrap();
     unlock_all(&db);
     assert_eq!(db.pos().txid, before.txid.next());
     assert_eq!(db.page_count(), pages, "the header says how large the database is");

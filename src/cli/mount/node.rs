@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! open:   ports -> databases -> lease task -> proxy -> mount -> API -> ready -> exec
-//! close:  proxy -> lease handed over -> mount -> API (streams end) -> lease task (lease given back) -> databases
+//! close:  proxy -> lease handed over -> mount -> HALT locks -> API (streams end) -> lease task (lease
+//!         given back) -> databases
 //! ```
 //!
 //! A lease that another node can take is handed over while everything works. Else it is given back last:
@@ -32,6 +33,7 @@ use crate::cluster::consul::client::Client as ConsulClient;
 use crate::cluster::consul::{Consul, Options as ConsulOptions};
 use crate::cluster::control::{Control, PromoteError};
 use crate::cluster::election::Force;
+use crate::cluster::halt::Halts;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
@@ -119,6 +121,7 @@ async fn serve(
 struct Node {
     engine: Option<Arc<Engine>>,
     control: Option<Control>,
+    halts: Option<Arc<Halts>>,
     cluster: Option<Task>,
     proxy: Option<Task>,
     mount: Option<Mount>,
@@ -178,6 +181,7 @@ impl Node {
             None => open_engine(config, node_id).await?,
         };
         self.engine = Some(engine.clone());
+        self.halts = Some(Halts::new(&engine, &security));
         let membership = self.start_cluster(config, environment, &engine, leaser, &security);
         let proxy_url = match proxy_listener {
             Some(listener) => {
@@ -320,6 +324,9 @@ impl Node {
             Some(mount) => mount.unmount().await,
             None => Ok(()),
         };
+        if let Some(halts) = self.halts.take() {
+            halts.close().await;
+        }
         let served = match self.api.take() {
             Some(api) => api.end("http server").await,
             None => Ok(()),

@@ -42,15 +42,16 @@ pub(in crate::engine) struct Stale {
 
 impl Db {
     /// Applies the first of `batch`, and what else can be applied soon, with everybody else locked
-    /// out; how many.
+    /// out; how many. Waits for readers `limit` long for each step.
     pub(super) fn apply_exclusively(
         &self,
         turn: &mut Turn,
         batch: &[Arc<Received>],
+        limit: Duration,
     ) -> Result<usize> {
         self.let_go(turn, &mut self.change.lock().unwrap());
         self.inbox.give_way();
-        let mut locks = self.lock_out_everybody(limits::LOCK_WAIT)?;
+        let mut locks = self.lock_out_everybody(limit)?;
         let mut change = self.change.lock().unwrap();
         let mut stale = Stale::default();
         let settled = self.settle_before(&mut change, &batch[0], &mut stale);
@@ -155,7 +156,11 @@ impl Db {
     }
 
     /// The database would have the checksum that the file promises, and the file follows.
-    pub(super) fn check_outcome(&self, change: &Change, received: &Received) -> Result<()> {
+    pub(in crate::engine) fn check_outcome(
+        &self,
+        change: &Change,
+        received: &Received,
+    ) -> Result<()> {
         let (header, post) = (&received.header, received.trailer.post_apply);
         let continues = header.pre_pos() == change.pos;
         let inside = header.pre_pos().txid < change.pos.txid && change.pos.txid < header.max_txid;
@@ -227,6 +232,8 @@ impl Db {
         };
         let lost = self.is_lost();
         let replaced = match received.snapshot_of() {
+            // A page size that a replica changed under a HALT lock; it is the next transaction.
+            Some(_) if self.is_lent() => Replaced::Remove,
             Some(txid)
                 if change.pos.txid >= txid
                     || lost

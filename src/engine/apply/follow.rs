@@ -93,7 +93,7 @@ impl Db {
             self.discard_strays(turn, limit)?;
         }
         if self.may_write() {
-            if !self.inbox.has_queue() {
+            if !self.is_behind() {
                 self.let_go(turn, &mut self.change.lock().unwrap());
                 // What a primary has is right, unless it is nothing.
                 self.set_needs_snapshot(self.is_lost());
@@ -111,14 +111,20 @@ impl Db {
         self.keep_wal_short(turn)
     }
 
-    /// Takes hold of a WAL database that this node may not write itself; nothing to do for others.
-    fn follow(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
+    /// Whether the WAL is the clients' to write, with nothing to be applied before.
+    fn is_clients(&self) -> bool {
+        self.may_write() && (self.shared.is_writable() || !self.is_behind())
+    }
+
+    /// Takes hold of a WAL database that this node may not write itself, or not yet; nothing to do for
+    /// others.
+    pub(super) fn follow(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
         let view = self.view();
         let (Some(page_size), JournalMode::Wal) = (view.page_size, view.mode) else {
             return Ok(());
         };
         // Of a lost database the applier holds the locks already, so that nobody sees it.
-        let unwanted = self.may_write() || self.is_lost() || self.shared.page_cache().is_none();
+        let unwanted = self.is_clients() || self.is_lost() || self.shared.page_cache().is_none();
         if unwanted || self.is_followed() {
             return Ok(());
         }
@@ -183,7 +189,7 @@ impl Db {
         open: OpenWriter,
     ) -> Result<Hold> {
         // The node may have become primary meanwhile; it lets go of what it finds only once.
-        if self.may_write() || self.has_strays() {
+        if self.is_clients() || self.has_strays() {
             return Ok(Hold::NotTaken);
         }
         if !self.shared.is_passthrough() {

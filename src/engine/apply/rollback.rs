@@ -50,15 +50,7 @@ impl Db {
         if !self.has_committed_elsewhere(&path)? {
             self.play_back(change, &path, &database.file)?;
         }
-        let pending =
-            self.prepare_commit(change).map_err(|refusal| self.not_ended(change, refusal))?;
-        let truncate = || {
-            os::truncate("rollback:journal", &journal.file, 0)
-                .and_then(|()| os::sync("rollback:journal", &journal.file))
-                .map_err(Error::io("cut journal", &path))
-        };
-        self.end_journal(change, pending, truncate)
-            .map_err(|refusal| self.not_ended(change, refusal))?;
+        self.end_hot_journal(change, journal).map_err(|refusal| self.not_ended(change, refusal))?;
         tracing::info!(db = %self.name, pos = %change.pos, "rolled back what a client left half-written");
         Ok(())
     }
@@ -95,7 +87,7 @@ impl Db {
 
     fn not_ended(&self, change: &Change, refusal: Refusal) -> Error {
         let db = self.name.clone();
-        if refusal == Refusal::ReadOnly && !self.may_write() {
+        if refusal == Refusal::ReadOnly && !self.shared.is_writable() {
             let what = "a transaction that was rolled back has left other free pages";
             return Error::Diverged { db, pos: change.pos, what };
         }

@@ -15,15 +15,17 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ltx::{PageSize, Pgno};
+use ltx::{PageSize, Pgno, Pos};
 
 use super::{Change, Draft, candidates};
 use crate::engine::chain::Durability;
 use crate::engine::checksum::PageSums;
-use crate::engine::db::{Db, Refusal};
+use crate::engine::db::{Answer, Db, Refusal};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::{Backing, FileKind};
-use crate::engine::transaction::{PageRef, Transaction, WalSpan, ZERO_PAGE};
+use crate::engine::follow_on::LtxBytes;
+use crate::engine::halt::Outgoing;
+use crate::engine::transaction::{Overlay, PageRef, Transaction, WalSpan, ZERO_PAGE};
 use crate::sqlite::header::{DatabaseHeader, JournalMode, MAGIC};
 use crate::{limits, os};
 
@@ -41,13 +43,36 @@ pub struct JournalState {
     pub dirty: BTreeSet<Pgno>,
 }
 
-/// A commit whose LTX file is written and whose journal is not ended yet.
+/// A commit whose journal is not ended yet.
 pub(in crate::engine) struct Pending {
     transaction: Transaction,
     mode: JournalMode,
+    durability: Durability,
     /// When the application asked for the end of its journal.
     start: Instant,
 }
+
+/// How a journal ends.
+pub(in crate::engine) enum JournalEnd {
+    /// DELETE: it is removed.
+    Remove,
+    /// TRUNCATE: it is cut to nothing.
+    Cut(Arc<Backing>),
+    /// PERSIST: its header is zeroed.
+    Zero(Arc<Backing>),
+    /// A hot one: it is cut to nothing, for good.
+    CutForGood(Arc<Backing>),
+}
+
+/// The end of a journal whose transaction the primary is to take first.
+struct Forwarded {
+    outgoing: Outgoing,
+    pending: Pending,
+    end: JournalEnd,
+}
+
+/// What is left to do about the end of a journal; nothing if it has ended.
+type Left = Option<Box<Forwarded>>;
 
 /// What the database file holds that the chain does not.
 struct Found {
@@ -58,59 +83,91 @@ struct Found {
 impl Db {
     /// Removes the journal, which commits what was written under it. An error leaves the journal as
     /// it is: SQLite rolls the transaction back.
-    pub fn remove_journal(&self) -> Result<(), Refusal> {
-        self.refuse_followed()?;
-        self.refuse_lost()?;
-        let mut change = self.change.lock().unwrap();
-        self.refuse_strangers(&change)?;
-        let pending = self.prepare_commit(&mut change)?;
-        self.end_journal(&mut change, pending, || self.files.remove(FileKind::Journal).map(drop))
+    pub fn remove_journal(&self, answer: Answer) {
+        let end = || {
+            self.refuse_followed()?;
+            self.refuse_lost()?;
+            let mut change = self.change.lock().unwrap();
+            self.refuse_strangers(&change)?;
+            self.end_journal(&mut change, JournalEnd::Remove)
+        };
+        self.go_on(end(), answer);
     }
 
     /// Cuts the journal to `len` bytes; to nothing, that commits.
-    pub fn truncate_journal(&self, journal: &Backing, len: u64) -> Result<(), Refusal> {
-        let path = self.files.path(FileKind::Journal);
-        let truncate = || {
-            os::truncate("journal:truncate", &journal.file, len)
-                .map_err(Error::io("truncate journal", &path))
+    pub fn truncate_journal(&self, journal: &Arc<Backing>, len: u64, answer: Answer) {
+        let end = || {
+            self.refuse_followed()?;
+            self.refuse_lost()?;
+            let mut change = self.change.lock().unwrap();
+            // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
+            if len > 0 || !change.journal.active {
+                let path = self.files.path(FileKind::Journal);
+                os::truncate("journal:truncate", &journal.file, len)
+                    .map_err(Error::io("truncate journal", &path))?;
+                return Ok(None);
+            }
+            self.refuse_strangers(&change)?;
+            self.end_journal(&mut change, JournalEnd::Cut(journal.clone()))
         };
-        self.refuse_followed()?;
-        self.refuse_lost()?;
-        let mut change = self.change.lock().unwrap();
-        // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
-        if len > 0 || !change.journal.active {
-            return Ok(truncate()?);
-        }
-        self.refuse_strangers(&change)?;
-        let pending = self.prepare_commit(&mut change)?;
-        self.end_journal(&mut change, pending, truncate)
+        self.go_on(end(), answer);
     }
 
     /// Writes to the journal; zeros over its header commit.
-    pub fn write_journal(
-        &self,
-        journal: &Backing,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<(), Refusal> {
-        self.refuse_lost()?;
-        let path = self.files.path(FileKind::Journal);
-        let write = || {
-            os::write_at("journal:write", &journal.file, data, offset)
-                .map_err(Error::io("write journal", &path))
+    pub fn write_journal(&self, journal: &Arc<Backing>, offset: u64, data: &[u8], answer: Answer) {
+        let end = || {
+            self.refuse_lost()?;
+            let mut change = self.change.lock().unwrap();
+            // What began when this node could write may still be rolled back.
+            if !self.may_write() && !change.journal.active {
+                return Err(Refusal::ReadOnly);
+            }
+            if offset > 0 || data.len() != HEADER_SIZE || data.iter().any(|byte| *byte != 0) {
+                let path = self.files.path(FileKind::Journal);
+                os::write_at("journal:write", &journal.file, data, offset)
+                    .map_err(Error::io("write journal", &path))?;
+                change.journal.active = true;
+                return Ok(None);
+            }
+            self.end_journal(&mut change, JournalEnd::Zero(journal.clone()))
         };
+        self.go_on(end(), answer);
+    }
+
+    /// Answers, or has the primary take the transaction first.
+    fn go_on(&self, left: Result<Left, Refusal>, answer: Answer) {
+        let Forwarded { outgoing, pending, end } = match left {
+            Ok(Some(forwarded)) => *forwarded,
+            Ok(None) => return answer(Ok(())),
+            Err(refusal) => return answer(Err(refusal)),
+        };
+        let Some(me) = self.me.upgrade() else { return answer(Err(Refusal::Os(libc::EIO))) };
+        let base = outgoing.base;
+        let finish = move |result: Result<(), Refusal>| {
+            answer(result.and_then(|()| me.finish_forwarded_commit(base, pending, &end)));
+        };
+        self.forward(outgoing, Box::new(finish));
+    }
+
+    /// The primary has the transaction: it counts here too.
+    fn finish_forwarded_commit(
+        &self,
+        base: Pos,
+        pending: Pending,
+        end: &JournalEnd,
+    ) -> Result<(), Refusal> {
         let mut change = self.change.lock().unwrap();
-        // What began when this node was primary may still be rolled back.
-        if !self.may_write() && !change.journal.active {
-            return Err(Refusal::ReadOnly);
+        let pos = pending.transaction.pos();
+        let finished = match change.pos == base && change.journal.active {
+            true => self.commit(&mut change, pending, end),
+            false => Err(Refusal::Os(libc::EIO)),
+        };
+        match &finished {
+            Ok(()) => self.note_committed(pos),
+            // It comes again with the primary's stream.
+            Err(_) => self.settle(),
         }
-        if offset > 0 || data.len() != HEADER_SIZE || data.iter().any(|byte| *byte != 0) {
-            write()?;
-            change.journal.active = true;
-            return Ok(());
-        }
-        let pending = self.prepare_commit(&mut change)?;
-        self.end_journal(&mut change, pending, write)
+        finished
     }
 
     /// A journal that covers written pages is ended only by who holds a write lock: anything else
@@ -123,21 +180,55 @@ impl Db {
         Err(Refusal::Busy)
     }
 
-    /// The transaction that the database file now holds, written to its LTX file; none if all pages
-    /// are as they were.
-    pub(in crate::engine) fn prepare_commit(
+    /// Ends the journal; before that the transaction that the database file now holds, if there is
+    /// one, is stored here or is to be sent to the primary.
+    fn end_journal(&self, change: &mut Change, end: JournalEnd) -> Result<Left, Refusal> {
+        let Some(pending) = self.prepare_commit(change)? else {
+            self.finish_journal(&end)?;
+            change.journal = JournalState::default();
+            return Ok(None);
+        };
+        if !self.may_commit() {
+            return Err(Refusal::ReadOnly);
+        }
+        if !self.shared.is_writable() {
+            let outgoing = self.outgoing(change, &pending.transaction, &Overlay::NONE)?;
+            if let LtxBytes::Memory(bytes) = &outgoing.ltx {
+                pending.transaction.set_encoded(bytes.clone());
+            }
+            return Ok(Some(Box::new(Forwarded { outgoing, pending, end })));
+        }
+        self.commit(change, pending, &end)?;
+        Ok(None)
+    }
+
+    /// Ends a journal that a client has left, and whose former pages are played back. What differs even
+    /// then is a transaction, which only a primary can make.
+    pub(in crate::engine) fn end_hot_journal(
         &self,
         change: &mut Change,
-    ) -> Result<Option<Pending>, Refusal> {
+        journal: Arc<Backing>,
+    ) -> Result<(), Refusal> {
+        let end = JournalEnd::CutForGood(journal);
+        match self.prepare_commit(change)? {
+            Some(_) if !self.shared.may_commit() => Err(Refusal::ReadOnly),
+            Some(pending) => self.commit(change, pending, &end),
+            None => {
+                self.finish_journal(&end)?;
+                change.journal = JournalState::default();
+                Ok(())
+            }
+        }
+    }
+
+    /// The transaction that the database file now holds; none if all pages are as they were.
+    fn prepare_commit(&self, change: &mut Change) -> Result<Option<Pending>, Refusal> {
         if change.journal.dirty.is_empty() && !change.needs_resync {
             return Ok(None);
         }
         let start = Instant::now();
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
         let Some(found) = self.changed_pages(change, &database.file)? else { return Ok(None) };
-        if !self.may_commit() {
-            return Err(Refusal::ReadOnly);
-        }
         let resized = change.page_size.is_some_and(|size| size != found.draft.page_size);
         let mut transaction = match resized {
             true => Change::empty_at(change).transaction(found.draft),
@@ -146,60 +237,42 @@ impl Db {
         if resized {
             transaction.make_snapshot();
         }
-        let streamed = self.shared.feed.subscriber_count() > 0;
-        if streamed && transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
-            let encoded = transaction.encoded(self.shared.compression);
-            encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
-        }
         // A snapshot replaces all files before it, so it must be there for certain.
         let durability = match change.journal.synced || resized {
             true => Durability::Synced,
             false => Durability::Unsynced,
         };
-        self.chain.flush()?;
-        self.chain.write_now(&transaction, durability)?;
-        Ok(Some(Pending { transaction, mode: found.mode, start }))
+        Ok(Some(Pending { transaction, mode: found.mode, durability, start }))
     }
 
-    /// Ends the journal, which makes count what was prepared. If that fails SQLite rolls back, and
-    /// the transaction must not come back at the next start.
+    /// Stores the transaction, then ends the journal, which makes it count. If that fails SQLite rolls
+    /// back, and the transaction must not come back at the next start.
     ///
     /// The lease is looked at before and after. Before, the journal stays and SQLite can roll back;
     /// after, it is gone, and SQLite, which is told of a failure, must not find it in the kernel's
-    /// caches: it would play it back over a transaction that counts.
-    pub(in crate::engine) fn end_journal(
+    /// caches: it would play it back over a transaction that counts. What a replica commits its primary
+    /// has taken.
+    fn commit(
         &self,
         change: &mut Change,
-        pending: Option<Pending>,
-        end: impl FnOnce() -> Result<()>,
+        pending: Pending,
+        end: &JournalEnd,
     ) -> Result<(), Refusal> {
+        let Pending { transaction, mode, durability, start } = pending;
+        let streamed = self.shared.feed.subscriber_count() > 0;
+        if streamed && transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
+            let encoded = transaction.encoded(self.shared.compression);
+            encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
+        }
+        self.chain.flush()?;
+        self.chain.write_now(&transaction, durability)?;
         let journal = self.files.get(FileKind::Journal);
-        let ended = match &pending {
-            Some(_) if !self.may_commit() => Err(Refusal::ReadOnly),
-            _ => end().map_err(Refusal::from),
+        let ended = match self.is_pending(transaction.pos()) || self.shared.may_commit() {
+            true => self.finish_journal(end).map_err(Refusal::from),
+            false => Err(Refusal::ReadOnly),
         };
-        if let Err(refusal) = ended {
-            if let Some(Pending { transaction, .. }) = &pending {
-                self.chain.withdraw(transaction);
-            }
-            return Err(refusal);
-        }
-        let commits = pending.is_some();
-        self.finish_commit(change, pending);
-        if !commits {
-            return Ok(());
-        }
-        self.refuse_late_commit().inspect_err(|_| {
-            if let (Some(journal), Some(cache)) = (journal, self.shared.page_cache()) {
-                cache.file_mistaken(journal.ino, &format!("{}-journal", self.name));
-            }
-        })
-    }
-
-    /// The journal is gone: what was prepared counts.
-    fn finish_commit(&self, change: &mut Change, pending: Option<Pending>) {
+        ended.inspect_err(|_| self.chain.withdraw(&transaction))?;
         change.journal = JournalState::default();
-        let Some(Pending { transaction, mode, start }) = pending else { return };
         if change.page_size != Some(transaction.page_size) {
             change.sums = PageSums::default();
         }
@@ -211,6 +284,27 @@ impl Db {
         self.shared.writer.queued(&self.chain);
         self.announce(change, &transaction);
         self.counters.capture.note_since(start);
+        self.refuse_late_commit().inspect_err(|_| {
+            if let (Some(journal), Some(cache)) = (journal, self.shared.page_cache()) {
+                cache.file_mistaken(journal.ino, &format!("{}-journal", self.name));
+            }
+        })
+    }
+
+    fn finish_journal(&self, end: &JournalEnd) -> Result<()> {
+        let path = self.files.path(FileKind::Journal);
+        match end {
+            JournalEnd::Remove => self.files.remove(FileKind::Journal).map(drop),
+            JournalEnd::Cut(journal) => os::truncate("journal:truncate", &journal.file, 0)
+                .map_err(Error::io("truncate journal", &path)),
+            JournalEnd::Zero(journal) => {
+                os::write_at("journal:write", &journal.file, &[0; HEADER_SIZE], 0)
+                    .map_err(Error::io("write journal", &path))
+            }
+            JournalEnd::CutForGood(journal) => os::truncate("rollback:journal", &journal.file, 0)
+                .and_then(|()| os::sync("rollback:journal", &journal.file))
+                .map_err(Error::io("cut journal", &path)),
+        }
     }
 
     fn changed_pages(&self, change: &Change, database: &Arc<File>) -> Result<Option<Found>> {

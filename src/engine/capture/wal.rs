@@ -19,7 +19,7 @@ use super::{Change, Draft, Sink, zero_page_sum};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
-use crate::engine::transaction::{PageRef, WalSpan, ZERO_PAGE};
+use crate::engine::transaction::{Overlay, PageRef, WalSpan, ZERO_PAGE};
 use crate::sqlite::wal::{self, Frame, Salts, WalCursor, WalHeader};
 use crate::sqlite::wal_index::{CKPT_AT, IndexHeader};
 use crate::{limits, os};
@@ -31,6 +31,9 @@ pub struct WalState {
     cursor: Option<WalCursor>,
     /// A client wrote over captured frames.
     overwritten: bool,
+    /// A commit frame that was written and did not follow from the frames before it: its checksum, or
+    /// theirs, will be written again.
+    pub(super) incomplete: Option<u32>,
     /// Reused for reading frames.
     buffer: Vec<u8>,
 }
@@ -73,7 +76,7 @@ impl WalState {
 
     /// The same place.
     pub fn fork(&self) -> WalState {
-        WalState { cursor: self.cursor, overwritten: self.overwritten, buffer: Vec::new() }
+        WalState { cursor: self.cursor, overwritten: self.overwritten, ..WalState::default() }
     }
 
     /// Whether the captured frames are of the WAL with these salts.
@@ -100,11 +103,36 @@ impl WalState {
         self.overwritten || matches!(end, End::Frame(frame) if frame < self.frame())
     }
 
+    /// After the last captured frame of the WAL with this header.
+    pub(super) fn cursor_in(&self, header: &WalHeader) -> WalCursor {
+        let captured = self.cursor.filter(|cursor| cursor.salts() == header.salts);
+        captured.unwrap_or(WalCursor::start(header))
+    }
+
+    /// The frame that `write` may make valid: one of which it has the last bytes, or the header if
+    /// that was still wrong.
+    pub(super) fn ends_at(&self, header: &WalHeader, write: &Overlay<'_>) -> Option<u32> {
+        let frame_size = wal::frame_size(header.page_size) as u64;
+        let frames = |offset: u64| {
+            let offset = offset.checked_sub(wal::HEADER_SIZE as u64)?;
+            let count = u32::try_from(offset / frame_size).ok()?;
+            (offset % frame_size == 0).then_some(count)
+        };
+        let last = frames(write.offset + write.data.len() as u64);
+        let again = || {
+            let is_header = write.data.len() == wal::FRAME_HEADER_SIZE;
+            let frame = frames(write.offset).filter(|_| is_header)? + 1;
+            (self.incomplete == Some(frame)).then_some(frame)
+        };
+        last.or_else(again).filter(|frame| *frame > self.cursor_in(header).frame())
+    }
+
     /// A write through us at `offset`, bytes into the file.
     pub fn note_write(&mut self, offset: u64) {
         if offset == 0 {
             // Another header, with a checksum of its own that the first frame continues.
             self.clear();
+            self.incomplete = None;
         }
         self.overwritten |=
             offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
@@ -143,8 +171,17 @@ impl Db {
         if known {
             return Ok(());
         }
-        if self.may_write() && change.strays.is_none() {
-            return self.capture_to(end, salts, change, &backing.file, Sink::Chain);
+        if change.strays.is_none() {
+            if self.shared.is_writable() {
+                return self.capture_to(end, salts, change, &backing.file, Sink::Chain);
+            }
+            // On a replica only what the primary has taken is no stray.
+            if self.has_pending() {
+                let captured = self.capture_to(end, salts, change, &backing.file, Sink::Chain);
+                if !matches!(captured, Err(Error::NotTaken { .. })) {
+                    return captured;
+                }
+            }
         }
         self.set_strays_aside(end, salts, change, &backing.file)
     }
@@ -248,7 +285,7 @@ impl Db {
             return Err(self.corrupt("read wal header", "its page size is not the database's"));
         }
         let frame_size = cursor.frame_size();
-        let mut walk = Walk { cursor, start: cursor, pages: Vec::new() };
+        let mut walk = Walk::new(cursor);
         let mut buffer = std::mem::take(&mut change.wal.buffer);
         let result = loop {
             let left = match end {
@@ -310,7 +347,13 @@ impl Db {
         Ok(())
     }
 
-    fn draft(&self, walk: &mut Walk, old_pages: u32, commit: u32, wal: &Arc<File>) -> Draft {
+    pub(super) fn draft(
+        &self,
+        walk: &mut Walk,
+        old_pages: u32,
+        commit: u32,
+        wal: &Arc<File>,
+    ) -> Draft {
         let (start, end) = (walk.start, walk.cursor);
         Draft {
             page_size: start.page_size(),
@@ -329,13 +372,15 @@ impl Db {
 }
 
 /// A walk over the frames of one transaction.
-struct Walk {
+pub(super) struct Walk {
     /// After the last frame taken.
-    cursor: WalCursor,
+    pub cursor: WalCursor,
     /// Before the first frame of the transaction.
     start: WalCursor,
     /// Its pages so far, in the order of their frames.
     pages: Vec<PageRef>,
+    /// What the last frame says of the size of the database; 0 within a transaction.
+    pub commit: u32,
 }
 
 /// Why a walk ends.
@@ -346,7 +391,13 @@ enum Stop {
 }
 
 impl Walk {
-    fn take(&mut self, frame: &Frame<'_>, offset: u64) {
+    /// Begins after the last captured frame.
+    pub fn new(cursor: WalCursor) -> Walk {
+        Walk { cursor, start: cursor, pages: Vec::new(), commit: 0 }
+    }
+
+    /// Notes a frame whose page stands at `offset`.
+    pub fn take(&mut self, frame: &Frame<'_>, offset: u64) {
         if frame.pgno != self.cursor.page_size().lock_pgno() {
             let sum = ltx::page_checksum(frame.pgno, frame.page);
             self.pages.push(PageRef { pgno: frame.pgno, sum, offset });

@@ -148,6 +148,8 @@ impl Db {
     fn capture_at_release(&self, owner: Owner, set: LockSet) {
         if set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write) {
             self.capture_wal();
+            // What was taken and not committed here will come from the primary.
+            self.settle();
         }
     }
 
@@ -209,6 +211,10 @@ impl Db {
             return Ok(());
         }
         if !self.may_write() {
+            let journal = request.set.contains(Lock::Reserved);
+            if self.is_lent() && (journal || request.set.contains(Lock::Write)) {
+                return Err(Refusal::WouldBlock);
+            }
             if request.set.contains(Lock::Write) {
                 self.note_refused_write();
                 return Err(Refusal::WouldBlock);
@@ -222,7 +228,7 @@ impl Db {
         let writes = request.set.contains(Lock::Write) || request.set.contains(Lock::Reserved);
         // A new primary first applies what it has received.
         let is_behind =
-            self.may_write() && (self.inbox.has_queue() || self.has_strays.load(Ordering::SeqCst));
+            self.may_write() && (self.is_behind() || self.has_strays.load(Ordering::SeqCst));
         let refused = || self.shared.is_fenced() || self.refuses_writers() || self.shared.is_full();
         if writes && (is_behind || (refused() && !self.builds_index(request.set))) {
             return Err(Refusal::WouldBlock);
@@ -247,10 +253,10 @@ impl Db {
         let (wal, journal) = (gained.contains(Lock::Write), gained.contains(Lock::Reserved));
         grant.request().kind == LockKind::Exclusive
             && match self.shared.writing() {
-                Writing::Allowed => false,
+                Writing::Allowed => self.is_lent() && (wal || journal),
                 Writing::Finishing => wal || journal,
                 // See `admit`.
-                Writing::Refused => wal,
+                Writing::Refused => wal && !self.is_borrowed(),
             }
     }
 

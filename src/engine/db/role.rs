@@ -9,7 +9,8 @@ use crate::sqlite::lock_byte::{Lock, LockSet};
 
 /// The locks of who writes. PENDING is among them because nobody may find RESERVED held, and take a
 /// journal that a dead writer left for that of a live one.
-const WRITERS: LockSet = LockSet::one(Lock::Pending).with(Lock::Reserved).with(Lock::Write);
+pub(in crate::engine) const WRITERS: LockSet =
+    LockSet::one(Lock::Pending).with(Lock::Reserved).with(Lock::Write);
 
 impl Db {
     /// Waits until nobody writes and all that was committed is captured; whether that is so within

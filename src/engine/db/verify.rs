@@ -71,6 +71,8 @@ impl Db {
     /// and the page checksums are saved, so that the next start has nothing to compute. Unless an
     /// application is in the middle of a transaction: then the next start does all that.
     pub(in crate::engine) fn close(&self) -> Result<()> {
+        self.take_back(None, "the node stops");
+        self.close_borrowing();
         self.stop_applier();
         if self.has_hot_journal()
             && let Err(error) = self.settle_journal(&mut self.turn(), Duration::ZERO)

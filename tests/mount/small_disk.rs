@@ -45,7 +45,7 @@ fn count(node: &Node, name: &str) -> u64 {
     sqlite::run(&node.file(name), "select count(*) from t").parse().unwrap()
 }
 
-#[test_matrix(["delete", "wal"], ["auto", "off"])]
+#[test_matrix(["delete", "truncate", "persist", "wal"], ["auto", "off"])]
 fn a_full_disk_loses_nothing_and_keeps_nobody_from_reading(mode: &str, passthrough: &'static str) {
     let settings = Settings { passthrough, ..Settings::default() };
     let mut node = Node::new(&settings, Member::Primary);

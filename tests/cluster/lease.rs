@@ -6,8 +6,10 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use test_case::test_matrix;
 
 use super::check_node;
+use super::halt::{Halt, is_held};
 use crate::support::consul::{Consul, Link};
 use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::{sqlite, wait};
@@ -260,6 +262,28 @@ fn promote_moves_the_lease_and_answers_when_it_has() {
     insert(&cluster.nodes[1], 2);
     assert_eq!(cluster.settle(), 1);
     assert_eq!(cluster.nodes[0].log_count("cannot connect to self"), 0);
+    cluster.check();
+}
+
+/// SEMANTICS H4: a lock that the primary has lost is of no use. Its holder may be the next primary.
+#[test_matrix(["delete", "wal"], [1, 2])]
+fn a_hand_over_ends_the_halt_locks(mode: &str, to: usize) {
+    let cluster = Cluster::of(3, TTL);
+    create(&cluster.nodes[0], mode);
+    cluster.check();
+    let holder = &cluster.nodes[2];
+    let halt = Halt::on(holder);
+    insert(holder, 1);
+    let output = cluster.nodes[to].litefs("promote", &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(cluster.settle(), to);
+    assert!(!is_held(holder));
+    wait_writable(&cluster.nodes[to], 2);
+    for node in cluster.nodes.iter().filter(|node| !is_primary(node)) {
+        sqlite::refused(&node.file(DB), ".timeout 0\ninsert into t values (9)");
+    }
+    halt.release();
+    assert_eq!(rows(&cluster.nodes[to]), "1,2");
     cluster.check();
 }
 

@@ -12,6 +12,7 @@ use crate::telemetry;
 use crate::telemetry::log::Traces;
 use crate::telemetry::trace::RollingFile;
 
+mod fly;
 mod node;
 mod users;
 

@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep};
 
+use super::fly::{Machine, RoleReport};
 use super::{Settings, StaleMount, users};
 use crate::cluster::consul::address::Address;
 use crate::cluster::consul::client::Client as ConsulClient;
@@ -123,6 +124,7 @@ struct Node {
     control: Option<Control>,
     halts: Option<Arc<Halts>>,
     cluster: Option<Task>,
+    fly: Option<RoleReport>,
     proxy: Option<Task>,
     mount: Option<Mount>,
     api: Option<Task>,
@@ -182,6 +184,7 @@ impl Node {
         };
         self.engine = Some(engine.clone());
         self.halts = Some(Halts::new(&engine, &security));
+        self.fly = Machine::of(environment).map(|machine| RoleReport::start(machine, &engine));
         let membership = self.start_cluster(config, environment, &engine, leaser, &security);
         let proxy_url = match proxy_listener {
             Some(listener) => {
@@ -335,11 +338,14 @@ impl Node {
             Some(cluster) => cluster.end("lease task").await,
             None => Ok(()),
         };
+        // The role was given up; telling that may take a moment.
+        let fly = self.fly.take();
+        let told = spawn_blocking(move || drop(fly)).await.context("end report of role");
         let closed = match self.engine.take() {
             Some(engine) => close_engine(engine).await,
             None => Ok(()),
         };
-        refused.and(unmounted).and(served).and(led).and(closed)
+        refused.and(unmounted).and(served).and(led).and(told).and(closed)
     }
 }
 

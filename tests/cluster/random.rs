@@ -303,8 +303,15 @@ impl Cluster {
         }
         let primary =
             wait::until_or(|| format!("{story}: one primary that all follow"), || self.agreed());
-        // A program whose commit was refused leaves its journal to the next one, which rolls it back.
-        self.places[primary].rows();
+        // A program whose commit was refused leaves its journal, or its frames behind the end of the WAL,
+        // to the next writer.
+        let row = self.log.next.fetch_add(1, Ordering::SeqCst);
+        let sql = format!("insert into t values ({row}, '{}')", text(row));
+        let file = self.places[primary].node.file(DB);
+        wait::until_or(
+            || format!("{story}: a write on node{primary}"),
+            || sqlite::try_run(&file, &sql).ok(),
+        );
         let pos = self.places[primary].node.pos(DB);
         let mut first = None;
         for (number, place) in self.places.iter().enumerate() {

@@ -362,7 +362,7 @@ impl Api {
         let bad_name =
             |error: InvalidName| Refusal::new(StatusCode::BAD_REQUEST, &error.to_string());
         let name = DbName::new(&name).map_err(bad_name)?;
-        let primaryship = self.primaryship()?;
+        let primaryship = self.primaryship().map_err(|_| self.not_primary())?;
         let api = self.clone();
         tokio::select! {
             answer = api.take_import(name, request.into_body()) => answer,
@@ -462,6 +462,15 @@ impl Api {
             tracing::info!(%peer, "stream disconnected");
         });
         Ok(response)
+    }
+
+    /// Why there is no primaryship here, and who has it.
+    fn not_primary(&self) -> Refusal {
+        let refusal = lease_expired();
+        let Role::Replica(primary) = self.engine.role() else { return refusal };
+        let (text, name, url) = (refusal.text, primary.hostname, primary.advertise_url);
+        let text = format!("{text}: this node is a replica, the primary is {name} ({url})");
+        Refusal::new(refusal.status, &text)
     }
 
     /// The number of the present primaryship.

@@ -253,7 +253,11 @@ async fn a_replica_takes_no_import() {
     // More than any window, so that the answer comes before the end of the upload.
     make_database(&path, "CREATE TABLE t (x); INSERT INTO t VALUES (zeroblob(40000000));");
     let error = import(&replica.client, &path).await.unwrap_err();
-    assert_eq!(error.to_string(), "invalid response: code=503: lease expired");
+    let text = error.to_string();
+    let start =
+        "invalid response: code=503: lease expired: this node is a replica, the primary is ";
+    assert!(text.starts_with(start), "{text}");
+    assert!(text.ends_with(&format!("({})", primary.url)), "{text}");
     replica.stop().await;
     primary.stop().await;
 }

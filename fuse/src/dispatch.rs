@@ -202,6 +202,7 @@ impl<V: Volume> Session<V> {
             return;
         };
         let handle = fh.and_then(|fh| self.handle(fh));
+        let cpu = to.cpu();
         let reply = Reply::new(move |result| {
             to.attr(result);
         });
@@ -211,7 +212,7 @@ impl<V: Volume> Session<V> {
         }
         // The end of a truncated journal is a commit.
         let volume = self.volume.clone();
-        self.disk.call(move || volume.setattr(&node, handle.as_ref(), change, reply));
+        self.disk.call(cpu, move || volume.setattr(&node, handle.as_ref(), change, reply));
     }
 
     fn unlink(&self, parent: u64, name: &OsStr, to: Responder) {
@@ -219,6 +220,7 @@ impl<V: Volume> Session<V> {
             to.error(Errno::ENOTDIR);
             return;
         }
+        let cpu = to.cpu();
         // ENOSYS of an unlink is not remembered by the kernel, so it may say so.
         let reply = Reply::new(move |result: Result<(), Errno>| {
             match result {
@@ -228,7 +230,7 @@ impl<V: Volume> Session<V> {
         });
         // The end of a deleted journal is a commit.
         let (volume, name) = (self.volume.clone(), name.to_owned());
-        self.disk.call(move || volume.unlink(&name, reply));
+        self.disk.call(cpu, move || volume.unlink(&name, reply));
     }
 
     fn open(&self, header: &abi::InHeader, flags: i32, to: Responder) {
@@ -355,8 +357,9 @@ impl<V: Volume> Session<V> {
     fn fsync(&self, fh: u64, data_only: bool, to: Responder) {
         match self.handle(fh) {
             Some(handle) => {
-                let (volume, reply) = (self.volume.clone(), empty(to));
-                self.disk.call(move || volume.fsync(&handle, data_only, reply));
+                let (volume, cpu) = (self.volume.clone(), to.cpu());
+                let reply = empty(to);
+                self.disk.call(cpu, move || volume.fsync(&handle, data_only, reply));
             }
             None => {
                 to.error(Errno::ESTALE);

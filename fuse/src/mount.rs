@@ -202,6 +202,7 @@ fn start<V: Volume>(
     let transport = if rings.is_some() { Transport::Uring } else { Transport::Dev };
     let agreed = handshake(&channel, Ready { passthrough: options.passthrough, transport })?;
     let passthrough = agreed.passthrough && try_backing(&channel, &options.probe);
+    let cpus = rings.as_ref().map(Rings::cpus).unwrap_or_default();
     let rings = match rings {
         Some(rings) if agreed.uring => rings.register(&channel),
         Some(_) => return Err(Error::UringMissing),
@@ -212,7 +213,7 @@ fn start<V: Volume>(
     let (notifier, posts) = Notifier::connected(channel.clone());
     let ways = Ways::new(channel.clone(), passthrough);
     let trace = if options.debug { Trace::On } else { Trace::Off };
-    let disk = Disk::start()
+    let disk = Disk::start(&cpus)
         .map_err(|source| Error::Session { doing: "start fuse disk threads", source })?;
     let session = Arc::new(Session::new(volume.clone(), ways, disk, trace));
     volume.mounted(Kernel { passthrough, notifier: notifier.clone() });

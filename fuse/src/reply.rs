@@ -57,6 +57,14 @@ impl Responder {
         matches!(&self.way, Some(Way::Ring(ring, slot)) if ring.is_crowded(*slot))
     }
 
+    /// The CPU that the request came in on, if a ring serves it there.
+    pub fn cpu(&self) -> Option<u16> {
+        match &self.way {
+            Some(Way::Ring(ring, _)) => ring.cpu(),
+            _ => None,
+        }
+    }
+
     /// Whether the kernel may forget to tell that the request was interrupted.
     pub fn may_lose_interrupts(&self) -> bool {
         matches!(&self.way, Some(Way::Ring(..)))

@@ -39,7 +39,7 @@ use nix::errno::Errno;
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
 
-pub(crate) use ring::{Ring, Slot};
+pub(crate) use ring::{Ring, Slot, pin};
 
 use crate::dev::{self, Blocking, Channel};
 use crate::dispatch::Session;
@@ -103,6 +103,8 @@ fn write_switch() -> std::io::Result<()> {
 
 /// The rings of a mount to be, each with its thread waiting for a device.
 pub(crate) struct Rings {
+    /// Those that have a ring of their own.
+    cpus: Vec<u16>,
     starts: Vec<Sender<Start>>,
     readies: Receiver<Result<(), Errno>>,
 }
@@ -117,7 +119,7 @@ impl Rings {
     /// Makes the rings, each on a thread of its own.
     pub fn new() -> Result<Rings, Errno> {
         let (ready, readies) = channel();
-        let mut rings = Rings { starts: Vec::new(), readies };
+        let mut rings = Rings { cpus: Vec::new(), starts: Vec::new(), readies };
         let own = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
         let seats = seats(possible_cpus()?, |cpu| own.is_set(usize::from(cpu)).unwrap_or(false));
         for Seat { cpu, queues } in seats {
@@ -129,9 +131,15 @@ impl Rings {
                 .spawn(move || run(ring, &ready, &started))
                 .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))?;
             rings.starts.push(start);
+            rings.cpus.extend(cpu);
         }
         rings.all_ready()?;
         Ok(rings)
+    }
+
+    /// The CPUs that have a ring of their own.
+    pub fn cpus(&self) -> Vec<u16> {
+        self.cpus.clone()
     }
 
     /// Gives every queue to the connection of `device`; through the result each ring begins to
@@ -156,7 +164,9 @@ impl Rings {
 
 /// A ring's thread: makes the ring, registers it, serves; ends early when its mount does not come.
 fn run(ring: Arc<Ring>, ready: &Sender<Result<(), Errno>>, started: &Receiver<Start>) {
-    ring.pin();
+    if let Some(cpu) = ring.cpu() {
+        pin(cpu);
+    }
     let mut runner = match ring::Runner::new(ring) {
         Ok(runner) => runner,
         Err(errno) => {

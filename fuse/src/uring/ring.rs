@@ -112,15 +112,9 @@ impl Ring {
         Ok(Ring { cpu, lanes, thread, wake, answers })
     }
 
-    /// Runs the current thread on the ring's CPU. A CPU that is not to be had any more costs time
-    /// and nothing else.
-    pub fn pin(&self) {
-        let Some(cpu) = self.cpu else { return };
-        let mut set = CpuSet::new();
-        let pinned = set.set(usize::from(cpu));
-        if let Err(error) = pinned.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
-            tracing::debug!(cpu, %error, "pin fuse ring thread");
-        }
+    /// The CPU that it is served on, if it is a certain one.
+    pub fn cpu(&self) -> Option<u16> {
+        self.cpu
     }
 
     /// Answers the request in `slot`, from any thread.
@@ -392,6 +386,15 @@ impl Runner {
                 Err(errno) => return Err(errno),
             }
         }
+    }
+}
+
+/// Runs the current thread on `cpu`. A CPU that is not to be had any more costs time and nothing else.
+pub(crate) fn pin(cpu: u16) {
+    let mut set = CpuSet::new();
+    let pinned = set.set(usize::from(cpu));
+    if let Err(error) = pinned.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
+        tracing::debug!(cpu, %error, "pin fuse thread");
     }
 }
 

@@ -67,7 +67,7 @@ fn wordpress_goes_on_on_another_node_when_its_primary_dies() {
     author.publish("Before", "This was written on the first primary.");
     two.wait_for_pos(DB, one.pos(DB));
     one.kill();
-    ours.kill_php(&one);
+    ours.kill_php();
 
     two.wait_for_log("primary lease acquired");
     author.go_to(&theirs);
@@ -101,6 +101,17 @@ pub struct Site {
     php: String,
     /// Where the proxy answers.
     proxy: String,
+    /// Has the process id of PHP, which outlives a node that is killed.
+    dir: tempfile::TempDir,
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // After a node that ended by itself there is nobody to kill.
+        if let Some(pid) = self.php_pid() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
 }
 
 /// A browser with its cookies, at one address.
@@ -134,14 +145,15 @@ impl Page {
 impl Site {
     /// A site at free addresses, once a node with [`Site::lines`] runs.
     pub fn new() -> Site {
-        Site { php: free_address(), proxy: free_address() }
+        let dir = tempfile::tempdir().unwrap();
+        Site { php: free_address(), proxy: free_address(), dir }
     }
 
     /// The lines of a configuration that make `node` serve the site.
     pub fn lines(&self, node: &Node) -> String {
-        let Site { php, proxy } = self;
+        let Site { php, proxy, .. } = self;
         let (dir, log, files) = (node.mount(), node.scratch("php.log"), files());
-        let pid = php_pid(node).display().to_string();
+        let pid = self.pid_file().display().to_string();
         let (dir, log, files) = (dir.display(), log.display(), files.display());
         format!(
             "exec: \"sh -c 'echo $$$$ >{pid}; exec env DB_DIR={dir} WP_DEBUG_LOG={log} php -S {php} -t {files}'\"\n\
@@ -156,12 +168,20 @@ impl Site {
     }
 
     /// Kills the web server, as the end of a container does that of its first process.
-    pub fn kill_php(&self, node: &Node) {
-        let pid = std::fs::read_to_string(php_pid(node)).unwrap();
-        kill(Pid::from_raw(pid.trim().parse().unwrap()), Signal::SIGKILL).unwrap();
+    pub fn kill_php(&self) {
+        kill(self.php_pid().expect("the web server was started"), Signal::SIGKILL).unwrap();
         wait::until_true("the web server to be gone", || {
             std::net::TcpStream::connect(&self.php).is_err()
         });
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.dir.path().join("php.pid")
+    }
+
+    fn php_pid(&self) -> Option<Pid> {
+        let pid = std::fs::read_to_string(self.pid_file()).ok()?;
+        Some(Pid::from_raw(pid.trim().parse().ok()?))
     }
 
     /// A browser that passes the proxy by.
@@ -258,11 +278,6 @@ impl Browser {
         let (text, status) = text.rsplit_once('\n').unwrap_or_default();
         Page { status: status.parse().unwrap_or(0), text: text.to_owned() }
     }
-}
-
-/// Where a node's web server leaves its process id.
-fn php_pid(node: &Node) -> PathBuf {
-    node.scratch("php.pid")
 }
 
 /// The files of the site, the same for every node; fetched the first time.

@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Once;
 
@@ -33,16 +33,21 @@ pub(super) fn fence_wal(dir: &DbDir) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         old => old.map_err(io_error("open wal", &path))?,
     };
-    if let Err(error) = replace(dir, &path, &old) {
+    if let Err(error) = replace(dir, &path, &old).and_then(|()| make_immutable(&old)) {
         // No room, most likely.
-        warn(&path, &error);
-        return Ok(());
-    }
-    if let Err(error) = make_immutable(&old) {
         warn(&path, &error);
     }
     let new = os::open("fence:open", &path).map_err(io_error("open wal", &path))?;
-    take_over(&old, &new, &path).map_err(io_error("copy wal", &path))
+    // The name may have changed hands although that did not become durable.
+    match is_same(&old, &new).map_err(io_error("look at wal", &path))? {
+        true => Ok(()),
+        false => take_over(&old, &new, &path).map_err(io_error("copy wal", &path)),
+    }
+}
+
+fn is_same(a: &File, b: &File) -> io::Result<bool> {
+    let (a, b) = (a.metadata()?, b.metadata()?);
+    Ok((a.dev(), a.ino()) == (b.dev(), b.ino()))
 }
 
 fn warn(path: &Path, error: &io::Error) {
@@ -115,6 +120,27 @@ mod tests {
     #![allow(clippy::disallowed_methods, reason = "tests make files in directories of their own")]
 
     use super::*;
+    use crate::os::fault;
+
+    /// The new file has the name, but its directory could not be synced, and meanwhile an application
+    /// wrote to the old one.
+    #[test]
+    fn what_was_written_is_taken_over_although_the_name_is_not_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = DbDir::new(dir.path());
+        std::fs::write(db.wal(), b"frames").unwrap();
+        let late = std::fs::OpenOptions::new().write(true).open(db.wal()).unwrap();
+        let write = move || {
+            late.write_at(b" and more", 6).unwrap();
+            // After the rename itself.
+            let label = "fence:rename".to_owned();
+            fault::arm_here(fault::Fault { label, after: 1, errno: nix::libc::EIO });
+        };
+        fault::meanwhile("fence:rename", write);
+        fence_wal(&db).unwrap();
+        assert!(!fault::disarm_here(), "the directory was synced");
+        assert_eq!(std::fs::read(db.wal()).unwrap(), b"frames and more");
+    }
 
     /// Frames that an application wrote between the copy and the flag.
     #[test]

@@ -36,7 +36,10 @@ if ( isset( $_SERVER['HTTP_HOST'] ) ) {
 define( 'DISABLE_WP_CRON', true );
 define( 'DISALLOW_FILE_MODS', true );
 define( 'AUTOMATIC_UPDATER_DISABLED', true );
-define( 'WP_DEBUG', false );
+// Errors go to a file, for who names one.
+define( 'WP_DEBUG', (bool) getenv( 'WP_DEBUG_LOG' ) );
+define( 'WP_DEBUG_LOG', getenv( 'WP_DEBUG_LOG' ) ?: false );
+define( 'WP_DEBUG_DISPLAY', false );
 
 if ( ! defined( 'ABSPATH' ) ) {
 	define( 'ABSPATH', __DIR__ . '/' );

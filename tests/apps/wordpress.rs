@@ -156,7 +156,7 @@ impl Site {
         let pid = self.pid_file().display().to_string();
         let (dir, log, files) = (dir.display(), log.display(), files.display());
         format!(
-            "exec: \"sh -c 'echo $$$$ >{pid}; exec env DB_DIR={dir} WP_DEBUG_LOG={log} php -S {php} -t {files}'\"\n\
+            "exec: \"sh -c 'echo $$$$ >{pid}; exec env DB_DIR={dir} WORDPRESS_SECRET=secret WP_DEBUG_LOG={log} php -S {php} -t {files}'\"\n\
              proxy: {{addr: '{proxy}', target: '{php}', db: {DB}, \
              always-forward: [/wp-login.php, '/wp-admin/*']}}"
         )

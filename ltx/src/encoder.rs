@@ -4,11 +4,9 @@
 
 use std::io::Write;
 
-use lz4_flex::frame::{Error as FrameError, FrameEncoder};
-
 use crate::checksum::{FileCrc, PGNO_SIZE, Shift, record_crc};
 use crate::error::Error;
-use crate::frame::written_frame;
+use crate::frame::FrameWriter;
 use crate::header::{Compression, Header, Trailer, validate_post_apply};
 use crate::order::PageOrder;
 use crate::types::{Checksum, Pgno};
@@ -22,7 +20,9 @@ pub(crate) const END_MARK: [u8; PGNO_SIZE] = [0; PGNO_SIZE];
 /// was written is no file; only a refused page (anything but [`Error::Write`]) may be followed by
 /// another one.
 pub struct Encoder<W: Write> {
-    body: Body<W>,
+    writer: W,
+    /// None if the pages are stored as they are.
+    frame: Option<Box<FrameWriter>>,
     header: Header,
     order: PageOrder,
     crc: FileCrc,
@@ -30,12 +30,6 @@ pub struct Encoder<W: Write> {
     record: Shift,
     /// The checksum of the pages so far.
     rolling: Checksum,
-}
-
-/// Where the page block goes.
-enum Body<W: Write> {
-    Raw(W),
-    Lz4(Box<FrameEncoder<W>>),
 }
 
 impl<W: Write> Encoder<W> {
@@ -46,15 +40,13 @@ impl<W: Write> Encoder<W> {
         writer.write_all(&bytes).map_err(Error::Write)?;
         let mut crc = FileCrc::default();
         crc.update(&bytes);
-        let body = match header.compression {
-            Compression::None => Body::Raw(writer),
-            Compression::Lz4 => {
-                Body::Lz4(Box::new(FrameEncoder::with_frame_info(written_frame(), writer)))
-            }
+        let frame = match header.compression {
+            Compression::None => None,
+            Compression::Lz4 => Some(Box::new(FrameWriter::new())),
         };
         let record = Shift::new(PGNO_SIZE + header.page_size.bytes());
         let order = PageOrder::new(&header);
-        Ok(Encoder { body, header, order, crc, record, rolling: Checksum::EMPTY })
+        Ok(Encoder { writer, frame, header, order, crc, record, rolling: Checksum::EMPTY })
     }
 
     /// The header that was written.
@@ -93,28 +85,17 @@ impl<W: Write> Encoder<W> {
         self.crc.update(&END_MARK);
         self.crc.update(&post_apply.get().to_be_bytes());
         let trailer = Trailer { post_apply, file_checksum: self.crc.checksum() };
-        let mut writer = self.body.finish()?;
-        writer.write_all(&trailer.encode()).map_err(Error::Write)?;
-        Ok((writer, trailer))
+        if let Some(frame) = self.frame {
+            frame.finish(&mut self.writer)?;
+        }
+        self.writer.write_all(&trailer.encode()).map_err(Error::Write)?;
+        Ok((self.writer, trailer))
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        match &mut self.body {
-            Body::Raw(writer) => writer.write_all(bytes),
-            Body::Lz4(frame) => frame.write_all(bytes),
-        }
-        .map_err(Error::Write)
-    }
-}
-
-impl<W: Write> Body<W> {
-    fn finish(self) -> Result<W, Error> {
-        match self {
-            Body::Raw(writer) => Ok(writer),
-            Body::Lz4(frame) => frame.finish().map_err(|error| match error {
-                FrameError::IoError(error) => Error::Write(error),
-                other => Error::Write(std::io::Error::other(other)),
-            }),
+        match &mut self.frame {
+            None => self.writer.write_all(bytes).map_err(Error::Write),
+            Some(frame) => frame.write(bytes, &mut self.writer),
         }
     }
 }

@@ -10,12 +10,14 @@
 //! All integers are little-endian. Any frame is read but one with a dictionary. Writing is
 //! `lz4_flex`'s `FrameEncoder`; reading is not its `FrameDecoder`, which takes a frame that is cut
 //! off for one that ended, and goes on into the next frame, that is, into the trailer.
+//!
+//! Nothing here is generic, so that it is optimised with this crate, also for a test build.
 
 use std::hash::Hasher;
-use std::io::Read;
+use std::io::{Read, Write};
 
 use lz4_flex::block::{decompress_into, decompress_into_with_dict};
-use lz4_flex::frame::{BlockMode, BlockSize, FrameInfo};
+use lz4_flex::frame::{BlockMode, BlockSize, Error as FrameError, FrameEncoder, FrameInfo};
 use twox_hash::XxHash32;
 
 use crate::error::Error;
@@ -35,12 +37,38 @@ const STORED: u32 = 1 << 31;
 /// How far back a block may refer, in bytes.
 const WINDOW: usize = 64 << 10;
 
-/// The frames that we write, those of the reference: FLG 0x64, BD 0x40.
-pub(crate) fn written_frame() -> FrameInfo {
-    FrameInfo::new()
-        .block_mode(BlockMode::Independent)
-        .block_size(BlockSize::Max64KB)
-        .content_checksum(true)
+/// A writer of one frame, like those of the reference: FLG 0x64, BD 0x40.
+pub(crate) struct FrameWriter(FrameEncoder<Vec<u8>>);
+
+impl FrameWriter {
+    /// A writer of an empty frame.
+    pub(crate) fn new() -> FrameWriter {
+        let info = FrameInfo::new()
+            .block_mode(BlockMode::Independent)
+            .block_size(BlockSize::Max64KB)
+            .content_checksum(true);
+        FrameWriter(FrameEncoder::with_frame_info(info, Vec::new()))
+    }
+
+    /// Adds content; blocks that are full go to `writer`.
+    pub(crate) fn write(&mut self, content: &[u8], writer: &mut dyn Write) -> Result<(), Error> {
+        self.0.write_all(content).map_err(Error::Write)?;
+        let compressed = self.0.get_mut();
+        if !compressed.is_empty() {
+            writer.write_all(compressed).map_err(Error::Write)?;
+            compressed.clear();
+        }
+        Ok(())
+    }
+
+    /// Writes what is left, and the end of the frame.
+    pub(crate) fn finish(self, writer: &mut dyn Write) -> Result<(), Error> {
+        let compressed = self.0.finish().map_err(|error| match error {
+            FrameError::IoError(error) => Error::Write(error),
+            other => Error::Write(std::io::Error::other(other)),
+        })?;
+        writer.write_all(&compressed).map_err(Error::Write)
+    }
 }
 
 /// A reader of the content of frames, one frame after the other. Keeps its buffers between frames.
@@ -87,7 +115,7 @@ enum State {
 
 impl FrameReader {
     /// Reads the header of a frame.
-    pub(crate) fn begin(&mut self, source: &mut impl Read) -> Result<(), Error> {
+    pub(crate) fn begin(&mut self, source: &mut dyn Read) -> Result<(), Error> {
         let mut start = [0; 6];
         read_exact(source, &mut start)?;
         let [flags, block] = [start[4], start[5]];
@@ -120,7 +148,7 @@ impl FrameReader {
     }
 
     /// Fills `buffer` with content; content that ends before is [`Error::Lz4End`].
-    pub(crate) fn read(&mut self, source: &mut impl Read, buffer: &mut [u8]) -> Result<(), Error> {
+    pub(crate) fn read(&mut self, source: &mut dyn Read, buffer: &mut [u8]) -> Result<(), Error> {
         let mut filled = 0;
         while filled < buffer.len() {
             if self.start == self.end {
@@ -139,7 +167,7 @@ impl FrameReader {
     }
 
     /// Reads the end of the frame; content that is left is [`Error::Lz4End`].
-    pub(crate) fn finish(&mut self, source: &mut impl Read) -> Result<(), Error> {
+    pub(crate) fn finish(&mut self, source: &mut dyn Read) -> Result<(), Error> {
         while self.state == State::Blocks {
             if self.start < self.end {
                 return Err(Error::Lz4End);
@@ -150,7 +178,7 @@ impl FrameReader {
     }
 
     /// Reads a block, or the end mark with what follows it.
-    fn read_block(&mut self, source: &mut impl Read) -> Result<(), Error> {
+    fn read_block(&mut self, source: &mut dyn Read) -> Result<(), Error> {
         let size = read_u32(source)?;
         if size == 0 {
             return self.end(source);
@@ -173,13 +201,13 @@ impl FrameReader {
         Ok(())
     }
 
-    fn read_stored(&mut self, source: &mut impl Read, len: usize) -> Result<usize, Error> {
+    fn read_stored(&mut self, source: &mut dyn Read, len: usize) -> Result<usize, Error> {
         read_exact(source, &mut self.output[..len])?;
         check_block(&self.info, source, &self.output[..len])?;
         Ok(len)
     }
 
-    fn read_compressed(&mut self, source: &mut impl Read, len: usize) -> Result<usize, Error> {
+    fn read_compressed(&mut self, source: &mut dyn Read, len: usize) -> Result<usize, Error> {
         self.input.resize(len, 0);
         read_exact(source, &mut self.input)?;
         check_block(&self.info, source, &self.input)?;
@@ -202,7 +230,7 @@ impl FrameReader {
         self.history.extend_from_slice(block);
     }
 
-    fn end(&mut self, source: &mut impl Read) -> Result<(), Error> {
+    fn end(&mut self, source: &mut dyn Read) -> Result<(), Error> {
         if self.info.content_size.is_some_and(|size| size != self.content_len) {
             return Err(Error::Lz4ContentSize);
         }
@@ -227,19 +255,19 @@ fn block_max(block: u8) -> Result<usize, Error> {
 }
 
 /// Reads and checks the checksum of a block, if the frame has them; of its bytes as stored.
-fn check_block(info: &Info, source: &mut impl Read, block: &[u8]) -> Result<(), Error> {
+fn check_block(info: &Info, source: &mut dyn Read, block: &[u8]) -> Result<(), Error> {
     match info.has(BLOCK_CHECKSUM) && read_u32(source)? != XxHash32::oneshot(0, block) {
         true => Err(Error::Lz4BlockChecksum),
         false => Ok(()),
     }
 }
 
-fn read_u32(source: &mut impl Read) -> Result<u32, Error> {
+fn read_u32(source: &mut dyn Read) -> Result<u32, Error> {
     let mut bytes = [0; 4];
     read_exact(source, &mut bytes)?;
     Ok(u32::from_le_bytes(bytes))
 }
 
-fn read_exact(source: &mut impl Read, buffer: &mut [u8]) -> Result<(), Error> {
+fn read_exact(source: &mut dyn Read, buffer: &mut [u8]) -> Result<(), Error> {
     source.read_exact(buffer).map_err(Error::read)
 }

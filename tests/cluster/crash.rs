@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::Signal;
 use test_case::{test_case, test_matrix};
 
 use super::Cluster;
@@ -31,8 +32,9 @@ impl Writer {
         };
         let rows: String = (first..first + ROWS).map(row).collect();
         std::fs::write(&script, format!(".timeout 5000\n{rows}")).unwrap();
-        let mut command = Command::new("sqlite3");
-        command.args(["-batch", "-bail"]).arg(node.file(DB));
+        // Without a buffer: each line that it got to is wanted, also when it is killed.
+        let mut command = Command::new("stdbuf");
+        command.args(["-oL", "sqlite3", "-batch", "-bail"]).arg(node.file(DB));
         command.stdin(File::open(script).unwrap()).stdout(Stdio::piped()).stderr(Stdio::null());
         Writer(command.spawn().unwrap())
     }
@@ -42,6 +44,12 @@ impl Writer {
         let output = program::finish(self.0);
         let text = String::from_utf8(output.stdout).unwrap();
         text.lines().next_back().map_or(0, |number| number.parse().unwrap())
+    }
+
+    /// Kills it in the middle; the last number that it was told to be committed.
+    fn kill(mut self) -> u64 {
+        self.0.kill().unwrap();
+        self.acknowledged()
     }
 
     /// Ends it; its last transaction may or may not be there.
@@ -194,5 +202,38 @@ fn a_stopped_primary_has_sent_everything(mode: &str) {
             cluster.primary().log().contains("stream connected")
         });
     }
+    cluster.check();
+}
+
+/// `docs/SEMANTICS.md`, C1: every commit that SQLite reported is there when the application has died;
+/// "the next client rolls back the rest".
+#[test_matrix(["delete", "persist", "wal"], ["auto", "off"])]
+fn what_a_killed_application_committed_is_on_every_node(mode: &str, passthrough: &'static str) {
+    let cluster = cluster(mode, passthrough);
+    for round in 0..4 {
+        let writer = Writer::start(cluster.primary(), last_row(cluster.primary()) + 1);
+        wait_for_progress(cluster.primary(), 20 + round * 15);
+        let acknowledged = writer.kill();
+        let last = last_row(cluster.primary());
+        assert!(last >= acknowledged, "{acknowledged} is lost");
+        assert!(last <= acknowledged + 1, "{last} is there, {acknowledged} was acknowledged");
+        cluster.sync(DB);
+        assert_eq!(last_row(cluster.replica()), last);
+    }
+    cluster.check();
+}
+
+/// `docs/SEMANTICS.md`, P10: "a commit waits for no replica".
+#[test_case("delete")]
+#[test_case("wal")]
+fn a_commit_waits_for_no_replica(mode: &str) {
+    let cluster = cluster(mode, "auto");
+    let before = cluster.primary().pos(DB).txid.0;
+    cluster.replica().signal(Signal::SIGSTOP);
+    for n in 1..=20 {
+        sqlite::run(&cluster.file(DB), &format!("insert into t values ({n}, zeroblob(9000))"));
+    }
+    assert_eq!(cluster.primary().pos(DB).txid.0, before + 20);
+    cluster.replica().signal(Signal::SIGCONT);
     cluster.check();
 }

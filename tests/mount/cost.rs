@@ -78,6 +78,38 @@ fn no_file_is_opened_for_a_read_a_write_or_a_sync(mode: &str, passthrough: &'sta
     assert_eq!(opened.read_events().unwrap()[0].name.as_deref(), Some("database".as_ref()));
 }
 
+/// Bytes that a node has read and written in all, by whatever call.
+fn transferred(node: &Node) -> u64 {
+    let counters = fs::read_to_string(format!("/proc/{}/io", node.pid())).unwrap();
+    let counter = |name: &str| {
+        let line = counters.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().parse::<u64>().unwrap()
+    };
+    counter("rchar:") + counter("wchar:")
+}
+
+/// `docs/differences.md`, 27: "It costs what the transaction is large", and not what the database is.
+#[test_matrix(["wal", "delete"], ["auto", "off"])]
+fn a_commit_costs_the_same_in_a_large_database(mode: &str, passthrough: &'static str) {
+    const LARGE: u64 = 40 << 20;
+    let node = Node::primary(&Settings { passthrough, ..Settings::default() });
+    let db = open(&node, mode);
+    let cost = || {
+        commit(&db);
+        let before = transferred(&node);
+        commit(&db);
+        transferred(&node) - before
+    };
+    let small = cost();
+    db.execute_batch(&format!("insert into t values (zeroblob({LARGE}))")).unwrap();
+    let _: Option<u32> = sqlite::value(&db, "pragma wal_checkpoint(truncate)");
+    let large = cost();
+    println!("{COMMITS} commits: {small} bytes in a small database, {large} in a large one");
+    // One look at a part in a thousand of the database for each commit would be as much.
+    let slack = u64::from(COMMITS) * LARGE / 1000;
+    assert!(small > 0 && large < small + slack, "{small} bytes in a small one, {large} in a large");
+}
+
 /// Resident memory of a node in bytes.
 fn memory(node: &Node) -> usize {
     let status = fs::read_to_string(format!("/proc/{}/status", node.pid())).unwrap();

@@ -279,7 +279,7 @@ impl Drop for Receiver {
 }
 
 /// A salt of a new WAL. It only has to differ from the one before.
-fn random_u32() -> u32 {
+pub(in crate::engine) fn random_u32() -> u32 {
     std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) as u32
 }
 

@@ -11,14 +11,14 @@ use std::sync::Arc;
 
 use ltx::{Checksum, Encoder, Header, PageSize, Pgno, Pos, Txid};
 
-use super::apply::{Received, Stale};
+use super::apply::{Received, Stale, random_u32};
 use super::capture::Change;
 use super::capture::resync::{WalMap, read_page};
 use super::db::{Db, DbState, Guard, View};
 use super::error::{Error, Result};
 use super::files::FileKind;
 use super::locks::{LockKind, Owner};
-use crate::sqlite::header::{self, JournalMode};
+use crate::sqlite::header::{self, DatabaseHeader, HEADER_SIZE, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::{limits, os};
 
@@ -177,9 +177,10 @@ impl Db {
         if self.shared.may_begin() { Ok(()) } else { Err(Error::NotPrimary) }
     }
 
-    /// The LTX file of an import. The counters of page 1 by which SQLite notices a change are set
-    /// back, so that no connection takes its cached pages for current. Connections that have a WAL
-    /// open stay in that mode, so page 1 must say it too.
+    /// The LTX file of an import. The counters of page 1 by which SQLite notices a change go on from
+    /// those of the former content, so that no connection takes the pages or the schema that it
+    /// remembers for current. Connections that have a WAL open stay in that mode, so page 1 must say it
+    /// too.
     fn encode_import(
         &self,
         change: &Change,
@@ -209,6 +210,7 @@ impl Db {
         let mut post = Checksum::EMPTY;
         let mut sums = Vec::new();
         let mut page = vec![0; found.page_size.bytes()];
+        let (counter, cookie) = self.next_counters(change)?;
         for pgno in (1..=commit).map(Pgno).filter(|pgno| *pgno != found.page_size.lock_pgno()) {
             let filled = os::read_up_to(file, &mut page, found.page_size.offset(pgno))
                 .map_err(Error::io("read import", source))?;
@@ -216,7 +218,7 @@ impl Db {
                 return Err(self.corrupt("import", "the file is shorter than its header says"));
             }
             if pgno == Pgno(1) {
-                header::set_counters(&mut page, 0, 0);
+                header::set_counters(&mut page, counter, cookie);
                 if change.mode == JournalMode::Wal && self.has_clients() {
                     header::set_wal(&mut page);
                 }
@@ -230,6 +232,28 @@ impl Db {
         drop(writer);
         let len = out.metadata().map_err(Error::io("stat", &spool))?.len();
         Ok(Received::spooled(header, trailer, sums, spool, out, len))
+    }
+
+    /// A change counter and a schema cookie that the database had never before: SQLite only counts
+    /// them up. By chance where nothing tells of the former ones.
+    fn next_counters(&self, change: &Change) -> Result<(u32, u32)> {
+        let database = self.files.get(FileKind::Database).filter(|_| !self.is_lost());
+        let (Some(database), Some(_)) = (database, change.page_size) else {
+            return Ok((random_u32(), random_u32()));
+        };
+        let mut page = [0; HEADER_SIZE];
+        let wal = self.files.get(FileKind::Wal).filter(|_| change.wal.frame() > 0);
+        let map = wal.as_ref().map(|wal| self.wal_map(&wal.file, Some(change.wal.frame())));
+        let in_wal = map.transpose()?.flatten().and_then(|map| map.pages.get(&Pgno(1)).copied());
+        let (kind, file, at) = match (&wal, in_wal) {
+            (Some(wal), Some(at)) => (FileKind::Wal, wal, at),
+            _ => (FileKind::Database, &database, 0),
+        };
+        os::read_up_to(&file.file, &mut page, at)
+            .map_err(Error::io("read page 1", &self.files.path(kind)))?;
+        let header = DatabaseHeader::parse(&page)
+            .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
+        Ok((header.change_counter.wrapping_add(1), header.schema_cookie.wrapping_add(1)))
     }
 
     /// The header of a snapshot of a database at `pos`, but for its size.

@@ -8,6 +8,7 @@ use test_case::{test_case, test_matrix};
 use super::Cluster;
 use crate::support::image::Image;
 use crate::support::node::{Node, Settings};
+use crate::support::shell::Shell;
 use crate::support::sqlite;
 
 const DB: &str = "app.db";
@@ -81,6 +82,32 @@ fn an_imported_database_reaches_the_replica_and_comes_out_again(
     cluster.nodes[0].kill();
     cluster.nodes[0].start();
     sqlite::run(&cluster.file(DB), "insert into t values (2)");
+    cluster.check();
+}
+
+/// What a connection remembers of the tables of one import must not count for the next one, nor its
+/// pages.
+#[test_matrix(["delete", "wal"], ["auto", "off"])]
+fn a_connection_notices_each_of_several_imports(mode: &str, passthrough: &'static str) {
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    let file = cluster.file(DB);
+    sqlite::run(&file, &format!("pragma journal_mode = {mode}; pragma user_version = 1;"));
+    let mut shell = Shell::open(&file);
+    shell.run("select count(*) from sqlite_schema");
+    let path = cluster.primary().scratch("source.db");
+    for (table, value) in [("one", 1), ("two", 2), ("two", 3)] {
+        let _ = fs::remove_file(&path);
+        sqlite::run(
+            &path,
+            &format!("create table {table}(x); insert into {table} values ({value});"),
+        );
+        import(cluster.primary(), &path);
+        assert_eq!(shell.run(&format!("select x from {table}")), value.to_string());
+        shell.run(&format!("insert into {table} values ('more')"));
+        assert_eq!(shell.run("pragma integrity_check"), "ok");
+        cluster.check();
+    }
+    shell.close();
     cluster.check();
 }
 

@@ -380,14 +380,14 @@ impl<W> LockTable<W> {
         held.or_else(|| self.writer_before_checkpoint(request))
     }
 
-    /// The holder of WRITE that keeps CKPT from being taken under [`CkptRule::NotWhileWriting`].
+    /// The other holder of WRITE that keeps CKPT from being taken under [`CkptRule::NotWhileWriting`].
     fn writer_before_checkpoint(&self, request: &Request) -> Option<Conflict> {
         let asked = request.kind == LockKind::Exclusive && request.set.contains(Lock::Ckpt);
         if !asked || self.ckpt_rule == CkptRule::Free {
             return None;
         }
-        let writes = self.holds(request.owner, Lock::Write) == Some(LockKind::Exclusive);
-        let (owner, kind) = self.holders(Lock::Write).next().filter(|_| !writes)?;
+        let mut writers = self.holders(Lock::Write);
+        let (owner, kind) = writers.find(|(owner, _)| *owner != request.owner)?;
         Some(Conflict { lock: Lock::Write, owner, kind })
     }
 

@@ -208,6 +208,17 @@ fn without_a_wal_index_a_checkpoint_waits_for_the_writer() {
     assert_eq!(names(table.unlock(A, LockSet::one(Lock::Write))), ["b"]);
 }
 
+#[test]
+fn nobody_waits_for_a_checkpoint_because_of_himself() {
+    let mut table = Table::new(CkptRule::NotWhileWriting);
+    lock(&mut table, shared(A, Lock::Write));
+    lock(&mut table, exclusive(A, Lock::Ckpt));
+    assert_eq!(table.unlock(A, LockSet::one(Lock::Ckpt)), []);
+    lock(&mut table, shared(B, Lock::Write));
+    let conflict = table.try_lock(exclusive(A, Lock::Ckpt)).unwrap_err();
+    assert_eq!((conflict.lock, conflict.owner), (Lock::Write, B));
+}
+
 /// POSIX byte-range locks, in the plainest way: for each owner and byte of a file how it is held.
 #[derive(Default)]
 struct Model(BTreeMap<(Owner, u64), LockKind>);

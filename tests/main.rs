@@ -16,6 +16,8 @@ mod cluster;
 mod engine;
 // The API and the replication stream over real sockets on loopback.
 mod http;
+// Random scripts against a simple model.
+mod model;
 // SQLite on the mount of one real primary, and everything that can go wrong there.
 mod mount;
 // Nodes with a proxy in front of a small application.

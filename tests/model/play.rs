@@ -1,0 +1,524 @@
+//! A script, played on a primary and its replica and in plain SQLite in memory. After each step:
+//! the chain applied to nothing, the primary's files, the replica's files and plain SQLite are the
+//! same.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use ltx::Pos;
+
+use super::client::{Answer, Client, Transaction};
+use super::reference::{self, Change, Reference};
+use super::script::{Action, CLIENTS, NAMES, Setup, Sql, Step, Victim, View};
+use crate::cluster::{Cluster, check_node};
+use crate::support::image::{self, Image};
+use crate::support::node::{Node, Settings};
+use crate::support::{sqlite, wait};
+
+/// Bytes of a database that say whether it has a WAL.
+const VERSIONS_AT: usize = 18;
+
+/// The state of a script.
+struct Play {
+    setup: Setup,
+    cluster: Cluster,
+    clients: [Option<Client>; CLIENTS],
+    reference: Reference,
+    /// Databases whose file may hold what a killed client has left; SQLite's next reader mends it.
+    is_dirty: [bool; 2],
+    /// What was found at this position, so that it is not looked for again.
+    known: [Option<(Pos, String)>; 2],
+    /// Numbers for `user_version`, each used once.
+    marks: Cell<u32>,
+}
+
+/// Plays it; panics at what is wrong.
+pub fn play(setup: Setup, steps: &[(usize, &Step)]) {
+    let mut play = Play::start(setup);
+    for &(number, step) in steps {
+        let story = format!("step {number}: {step}");
+        play.step(step, &story);
+        play.check(&story);
+    }
+    play.end();
+}
+
+impl Play {
+    fn start(setup: Setup) -> Play {
+        let Setup { passthrough, transport, databases } = setup;
+        let lines = "strict-verify: true";
+        let settings = Settings { passthrough, transport, lines, ..Settings::default() };
+        let cluster = Cluster::with(2, &settings);
+        let reference = Reference::new();
+        for (number, (page_size, auto_vacuum, mode)) in databases.into_iter().enumerate() {
+            let sql = format!(
+                "pragma page_size={page_size}; pragma auto_vacuum={auto_vacuum}; \
+                 pragma journal_mode={mode}; pragma user_version=1"
+            );
+            sqlite::run(&cluster.file(NAMES[number]), &format!("{sql};"));
+            reference.run(&format!("pragma {}.user_version=1", ["main", "b"][number]));
+        }
+        let known = [None, None];
+        let marks = Cell::new(1000);
+        let clients = [None, None, None];
+        Play { setup, cluster, clients, reference, is_dirty: [false; 2], known, marks }
+    }
+
+    fn primary(&self) -> &Node {
+        self.cluster.primary()
+    }
+
+    fn step(&mut self, step: &Step, story: &str) {
+        let at = step.client;
+        match &step.action {
+            Action::Open(view) => self.open(at, *view),
+            Action::KillClient => self.kill_client(at),
+            Action::KillPrimary => self.restart_primary(Node::kill),
+            Action::StopPrimary => {
+                self.clients = [None, None, None];
+                self.restart_primary(|node| _ = node.stop());
+            }
+            Action::KillReplica if self.cluster.replica().is_running() => {
+                self.cluster.nodes[1].kill();
+                self.cluster.nodes[1].start();
+            }
+            Action::KillBoth => {
+                let was_running = self.cluster.replica().is_running();
+                self.cluster.nodes[1].kill();
+                self.restart_primary(Node::kill);
+                if was_running {
+                    self.cluster.nodes[1].start();
+                }
+            }
+            Action::ToggleReplica => match self.cluster.replica().is_running() {
+                true => _ = self.cluster.nodes[1].stop(),
+                false => self.cluster.nodes[1].start(),
+            },
+            Action::KillReplica => {}
+            Action::KillDuring(victim, delay, sql) => {
+                self.kill_during(at, *victim, *delay, sql, story)
+            }
+            Action::KillDuringCommit(victim, delay) => {
+                self.kill_during_commit(at, *victim, *delay, story);
+            }
+            Action::CopyOutAndIn(database) => self.copy_out_and_in(*database),
+            Action::Remove(database) => self.remove(*database),
+            Action::Look => self.look(),
+            _ => self.tell(at, &step.action, story),
+        }
+    }
+
+    /// What a client does in SQL.
+    fn tell(&mut self, at: usize, action: &Action, story: &str) {
+        let Some(mut client) = self.clients[at].take() else { return };
+        match action {
+            Action::Begin(kind) if client.transaction.is_none() => {
+                let is_immediate = *kind != "deferred";
+                if let Answer::Done(_) = client.ask(&format!("begin {kind}")) {
+                    let (changes, seen) = (Vec::new(), [None, None]);
+                    client.transaction = Some(Transaction { is_immediate, changes, seen });
+                }
+            }
+            Action::Change(sql) if self.may_change(&client, sql) => {
+                let answer = client.ask(&reference::named(sql, client.schemas()));
+                self.changed(&mut client, sql, answer, story);
+            }
+            Action::Read(database, table) if client.view.has(*database) => {
+                let sql = reference::sums(client.schemas()[*database], *table);
+                let answer = client.ask(&sql);
+                self.read(&mut client, *database, *table, answer, story);
+            }
+            Action::Outside(sql) if client.transaction.is_none() => {
+                self.aside(&mut client, sql);
+            }
+            Action::Anywhere(sql) => self.aside(&mut client, sql),
+            Action::Savepoint(sql) => {
+                if let Some(mut transaction) = client.transaction.take() {
+                    if let Answer::Done(_) = client.ask(sql) {
+                        transaction.changes.push(Change::Savepoint(sql.clone()));
+                    }
+                    client.transaction = Some(transaction);
+                }
+            }
+            Action::Commit => {
+                if let Some(transaction) = client.transaction.take() {
+                    match client.ask("commit") {
+                        Answer::Done(_) => self.reference.commit(&transaction.changes),
+                        Answer::Busy => client.transaction = Some(transaction),
+                        answer => panic!("{story}: {answer:?}"),
+                    }
+                }
+            }
+            Action::Rollback if client.transaction.take().is_some() => {
+                let answer = client.ask("rollback");
+                assert!(matches!(answer, Answer::Done(_)), "{story}: {answer:?}");
+            }
+            _ => {}
+        }
+        self.clients[at] = Some(client);
+    }
+
+    fn open(&mut self, at: usize, view: View) {
+        if let Some(client) = self.clients[at].take() {
+            client.close();
+        }
+        let mut client = Client::open(self.primary(), view);
+        for database in (0..2).filter(|&database| view.has(database)) {
+            let schema = client.schemas()[database];
+            let mode = self.setup.databases[database].2;
+            let now = client.ask(&format!("pragma {schema}.journal_mode"));
+            if now == Answer::Done("delete".to_owned()) && mode != "wal" {
+                client.ask(&format!("pragma {schema}.journal_mode={mode}"));
+            }
+        }
+        self.clients[at] = Some(client);
+    }
+
+    /// A statement that changes no row.
+    fn aside(&mut self, client: &mut Client, sql: &str) {
+        let missing = (0..2).any(|n| sql.contains(&format!("@{n}")) && !client.view.has(n));
+        if !missing {
+            let schemas = client.schemas();
+            client.ask(&sql.replace("@0", schemas[0]).replace("@1", schemas[1]));
+        }
+    }
+
+    fn changed(&self, client: &mut Client, sql: &Sql, answer: Answer, story: &str) {
+        match (&mut client.transaction, answer) {
+            (_, Answer::Busy) => {}
+            (_, Answer::Gone) => panic!("{story}: sqlite3 has ended"),
+            (Some(transaction), Answer::Done(_)) => {
+                transaction.changes.push(Change::Sql(sql.clone()));
+            }
+            // It had no effect.
+            (Some(_), Answer::Refused(_)) => {}
+            (None, Answer::Done(_)) => {
+                assert!(self.reference.apply(sql), "{story}: plain SQLite refuses it");
+            }
+            // As SQLite remembered the tables: while others hold the database it cannot look again.
+            (None, Answer::Refused(_)) if self.is_held(sql.database) => {}
+            (None, Answer::Refused(complaint)) => {
+                assert!(!self.reference.apply(sql), "{story}: {complaint}");
+            }
+        }
+    }
+
+    fn read(&self, client: &mut Client, database: usize, table: u64, answer: Answer, story: &str) {
+        let found = match answer {
+            Answer::Done(text) => Some(text),
+            Answer::Refused(_) if self.is_held(database) => return,
+            Answer::Refused(_) => None,
+            Answer::Busy => return,
+            Answer::Gone => panic!("{story}: sqlite3 has ended"),
+        };
+        let sums = |reference: &Reference, table| reference.sums(database, table);
+        let wanted = match &mut client.transaction {
+            None => sums(&self.reference, table),
+            Some(transaction) if transaction.holds(database) => {
+                self.reference.with(&transaction.changes, |reference| sums(reference, table))
+            }
+            Some(transaction) => {
+                let seen = &mut transaction.seen[database];
+                if seen.is_none() && found.is_some() {
+                    *seen = Some((1..=3).map(|table| sums(&self.reference, table)).collect());
+                }
+                match seen {
+                    Some(seen) => seen[table as usize - 1].clone(),
+                    None => sums(&self.reference, table),
+                }
+            }
+        };
+        assert_eq!(found, wanted, "{story}");
+    }
+
+    /// Kills a client; what it had begun is gone.
+    fn kill_client(&mut self, at: usize) {
+        let Some(mut client) = self.clients[at].take() else { return };
+        self.leaves(&mut client);
+        client.kill();
+    }
+
+    /// Notes what a client that is killed may leave.
+    fn leaves(&mut self, client: &mut Client) {
+        if let Some(transaction) = client.transaction.take() {
+            for database in 0..2 {
+                self.is_dirty[database] |= client.view.has(database) && transaction.holds(database);
+            }
+        }
+    }
+
+    fn restart_primary(&mut self, end: impl Fn(&mut Node)) {
+        end(&mut self.cluster.nodes[0]);
+        for at in 0..CLIENTS {
+            self.kill_client(at);
+        }
+        self.cluster.nodes[0].start();
+        // What was left is rolled back by who recovers.
+        self.is_dirty = [false; 2];
+    }
+
+    /// A change of its own, in which somebody is killed.
+    fn kill_during(&mut self, at: usize, victim: Victim, delay: u64, sql: &Sql, story: &str) {
+        let Some(client) = self.clients[at].take() else { return };
+        if client.transaction.is_some() || !self.may_change(&client, sql) {
+            self.clients[at] = Some(client);
+            return;
+        }
+        let text = reference::named(sql, client.schemas());
+        self.kill_in(at, client, (victim, delay), &text, &[Change::Sql(sql.clone())], story);
+    }
+
+    /// A commit, in which somebody is killed.
+    fn kill_during_commit(&mut self, at: usize, victim: Victim, delay: u64, story: &str) {
+        let Some(mut client) = self.clients[at].take() else { return };
+        let Some(transaction) = client.transaction.take() else {
+            self.clients[at] = Some(client);
+            return;
+        };
+        self.kill_in(at, client, (victim, delay), "commit", &transaction.changes, story);
+    }
+
+    fn kill_in(
+        &mut self,
+        at: usize,
+        mut client: Client,
+        (victim, delay): (Victim, u64),
+        sql: &str,
+        changes: &[Change],
+        story: &str,
+    ) {
+        self.settle_others();
+        let was_wal = self.has_wal();
+        client.tell(sql);
+        let end = std::time::Instant::now() + Duration::from_micros(delay);
+        while std::time::Instant::now() < end {
+            std::thread::park_timeout(Duration::from_micros(50));
+        }
+        let answer = match victim {
+            Victim::Client => client.kill(),
+            Victim::Primary => {
+                self.cluster.nodes[0].kill();
+                let answer = client.kill_without_node();
+                self.restart_primary(|_| ());
+                answer
+            }
+            Victim::Replica => {
+                self.cluster.nodes[1].kill();
+                let answer = client.answer();
+                self.cluster.nodes[1].start();
+                if answer != Answer::Gone {
+                    // An end of the transaction, whatever came of it.
+                    client.ask("rollback");
+                    self.clients[at] = Some(client);
+                }
+                answer
+            }
+        };
+        let mark = Change::Sql(self.mark(0));
+        let marks = [mark, Change::Sql(self.mark(1))];
+        for (database, name) in NAMES.iter().enumerate() {
+            let Change::Sql(mark) = &marks[database] else { continue };
+            let text = reference::named(mark, ["main", "main"]);
+            sqlite::run(&self.cluster.file(name), &format!("{text};"));
+        }
+        self.is_dirty = [false; 2];
+        let with = |changes: &[Change]| {
+            let changes: Vec<Change> = changes.iter().chain(&marks).cloned().collect();
+            self.reference.with(&changes, |reference| [0, 1].map(|n| reference.dump(n)))
+        };
+        let (before, after) = (with(&[]), with(changes));
+        let found = [0, 1].map(|database| self.dump(database, story));
+        let is = |wanted: &[String; 2]| found == *wanted;
+        let may_be_before = !matches!(answer, Answer::Done(_));
+        let may_be_after = !matches!(answer, Answer::Busy | Answer::Refused(_));
+        if is(&after) && may_be_after {
+            self.reference.commit(changes);
+        } else if !(is(&before) && may_be_before) {
+            let half = (0..2).all(|n| found[n] == before[n] || found[n] == after[n]);
+            let words = (0..2)
+                .map(|n| reference::difference(&found[n], &after[n]))
+                .collect::<Vec<_>>()
+                .join("; ");
+            panic!("{story}: {answer:?}; half: {half}, wal: {was_wal:?}; {words}");
+        }
+        self.reference.commit(&marks);
+    }
+
+    /// A change that nothing else makes.
+    fn mark(&self, database: usize) -> Sql {
+        self.marks.set(self.marks.get() + 1);
+        let text = format!("pragma @.user_version={}", self.marks.get());
+        Sql { database, reads_other: false, text }
+    }
+
+    /// Nobody is in a transaction.
+    fn settle_others(&mut self) {
+        for client in self.clients.iter_mut().flatten() {
+            if client.transaction.take().is_some() {
+                client.ask("rollback");
+            }
+        }
+    }
+
+    /// Which databases have a WAL.
+    fn has_wal(&self) -> [bool; 2] {
+        [0, 1].map(|database| {
+            let image = Image::of_files(&self.primary().db_dir(NAMES[database]));
+            image.is_some_and(|image| image.bytes()[VERSIONS_AT] == 2)
+        })
+    }
+
+    /// Out by `export`, and in by `import`.
+    fn copy_out_and_in(&mut self, database: usize) {
+        self.settle_others();
+        let (node, name) = (self.primary(), NAMES[database]);
+        let path = node.scratch("exported.db");
+        let path = path.to_str().unwrap();
+        if node.pos(name).is_zero() || Image::of_files(&node.db_dir(name)).is_none() {
+            return;
+        }
+        for command in ["export", "import"] {
+            let output = node.litefs(command, &["-name", name, path]);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{command}: {said}");
+        }
+    }
+
+    fn remove(&mut self, database: usize) {
+        for client in self.clients.iter_mut() {
+            if let Some(client) = client.take_if(|client| client.view.has(database)) {
+                client.close();
+            }
+        }
+        let path = self.cluster.file(NAMES[database]);
+        if path.exists() {
+            std::fs::remove_file(path).unwrap();
+        }
+        self.reference.clear(database);
+        self.is_dirty[database] = false;
+    }
+
+    /// What SQLite sees in both mounts.
+    fn look(&mut self) {
+        let transactions =
+            self.clients.iter().flatten().filter_map(|client| client.transaction.as_ref());
+        if transactions.clone().any(|transaction| transaction.holds(0) || transaction.holds(1)) {
+            return;
+        }
+        for (database, name) in NAMES.iter().enumerate() {
+            if self.primary().pos(name).is_zero() || !self.cluster.file(name).exists() {
+                continue;
+            }
+            // SQLite rolls back what a killed client has left.
+            sqlite::run(&self.cluster.file(name), "select count(*) from sqlite_schema;");
+            self.is_dirty[database] = false;
+            let pos = self.primary().pos(name);
+            check_node(self.primary(), name, pos);
+            if self.cluster.replica().is_running() {
+                self.cluster.replica().wait_for_pos(name, pos);
+                check_node(self.cluster.replica(), name, pos);
+            }
+        }
+    }
+
+    /// Whether the file of a database may hold what is not committed.
+    fn is_open(&self, database: usize) -> bool {
+        let holds = |client: &Client| {
+            let holds = |transaction: &Transaction| transaction.holds(database);
+            client.view.has(database) && client.transaction.as_ref().is_some_and(holds)
+        };
+        self.is_dirty[database] || self.clients.iter().flatten().any(holds)
+    }
+
+    /// The chain, both nodes' files and plain SQLite are the same.
+    fn check(&mut self, story: &str) {
+        for (database, name) in NAMES.iter().enumerate() {
+            let found = self.dump(database, story);
+            let wanted = self.reference.dump(database);
+            if found != wanted {
+                panic!("{story}: {name}: {}", reference::difference(&found, &wanted));
+            }
+        }
+    }
+
+    /// What a database holds, by its chain; the files of both nodes hold the same.
+    fn dump(&mut self, database: usize, story: &str) -> String {
+        let name = NAMES[database];
+        let pos = self.primary().pos(name);
+        if pos.is_zero() {
+            return Reference::new().dump(database);
+        }
+        let replica = Some(self.cluster.replica()).filter(|replica| replica.is_running());
+        let dir = self.primary().db_dir(name);
+        let chain = image::replay_chain(&dir, pos);
+        let is_chain = |image: &Option<Image>| *image == chain;
+        if !self.is_open(database) {
+            let files = Image::of_files(&dir);
+            assert!(is_chain(&files), "{story}: {name}: the chain leads elsewhere than the files");
+        }
+        if let Some(replica) = replica {
+            replica.wait_for_pos(name, pos);
+            wait::until_or(
+                || format!("{story}: {name}: the replica's files at {pos}"),
+                || is_chain(&Image::of_files(&replica.db_dir(name))).then_some(()),
+            );
+        }
+        if let Some((known, text)) = &self.known[database]
+            && *known == pos
+        {
+            return text.clone();
+        }
+        let text = match chain {
+            None => Reference::new().dump(database),
+            Some(image) => {
+                let path = self.primary().scratch("replayed.db");
+                let mut bytes = image.bytes().to_vec();
+                bytes[VERSIONS_AT..VERSIONS_AT + 2].fill(1);
+                std::fs::write(&path, bytes).unwrap();
+                reference::dump_file(&path)
+            }
+        };
+        self.known[database] = Some((pos, text.clone()));
+        text
+    }
+
+    fn end(mut self) {
+        self.settle_others();
+        for client in self.clients.iter_mut() {
+            if let Some(client) = client.take() {
+                client.close();
+            }
+        }
+        if !self.cluster.replica().is_running() {
+            self.cluster.nodes[1].start();
+        }
+        self.check("the end");
+        self.look();
+        self.check("after a look");
+        self.cluster.check();
+        for node in &self.cluster.nodes {
+            for name in NAMES {
+                let aside = node.db_dir(name).lost_found();
+                assert!(!aside.exists(), "{} holds something", aside.display());
+            }
+        }
+    }
+
+    /// Whether what comes of a change can be foreseen.
+    fn may_change(&self, client: &Client, sql: &Sql) -> bool {
+        let has = client.view.has(sql.database) && (!sql.reads_other || client.view == View::Both);
+        // A snapshot may be old, and so may be what SQLite remembers of the tables while others hold the
+        // database; what changes nothing there locks nothing.
+        let is_old = match &client.transaction {
+            Some(transaction) => !transaction.is_immediate,
+            None => self.is_held(sql.database),
+        };
+        has && !(is_old && (sql.reads_other || sql.text.contains(" exists ")))
+    }
+
+    /// Whether any of the other clients has a database in a transaction; one that acts is taken out.
+    fn is_held(&self, database: usize) -> bool {
+        let others = self.clients.iter().flatten();
+        others.into_iter().any(|other| other.view.has(database) && other.transaction.is_some())
+    }
+}

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run test check quick bench chaos fuzz deny direction
+.PHONY: help run test check quick bench chaos torture fuzz deny direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
@@ -17,6 +17,7 @@ help:
 	@echo "make quick  unit and engine tests only"
 	@echo "make bench  the numbers of docs/benchmarks.md"
 	@echo "make chaos  ten minutes of three nodes with faults by chance"
+	@echo "make torture  what docs/testing.md describes, for long"
 	@echo "make fuzz   each fuzz target for 60 s"
 	@echo "make deny   licences and sources of the dependencies"
 
@@ -67,10 +68,15 @@ chaos:
 	@.ci/packages test
 	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- cluster::random --nocapture
 
+# Each line for MINUTES=10.
+torture:
+	@.ci/packages test
+	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- model:: --nocapture
+
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
-	for crate in fuse ltx; do \
-	  (cd $$crate/fuzz && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
+	for dir in fuse/fuzz ltx/fuzz; do \
+	  (cd $$dir && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
 	    mkdir -p target/corpus/$$target; \
 	    RUSTC_BOOTSTRAP=1 cargo fuzz run $$target target/corpus/$$target corpus/$$target -- \
 	      -max_total_time=60; \

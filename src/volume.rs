@@ -311,6 +311,17 @@ impl fuse::Volume for EngineVolume {
         self.shown.root()
     }
 
+    fn name_of(&self, node: &Node) -> String {
+        match node {
+            Node::File(db, backing) => format!("{}{}", db.name(), backing.kind.suffix()),
+            Node::Pos(db) => format!("{}-pos", db.name()),
+            Node::Lock(db) => format!("{}-lock", db.name()),
+            Node::Primary => ".primary".to_owned(),
+            Node::Lag => ".lag".to_owned(),
+            Node::Plain(_) => "a super-journal".to_owned(),
+        }
+    }
+
     fn lookup(&self, name: &OsStr) -> Result<Lookup<Node>, Errno> {
         if let Some(node) = self.node(name) {
             return self.entry(node).map(Lookup::Found);

@@ -86,6 +86,9 @@ impl Volume for Grants {
     type Handle = ();
 
     fn mounted(&self, _: Kernel) {}
+    fn name_of(&self, _: &()) -> String {
+        String::new()
+    }
     fn root(&self) -> Attr {
         attr(ROOT, FileType::Directory)
     }

@@ -257,6 +257,41 @@ pub mod op {
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
     pub const RENAME2: u32 = 45;
+
+    /// What it is called, for messages.
+    pub fn name(opcode: u32) -> &'static str {
+        match opcode {
+            LOOKUP => "LOOKUP",
+            GETATTR => "GETATTR",
+            SETATTR => "SETATTR",
+            READLINK => "READLINK",
+            SYMLINK => "SYMLINK",
+            MKNOD => "MKNOD",
+            MKDIR => "MKDIR",
+            UNLINK => "UNLINK",
+            RMDIR => "RMDIR",
+            RENAME => "RENAME",
+            LINK => "LINK",
+            OPEN => "OPEN",
+            READ => "READ",
+            WRITE => "WRITE",
+            STATFS => "STATFS",
+            RELEASE => "RELEASE",
+            FSYNC => "FSYNC",
+            FLUSH => "FLUSH",
+            OPENDIR => "OPENDIR",
+            READDIR => "READDIR",
+            RELEASEDIR => "RELEASEDIR",
+            FSYNCDIR => "FSYNCDIR",
+            GETLK => "GETLK",
+            SETLK => "SETLK",
+            SETLKW => "SETLKW",
+            CREATE => "CREATE",
+            FALLOCATE => "FALLOCATE",
+            RENAME2 => "RENAME2",
+            _ => "another",
+        }
+    }
 }
 
 /// INIT flags; those from bit 32 on travel in `flags2`.

@@ -18,6 +18,7 @@ use crate::volume::{
     Caller, DirEntry, Entry, FileType, LockKind, Lookup, Opened, Owner, ROOT, Reply, SetAttr,
     Volume, Wait, WaitId, Write,
 };
+use crate::watch::{Stuck, TICK, Watch};
 
 /// Whether each request is logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,7 @@ pub(crate) enum Trace {
 pub(crate) struct Session<V: Volume> {
     pub volume: Arc<V>,
     pub waits: Arc<Waits>,
+    pub watch: Arc<Watch>,
     disk: Arc<Disk>,
     nodes: Nodes<V::Node>,
     files: Handles<File<V::Handle>>,
@@ -55,6 +57,7 @@ impl<V: Volume> Session<V> {
         Session {
             volume,
             waits: Arc::default(),
+            watch: Arc::new(Watch::new()),
             disk,
             nodes: Nodes::new(),
             files: Handles::new(),
@@ -73,8 +76,9 @@ impl<V: Volume> Session<V> {
 
     /// Answers one request, perhaps later. A panic in it is logged, and answers EIO.
     /// `buffer` is for data on its way to the kernel.
-    pub fn serve(&self, parts: &Parts<'_>, responder: Responder, buffer: &mut [u8]) {
+    pub fn serve(&self, parts: &Parts<'_>, mut responder: Responder, buffer: &mut [u8]) {
         let header = &parts.header;
+        responder.watch(self.watch.begin(header));
         if self.trace == Trace::On {
             let (opcode, node, pid) = (header.opcode, header.nodeid, header.pid);
             tracing::debug!(unique = header.unique, opcode, node, pid, "fuse request");
@@ -436,7 +440,7 @@ impl<V: Volume> Session<V> {
 
     /// A lock call that may wait. Giving up a lock never does, however it is asked for. Where
     /// waiting calls would leave no room for others, it fails with ENOLCK instead.
-    fn setlkw(&self, header: &abi::InHeader, lock: Lock, to: Responder) {
+    fn setlkw(&self, header: &abi::InHeader, lock: Lock, mut to: Responder) {
         if lock.call.kind == LockKind::Unlock {
             self.setlk(lock, to);
             return;
@@ -453,6 +457,7 @@ impl<V: Volume> Session<V> {
             self.volume.setlk(&handle, lock.call, Wait::No, reply);
             return;
         }
+        to.watch(None);
         let unique = header.unique;
         let unsure = to.may_lose_interrupts().then_some(Client(header.pid));
         self.waits.begin(unique, unsure);
@@ -463,6 +468,15 @@ impl<V: Volume> Session<V> {
         });
         self.volume.setlk(&handle, lock.call, Wait::Yes(WaitId(unique)), reply);
         self.waits.begun(unique, &*self.volume);
+    }
+
+    /// Logs a request that is not answered.
+    pub fn report(&self, stuck: Stuck) {
+        let name = |node| self.volume.name_of(&node);
+        let file = self.nodes.get(stuck.node).map_or_else(|| "/".to_owned(), name);
+        let (request, age) = (abi::op::name(stuck.opcode), stuck.ticks * TICK);
+        let (pid, seconds) = (stuck.pid, age.as_secs());
+        tracing::warn!(request, file, pid, seconds, "fuse request is not answered yet");
     }
 
     fn handle(&self, fh: u64) -> Option<V::Handle> {

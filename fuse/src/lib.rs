@@ -27,6 +27,7 @@ mod reply;
 mod request;
 mod uring;
 mod volume;
+mod watch;
 
 pub use error::Error;
 pub use mount::{Mount, MountOptions, PassthroughMode, Transport, mount};

@@ -28,6 +28,7 @@ use crate::reply::Responder;
 use crate::request::{Operation, Parts};
 use crate::uring::{self, Offer, Rings};
 use crate::volume::Volume;
+use crate::watch::Watch;
 use crate::{Kernel, abi};
 
 /// Whether files may be served by the kernel from their backing files.
@@ -219,10 +220,12 @@ fn start<V: Volume>(
 
     let sources = sources(&channel, transport, options.workers);
     let workers = sources.len() + rings.len();
-    let end = Arc::new(End::new(workers, posts.clone(), session.waits.clone()));
+    let end = Arc::new(End::new(workers, posts.clone(), &session));
     spawn("fuse-notify", move || posts.carry_out())?;
     let repeater = session.clone();
     spawn("fuse-interrupt", move || repeater.waits.clone().repeat(repeater.volume.clone()))?;
+    let watching = session.clone();
+    spawn("fuse-watch", move || watching.watch.run(|stuck| watching.report(stuck)))?;
     for (index, source) in sources.into_iter().enumerate() {
         let (session, end) = (session.clone(), end.clone());
         spawn(&format!("fuse-{index}"), move || {
@@ -359,6 +362,7 @@ struct End {
     changed: Condvar,
     posts: Arc<Shared>,
     waits: Arc<Waits>,
+    watch: Arc<Watch>,
 }
 
 struct Serving {
@@ -367,9 +371,10 @@ struct Serving {
 }
 
 impl End {
-    fn new(workers: usize, posts: Arc<Shared>, waits: Arc<Waits>) -> End {
+    fn new<V: Volume>(workers: usize, posts: Arc<Shared>, session: &Session<V>) -> End {
         let state = Mutex::new(Serving { workers, on_end: None });
-        End { state, changed: Condvar::new(), posts, waits }
+        let (waits, watch) = (session.waits.clone(), session.watch.clone());
+        End { state, changed: Condvar::new(), posts, waits, watch }
     }
 
     /// A worker ends; the last one does what is left.
@@ -388,6 +393,7 @@ impl End {
         self.changed.notify_all();
         self.posts.stop();
         self.waits.stop();
+        self.watch.stop();
         if let Some(call) = on_end {
             call();
         }

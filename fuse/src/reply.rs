@@ -15,6 +15,7 @@ use crate::abi;
 use crate::dev::Channel;
 use crate::uring::{Ring, Slot};
 use crate::volume::{self, FileType};
+use crate::watch::Watched;
 
 /// Whether the kernel still wanted the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,7 @@ pub(crate) enum Delivery {
 pub(crate) struct Responder {
     way: Option<Way>,
     unique: u64,
+    watched: Option<Watched>,
 }
 
 /// Where an answer goes.
@@ -44,12 +46,12 @@ enum Way {
 impl Responder {
     /// The answer to request `unique` goes out through `channel`, which it came in by.
     pub fn new(channel: Arc<Channel>, unique: u64) -> Responder {
-        Responder { way: Some(Way::Device(channel)), unique }
+        Responder { way: Some(Way::Device(channel)), unique, watched: None }
     }
 
     /// The answer to request `unique` goes into `slot`, which it came in.
     pub fn over_ring(ring: Arc<Ring>, slot: Slot, unique: u64) -> Responder {
-        Responder { way: Some(Way::Ring(ring, slot)), unique }
+        Responder { way: Some(Way::Ring(ring, slot)), unique, watched: None }
     }
 
     /// Whether a request that waits for long takes away what others need.
@@ -60,6 +62,11 @@ impl Responder {
     /// Whether the kernel may forget to tell that the request was interrupted.
     pub fn may_lose_interrupts(&self) -> bool {
         matches!(&self.way, Some(Way::Ring(..)))
+    }
+
+    /// The request is watched until it is answered; with none no more.
+    pub fn watch(&mut self, watched: Option<Watched>) {
+        self.watched = watched;
     }
 
     /// Success without a value.

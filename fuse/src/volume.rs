@@ -252,6 +252,8 @@ pub trait Volume: Send + Sync + 'static {
     fn mounted(&self, kernel: crate::Kernel);
     /// The attributes of the root directory.
     fn root(&self) -> Attr;
+    /// What a node is called, for messages.
+    fn name_of(&self, node: &Self::Node) -> String;
     /// What `name` stands for.
     fn lookup(&self, name: &OsStr) -> Result<Lookup<Self::Node>, Errno>;
     /// The attributes of a node.

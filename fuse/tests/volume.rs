@@ -223,6 +223,10 @@ impl Volume for TempVolume {
         assert!(self.kernel.set(kernel).is_ok(), "mounted once");
     }
 
+    fn name_of(&self, _: &Self::Node) -> String {
+        String::new()
+    }
+
     fn root(&self) -> Attr {
         let metadata = self.backing.metadata().unwrap();
         Attr {

@@ -15,6 +15,8 @@ mod cost;
 mod crash;
 /// What shells and scripts do to files.
 mod files;
+/// A disk that does not answer.
+mod frozen;
 /// A disk without room.
 mod full;
 /// Journal modes, page sizes, locking modes, attached databases.

@@ -37,6 +37,8 @@ mod readers;
 mod refuse;
 /// Nodes that want a token and speak TLS.
 mod secure;
+/// Nodes for long, and what they use.
+mod soak;
 
 /// A primary and its replicas.
 pub struct Cluster {

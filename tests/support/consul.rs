@@ -3,9 +3,9 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -112,6 +112,8 @@ pub struct Link {
 
 struct State {
     cut: AtomicBool,
+    /// Bytes a second in each direction of a connection; zero for no limit.
+    limit: AtomicU64,
     ended: AtomicBool,
     sockets: Mutex<Vec<TcpStream>>,
 }
@@ -123,6 +125,7 @@ impl Link {
         let address = listener.local_addr().unwrap().to_string();
         let state = Arc::new(State {
             cut: AtomicBool::new(false),
+            limit: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             sockets: Mutex::default(),
         });
@@ -144,6 +147,11 @@ impl Link {
     /// Where it listens, `HOST:PORT`.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Lets so many bytes a second through each connection and direction; zero for no limit.
+    pub fn limit(&self, bytes_per_second: u64) {
+        self.state.limit.store(bytes_per_second, Ordering::SeqCst);
     }
 
     /// Cuts it.
@@ -178,6 +186,13 @@ fn pass(state: &Arc<State>, from: &TcpStream, to: &TcpStream) {
         while let Ok(len @ 1..) = from.read(&mut buffer) {
             if !state.cut.load(Ordering::SeqCst) && to.write_all(&buffer[..len]).is_err() {
                 break;
+            }
+            let limit = state.limit.load(Ordering::SeqCst);
+            if limit > 0 {
+                let end = Instant::now() + Duration::from_secs_f64(len as f64 / limit as f64);
+                while Instant::now() < end && !state.ended.load(Ordering::SeqCst) {
+                    std::thread::park_timeout(Duration::from_millis(5));
+                }
             }
         }
         if !state.cut.load(Ordering::SeqCst) {

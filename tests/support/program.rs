@@ -12,6 +12,12 @@ use nix::unistd::Pid;
 /// The longest that a program may run; a slow machine takes seconds.
 const RUN_MAX: Duration = Duration::from_secs(300);
 
+/// [`RUN_MAX`], or the seconds that `LITEFS_TEST_RUN_MAX` says for runs that are long on purpose.
+fn run_max() -> Duration {
+    let given = std::env::var("LITEFS_TEST_RUN_MAX").ok().and_then(|text| text.parse().ok());
+    given.map_or(RUN_MAX, Duration::from_secs)
+}
+
 /// Kills a process after [`RUN_MAX`], unless it is dropped before. It must be dropped before the
 /// process is waited for: until then the process id is still its own.
 pub struct Limit {
@@ -24,7 +30,7 @@ impl Limit {
         let (end, ended) = mpsc::channel();
         let pid = Pid::from_raw(child.id().cast_signed());
         std::thread::spawn(move || {
-            if ended.recv_timeout(RUN_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if ended.recv_timeout(run_max()) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("process {pid} runs for too long: killed");
                 let _ = kill(pid, Signal::SIGKILL);
             }

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run test check quick bench chaos torture fuzz deny direction
+.PHONY: help run test check quick bench chaos torture soak fuzz deny direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench  the numbers of docs/benchmarks.md"
 	@echo "make chaos  ten minutes of three nodes with faults by chance"
 	@echo "make torture  what docs/testing.md describes, for long"
+	@echo "make soak   three nodes for MINUTES=60, and what they use in target/soak"
 	@echo "make fuzz   each fuzz target for 60 s"
 	@echo "make deny   licences and sources of the dependencies"
 
@@ -73,9 +74,16 @@ torture:
 	@.ci/packages test
 	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- model:: --nocapture
 
+# Nodes of this test may run longer than those of others.
+soak: MINUTES = 60
+soak:
+	@.ci/packages test
+	LITEFS_TEST_MINUTES=$(MINUTES) LITEFS_TEST_RUN_MAX=$$((60 * $(MINUTES) + 600)) \
+	  LITEFS_TEST_DIR=$(CURDIR)/target/soak cargo test --test main -- cluster::soak --nocapture
+
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
-	for dir in fuse/fuzz ltx/fuzz; do \
+	for dir in fuzz fuse/fuzz ltx/fuzz; do \
 	  (cd $$dir && for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
 	    mkdir -p target/corpus/$$target; \
 	    RUSTC_BOOTSTRAP=1 cargo fuzz run $$target target/corpus/$$target corpus/$$target -- \

@@ -22,6 +22,7 @@ mod duration;
 mod environment;
 mod exec;
 mod expand;
+pub(crate) mod properties;
 
 pub use environment::Environment;
 pub use exec::{Command, WordsError, split_words};

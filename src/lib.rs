@@ -21,6 +21,7 @@ pub mod engine;
 pub mod http;
 pub mod limits;
 pub mod os;
+pub mod properties;
 pub mod sqlite;
 pub mod supervisor;
 pub mod telemetry;

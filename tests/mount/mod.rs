@@ -9,6 +9,8 @@ use crate::support::image::{self, Image};
 use crate::support::node::{Node, Settings};
 use crate::support::sqlite;
 
+/// File calls that SQLite does not make.
+mod calls;
 /// What a commit, a read and a page cost.
 mod cost;
 /// A node that is killed while applications write.
@@ -19,6 +21,8 @@ mod files;
 mod frozen;
 /// A disk without room.
 mod full;
+/// Locks as fcntl(2) has them.
+mod locks;
 /// Journal modes, page sizes, locking modes, attached databases.
 mod modes;
 /// A primary that becomes something else while applications write.

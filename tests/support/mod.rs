@@ -12,6 +12,8 @@ pub mod image;
 pub mod local;
 /// One `litefs mount` process in directories of its own.
 pub mod node;
+/// A process that makes the file calls it is told.
+pub mod process;
 /// Programs that end.
 pub mod program;
 /// A `sqlite3` program that is told step by step what to do.

@@ -21,7 +21,7 @@ use super::{Change, Draft, candidates};
 use crate::engine::chain::Durability;
 use crate::engine::checksum::PageSums;
 use crate::engine::db::{Answer, Db, Refusal};
-use crate::engine::error::{Error, Result};
+use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::follow_on::LtxBytes;
 use crate::engine::halt::Outgoing;
@@ -228,7 +228,11 @@ impl Db {
         }
         let start = Instant::now();
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
-        let Some(found) = self.changed_pages(change, &database.file)? else { return Ok(None) };
+        let found = self.changed_pages(change, &database.file);
+        let found = found.inspect_err(|error| {
+            tracing::error!(db = %self.name, error = chain_text(error), "refused a commit");
+        });
+        let Some(found) = found? else { return Ok(None) };
         let resized = change.page_size.is_some_and(|size| size != found.draft.page_size);
         let mut transaction = match resized {
             true => Change::empty_at(change).transaction(found.draft),
@@ -482,7 +486,10 @@ fn read_changed(
         let offset = match filled {
             0 => ZERO_PAGE,
             n if n == image.len() => offset,
-            _ => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "half a page")),
+            _ => {
+                let text = format!("the database would end within page {pgno}");
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+            }
         };
         changed.push(PageRef { pgno, sum, offset });
     }

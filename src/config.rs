@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, de};
 
+use crate::http::url::Url;
 use crate::tls::Identity;
 
 mod duration;
@@ -113,6 +114,14 @@ pub enum Invalid {
     BackupType(String),
     #[error("backup path required")]
     BackupPath,
+    #[error("backup.path cannot be inside fuse.dir")]
+    BackupInMount,
+    #[error("backup.full-sync-interval must be longer than 0s")]
+    BackupInterval,
+    #[error("backup.auth-token must be printable ASCII")]
+    BackupToken,
+    #[error("backup.url is not a URL of a server: {0:?}: {1}")]
+    BackupUrl(String, String),
     #[error("proxy database name required")]
     ProxyDb,
     #[error("proxy bind address required")]
@@ -171,7 +180,8 @@ fn load_text(
         Expansion::On => expand::expand(text, &|name| environment.get(name)),
         Expansion::Off => text.to_owned(),
     };
-    let config = parse(&path, &expanded)?;
+    let mut config = parse(&path, &expanded)?;
+    config.backup.heed(environment);
     config.check()?;
     Ok(Loaded { config, path })
 }
@@ -278,7 +288,23 @@ impl Config {
         if file && self.backup.path.as_os_str().is_empty() {
             return Err(Invalid::BackupPath);
         }
-        Ok(())
+        if file && absolute(&self.backup.path).starts_with(absolute(&self.fuse.dir)) {
+            return Err(Invalid::BackupInMount);
+        }
+        if self.backup.kind != BackupKind::None && self.backup.full_sync_interval.is_zero() {
+            return Err(Invalid::BackupInterval);
+        }
+        if self.backup.kind != BackupKind::LitefsCloud {
+            return Ok(());
+        }
+        let Backup { url, auth_token, .. } = &self.backup;
+        if !auth_token.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
+            return Err(Invalid::BackupToken);
+        }
+        match Url::new(url) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Invalid::BackupUrl(url.clone(), error.to_string())),
+        }
     }
 
     fn check_proxy(&self) -> Result<(), Invalid> {
@@ -758,6 +784,29 @@ section! {
         "cluster" => cluster: String = String::new();
         /// The value of the `Authorization` header, as it is.
         "auth-token" => auth_token: String = String::new();
+        /// How long changes are gathered before they are sent.
+        "delay" => delay: Duration = SECOND;
+        /// How often the backup is asked where it stands.
+        "full-sync-interval" => full_sync_interval: Duration = 10 * SECOND;
+    }
+}
+
+impl Backup {
+    /// Takes what the environment says, as LiteFS does: a token makes a server the backup unless something
+    /// else is one.
+    fn heed(&mut self, environment: &Environment) {
+        let token = environment.get("LITEFS_CLOUD_TOKEN").unwrap_or_default();
+        let token = token.trim();
+        if token.is_empty() || self.kind == BackupKind::File {
+            return;
+        }
+        self.kind = BackupKind::LitefsCloud;
+        if self.auth_token.is_empty() {
+            self.auth_token = token.to_owned();
+        }
+        if let Some(url) = environment.get("LITEFS_CLOUD_ENDPOINT").filter(|url| !url.is_empty()) {
+            self.url = url;
+        }
     }
 }
 

@@ -26,6 +26,7 @@ pub mod layout;
 pub mod name;
 
 pub mod apply;
+pub mod backup;
 pub mod capture;
 pub mod chain;
 pub mod checksum;
@@ -68,12 +69,23 @@ pub struct Options {
     pub retention: Duration,
     /// How often old ones are looked for; zero never.
     pub retention_interval: Duration,
+    /// Whether there is a backup, without which no file is removed.
+    pub retain: Retain,
     /// Whether each commit is followed by a check of the whole database.
     pub strict_verify: bool,
     /// The id of this process.
     pub node_id: NodeId,
     /// The wall clock, in milliseconds since the Unix epoch.
     pub clock: Box<dyn Fn() -> i64 + Send + Sync>,
+}
+
+/// Which old LTX files may be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retain {
+    /// All.
+    Free,
+    /// Those that end before the backup's high-water mark.
+    BackedUp,
 }
 
 /// The id of a cluster: `LFSC` and 16 upper-case hex digits.
@@ -159,7 +171,7 @@ impl Engine {
             writer: Mutex::new(Some(writer)),
             lock: Mutex::new(Some(lock)),
         });
-        engine.start_retention(options.retention, options.retention_interval);
+        engine.start_retention(options.retention, options.retention_interval, options.retain);
         Ok(engine)
     }
 
@@ -348,7 +360,12 @@ impl Engine {
         result
     }
 
-    fn start_retention(self: &Arc<Engine>, retention: Duration, interval: Duration) {
+    fn start_retention(
+        self: &Arc<Engine>,
+        retention: Duration,
+        interval: Duration,
+        retain: Retain,
+    ) {
         if retention.is_zero() || interval.is_zero() {
             return;
         }
@@ -360,7 +377,11 @@ impl Engine {
                 while !wait_for_stop(&stop, interval) {
                     let Some(engine) = engine.upgrade() else { return };
                     for db in engine.databases() {
-                        if let Err(error) = db.chain().retain(retention, None) {
+                        let keep_from = match retain {
+                            Retain::Free => None,
+                            Retain::BackedUp => Some(db.hwm()),
+                        };
+                        if let Err(error) = db.chain().retain(retention, keep_from) {
                             tracing::warn!(db = %db.name(), error = chain_text(&error), "remove old ltx files");
                         }
                     }

@@ -274,3 +274,20 @@ pub const HANDOFF_TAKE_WAIT: Duration = Duration::from_secs(3);
 pub const HANDOFF_ANSWER_WAIT: Duration = Duration::from_secs(20);
 /// Time in which a target applies what it has received, before it takes the lease.
 pub const HANDOFF_APPLY_WAIT: Duration = Duration::from_secs(2);
+
+// Backups.
+
+/// LTX files that are merged into one upload: as many as LiteFS sends at a time, and each is open.
+pub const BACKUP_FILES: usize = 256;
+/// Bytes of files in one upload, so that one that breaks off does not cost much.
+pub const BACKUP_BYTES: u64 = 64 << 20;
+/// Buffer for each of the files that are merged.
+pub const MERGE_BUFFER: usize = 64 << 10;
+/// The longest pause after a backup could not be reached.
+pub const BACKUP_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// How long a backup may take to answer, once it was sent everything: it may verify a large file.
+pub const BACKUP_ANSWER_WAIT: Duration = Duration::from_secs(120);
+/// How long a stopping primary brings its backup up to date.
+pub const BACKUP_END_WAIT: Duration = Duration::from_secs(10);
+/// Pause after the backup was refused something for want of a lease, or stood elsewhere.
+pub const BACKUP_RETRY: Duration = Duration::from_secs(1);

@@ -68,6 +68,9 @@ fn database(database: &StatusDatabase) -> Vec<String> {
         Some(reason) => format!("FAILED: {reason}"),
         None => "ok".to_owned(),
     };
+    if let Some(problem) = &database.backup_problem {
+        state += &format!(", BACKUP STANDS STILL: {problem}");
+    }
     if database.lost_found > 0 {
         state += &format!(", {} files in lost+found", database.lost_found);
     }
@@ -136,12 +139,14 @@ mod tests {
             failure: None,
             passthrough: None,
             hwm: 0,
+            backup_problem: None,
             lost_found: 0,
         };
         let failed = StatusDatabase {
             name: "x".to_owned(),
             failure: Some("disk full".to_owned()),
             lost_found: 2,
+            backup_problem: Some("two histories".to_owned()),
             page_count: 0,
             ..db.clone()
         };
@@ -158,7 +163,7 @@ data:       /data
 
 DATABASE  POSITION  MODE  SIZE     STATE
 app.db    01/02     wal   2.5 MiB  ok
-x         01/02     wal   0 B      FAILED: disk full, 2 files in lost+found";
+x         01/02     wal   0 B      FAILED: disk full, BACKUP STANDS STILL: two histories, 2 files in lost+found";
         assert_eq!(table(&status), expected);
     }
 

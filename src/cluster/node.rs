@@ -37,11 +37,10 @@ mod elect;
 mod follow;
 mod handoff;
 mod lead;
-mod pace;
 
+use super::pace::{Backoff, Reports};
 use elect::Campaign;
 use lead::Lease;
-use pace::{Backoff, Reports};
 
 /// What the task needs to know of the configuration.
 #[derive(Debug, Clone)]
@@ -198,6 +197,11 @@ impl Node {
     /// Whether the stream to the primary is open, and to whom, from now on.
     pub fn links(&self) -> Links {
         self.link.subscribe()
+    }
+
+    /// Whether this node is the primary, from now on.
+    pub fn leads(&self) -> watch::Receiver<bool> {
+        self.leads.subscribe()
     }
 
     /// Leads or follows until `stop`; the role is given up and the lease given back on return.

@@ -184,6 +184,14 @@ fn values_that_cannot_work_are_refused_in_order() {
     invalid("lease: {type: consul}\n", "consul lease key required");
     let lease = "lease: {type: static}\n";
     invalid(&format!("{lease}backup: {{type: file}}\n"), "backup path required");
+    let backup = |keys: &str| format!("{lease}backup: {{{keys}}}\n");
+    invalid(&backup("type: file, path: /litefs/b"), "backup.path cannot be inside fuse.dir");
+    let text = "backup.full-sync-interval must be longer than 0s";
+    invalid(&backup("type: file, path: /b, full-sync-interval: 0s"), text);
+    let text = "backup.url is not a URL of a server: \"s3://b\": invalid URL scheme";
+    invalid(&backup("type: litefs-cloud, url: 's3://b'"), text);
+    let text = "backup.auth-token must be printable ASCII";
+    invalid(&backup("type: litefs-cloud, auth-token: 'ä'"), text);
     invalid(&format!("{lease}proxy: {{target: ':1'}}\n"), "proxy database name required");
     invalid(&format!("{lease}proxy: {{target: ':1', db: d}}\n"), "proxy bind address required");
     let proxy = |keys: &str| format!("{lease}proxy: {{db: d, {keys}}}\n");
@@ -219,6 +227,29 @@ fn the_first_file_of_the_search_is_taken() {
     assert_eq!((loaded.path, loaded.config.data.dir), (file.clone(), "/data".into()));
     let literal = load(Some(&file), Expansion::Off, &environment).unwrap();
     assert_eq!(literal.config.data.dir, Path::new("$DIR"));
+}
+
+#[test]
+fn a_token_in_the_environment_makes_a_server_the_backup() {
+    let environment = Environment::from([
+        ("LITEFS_CLOUD_TOKEN", " cluster abc\n"),
+        ("LITEFS_CLOUD_ENDPOINT", "http://backup:8080"),
+    ]);
+    let heeded = |backup: Backup| {
+        let mut backup = backup;
+        backup.heed(&environment);
+        (backup.kind, backup.auth_token, backup.url)
+    };
+    let cloud =
+        |token: &str| (BackupKind::LitefsCloud, token.to_owned(), "http://backup:8080".to_owned());
+    assert_eq!(heeded(Backup::default()), cloud("cluster abc"));
+    let own = Backup { auth_token: "own".to_owned(), ..Backup::default() };
+    assert_eq!(heeded(own), cloud("own"));
+    let file = Backup { kind: BackupKind::File, ..Backup::default() };
+    assert_eq!(heeded(file.clone()), (BackupKind::File, String::new(), file.url));
+    let mut without = Backup::default();
+    without.heed(&Environment::from([("LITEFS_CLOUD_ENDPOINT", "http://backup:8080")]));
+    assert_eq!(without, Backup::default());
 }
 
 #[test]

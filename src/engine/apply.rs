@@ -205,6 +205,12 @@ impl Receiver {
         db.apply_forwarded(id, &Arc::new(self.complete()?))
     }
 
+    /// [`Receiver::finish_restore`].
+    pub(super) fn put_in_place(self, expected: Pos) -> Result<Pos> {
+        let db = self.db.clone();
+        db.restore(self.complete()?, expected)
+    }
+
     /// The file with what it says, if it verifies.
     fn complete(mut self) -> Result<Received> {
         self.spill_if_spooled()

@@ -357,6 +357,23 @@ impl Chain {
         }
     }
 
+    /// The files that begin right behind `txid` and follow on one another: at most `count` and so many
+    /// bytes, but one in any case.
+    pub fn files_after(&self, txid: Txid, count: usize, bytes: u64) -> Vec<LtxFile> {
+        let inner = self.inner.lock().unwrap();
+        let (mut next, mut sum) = (txid.next(), 0);
+        let mut found = Vec::new();
+        while let Some(file) = inner.files.get(&next) {
+            sum += file.size;
+            if found.len() == count || (!found.is_empty() && sum > bytes) {
+                break;
+            }
+            found.push(*file);
+            next = file.max.next();
+        }
+        found
+    }
+
     /// Removes files that are older than `retention`, never the newest, and only durable ones that
     /// end before `keep_from` (a backup's high-water mark), if there is one.
     pub fn retain(&self, retention: Duration, keep_from: Option<Txid>) -> Result<usize> {

@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use ltx::{PageSize, Pos, Txid};
+use ltx::{PageSize, Pos};
 
 use super::apply::Inbox;
+use super::backup::Backed;
 use super::capture::Change;
 use super::chain::Chain;
 use super::error::{Error, Result, chain_text};
@@ -148,8 +149,8 @@ pub struct Db {
     notes: Mutex<[Option<Instant>; 4]>,
     /// Inode numbers of `NAME-pos` and `NAME-lock`.
     virtual_inos: [u64; 2],
-    /// The backup's high-water mark.
-    hwm: AtomicU64,
+    /// What is known of its backup.
+    pub(super) backed: Backed,
     /// What happened since the start.
     pub counters: Counters,
     /// The replica side: what came from the primary.
@@ -202,6 +203,7 @@ impl Db {
             files,
             name,
             borrowing: Borrowing::new(dir.halt().exists()),
+            backed: Backed::load(&dir),
             lending: Lending::default(),
             dir,
             shared,
@@ -214,7 +216,6 @@ impl Db {
             has_strays: AtomicBool::new(false),
             notes: Mutex::default(),
             virtual_inos: [next_ino(), next_ino()],
-            hwm: AtomicU64::new(0),
             counters: Counters::default(),
         })
     }
@@ -271,16 +272,6 @@ impl Db {
             Some(failure) => DbState::Failed(failure.reason.clone()),
             None => self.chain.refusal().map_or(DbState::Ready, DbState::Failed),
         }
-    }
-
-    /// The backup's high-water mark.
-    pub fn hwm(&self) -> Txid {
-        Txid(self.hwm.load(Ordering::Relaxed))
-    }
-
-    /// Sets the backup's high-water mark.
-    pub fn set_hwm(&self, txid: Txid) {
-        self.hwm.store(txid.0, Ordering::Relaxed);
     }
 
     /// Whether a transaction may begin here now.

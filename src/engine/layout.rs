@@ -12,6 +12,7 @@
 //! DATA/dbs/NAME/wal              the write-ahead log
 //! DATA/dbs/NAME/shm              the wal-index, made anew at each start
 //! DATA/dbs/NAME/checksums        the page checksums of a cleanly closed database
+//! DATA/dbs/NAME/backup           what the backup confirmed last
 //! DATA/dbs/NAME/halt             empty: this node has borrowed the right to write here
 //! DATA/dbs/NAME/ltx/MIN-MAX.ltx  the chain
 //! DATA/dbs/NAME/lost+found/      what could not stay in the chain; never deleted by us
@@ -90,6 +91,11 @@ impl DbDir {
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// What the backup confirmed last.
+    pub fn backup(&self) -> PathBuf {
+        self.0.join("backup")
     }
 
     /// There if a HALT lock was ever used here on a replica.

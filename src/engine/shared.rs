@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use ltx::{Compression, NodeId};
 
+use super::backup;
 use super::chain::Waker;
 use super::feed::Feed;
 use super::fence::Fence;
@@ -71,6 +72,8 @@ pub struct Shared {
     settings: Settings,
     /// Who wants to know.
     pub feed: Arc<Feed>,
+    /// What is known of the backups.
+    pub backup: backup::Report,
     /// Until when a primary may commit.
     pub fence: Fence,
     /// What applications may do, a [`Writing`].
@@ -105,6 +108,7 @@ impl Shared {
         Shared {
             settings,
             feed: Arc::default(),
+            backup: backup::Report::default(),
             fence: Fence::default(),
             writing: AtomicU8::new(Writing::Refused as u8),
             same_line: AtomicBool::new(false),

@@ -65,12 +65,18 @@ impl Db {
     /// Writes the database as one LTX file from transaction 1 to its present one; its position.
     /// A database that was dropped is a file without pages.
     pub fn snapshot(&self, out: &mut dyn Write) -> Result<Pos> {
-        let Some(frozen) = self.freeze()? else { return self.empty_snapshot(out) };
+        self.write_whole(Pos::ZERO, out)
+    }
+
+    /// Writes the database as one LTX file that follows on `base`, which must be before its present
+    /// position, and does not need anything of it.
+    pub(super) fn write_whole(&self, base: Pos, out: &mut dyn Write) -> Result<Pos> {
+        let Some(frozen) = self.freeze()? else { return self.empty_snapshot(base, out) };
         let ltx = |source| self.ltx_error("write snapshot", source);
         let header = Header {
             page_size: frozen.page_size,
             commit: frozen.view.pages,
-            ..self.snapshot_header(frozen.view.pos)
+            ..self.whole_header(base, frozen.view.pos)
         };
         let mut encoder = Encoder::new(out, header).map_err(ltx)?;
         let mut sum = Checksum::EMPTY;
@@ -127,8 +133,33 @@ impl Db {
     ///
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
-        self.refuse_import()?;
         let file = File::open(source).map_err(Error::io("open import", source))?;
+        self.replace(|change| {
+            let spool = self.dir.ltx().join("import.ltx.tmp");
+            os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
+            self.encode_import(change, &file, source, spool)
+        })
+    }
+
+    /// Replaces the content by that of a snapshot of the backup, if the database stands at `expected`.
+    pub(super) fn restore(&self, received: Received, expected: Pos) -> Result<Pos> {
+        if !received.header.is_snapshot() {
+            return Err(self.corrupt("restore backup", "what the backup sends is no snapshot"));
+        }
+        self.replace(|change| {
+            let (have, need) = (change.pos, expected);
+            let db = self.name.clone();
+            if have == need {
+                Ok(received)
+            } else {
+                Err(Error::PositionMismatch { db, have, need })
+            }
+        })
+    }
+
+    /// Applies what `make` makes, with everybody locked out.
+    fn replace(&self, make: impl FnOnce(&Change) -> Result<Received>) -> Result<Pos> {
+        self.refuse_import()?;
         let _turn = self.turn();
         if self.inbox.has_queue() {
             let what = "what it received as a replica is not applied yet";
@@ -141,9 +172,7 @@ impl Db {
         if !self.is_lost() {
             self.settle_wal(&mut change)?;
         }
-        let spool = self.dir.ltx().join("import.ltx.tmp");
-        os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
-        let received = self.encode_import(&change, &file, source, spool)?;
+        let received = make(&change)?;
         if !self.shared.may_commit() {
             return Err(Error::NotPrimary);
         }
@@ -274,13 +303,18 @@ impl Db {
         }
     }
 
-    fn empty_snapshot(&self, out: &mut dyn Write) -> Result<Pos> {
+    /// The header of a file of the whole database at `pos` that follows on `base`, but for its size.
+    fn whole_header(&self, base: Pos, pos: Pos) -> Header {
+        Header { min_txid: base.txid.next(), pre_apply: base.checksum, ..self.snapshot_header(pos) }
+    }
+
+    fn empty_snapshot(&self, base: Pos, out: &mut dyn Write) -> Result<Pos> {
         let ltx = |source| self.ltx_error("write snapshot", source);
         let pos = self.pos();
         if pos.is_zero() {
             return Err(Error::UnknownDatabase(self.name.to_string()));
         }
-        let encoder = Encoder::new(out, self.snapshot_header(pos)).map_err(ltx)?;
+        let encoder = Encoder::new(out, self.whole_header(base, pos)).map_err(ltx)?;
         encoder.finish(Checksum::EMPTY).map_err(ltx)?;
         Ok(pos)
     }

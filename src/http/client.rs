@@ -482,7 +482,7 @@ fn identify(headers: &mut HeaderMap, identity: &Identity) {
 }
 
 /// `text` as the value of a query parameter.
-fn encode_query(text: &str) -> String {
+pub(crate) fn encode_query(text: &str) -> String {
     let mut query = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {
@@ -495,7 +495,11 @@ fn encode_query(text: &str) -> String {
     query
 }
 
-async fn upload(mut file: impl AsyncRead + Unpin, sender: body::Sender) -> Result<(), Error> {
+/// Sends all of `file` as a body.
+pub(crate) async fn upload(
+    mut file: impl AsyncRead + Unpin,
+    sender: body::Sender,
+) -> Result<(), Error> {
     loop {
         let mut piece = BytesMut::with_capacity(limits::BODY_PIECE_BYTES);
         while piece.len() < piece.capacity() {

@@ -1,7 +1,7 @@
 //! `GET /metrics`: brings the metrics up to date with the engine when they are asked for, so that
 //! nothing counts twice while it works.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ltx::Pgno;
 use prometheus::IntCounter;
@@ -21,20 +21,24 @@ pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
     metrics.passthrough.set(i64::from(engine.shared().is_passthrough()));
     metrics.last_news_seconds.set(engine.lag_timestamp_ms().unwrap_or(0) as f64 / 1000.0);
     metrics.lag_seconds.set(engine.lag_ms().unwrap_or(0) as f64 / 1000.0);
+    let backup = &engine.shared().backup;
+    count(&metrics.backup_errors, &backup.errors);
+    metrics.backup_complete_seconds.set(backup.complete_ms.load(Ordering::Relaxed) as f64 / 1000.0);
     metrics.set_syncs(os::syncs());
     for db in databases {
         collect_database(&db, metrics);
     }
 }
 
+fn count(counter: &IntCounter, total: &AtomicU64) {
+    // Two scrapes at a time can only count less, never down.
+    counter.inc_by(total.load(Ordering::Relaxed).saturating_sub(counter.get()));
+}
+
 fn collect_database(db: &Db, metrics: &Metrics) {
     let (view, counters, stats) = (db.view(), &db.counters, db.chain().stats());
     metrics.set_times(db.name().as_str(), counters.capture.noted(), counters.apply.noted());
     let metrics = metrics.database(db.name().as_str());
-    let count = |counter: &IntCounter, total: &std::sync::atomic::AtomicU64| {
-        // Two scrapes at a time can only count less, never down.
-        counter.inc_by(total.load(Ordering::Relaxed).saturating_sub(counter.get()));
-    };
     count(&metrics.database_writes, &counters.database_writes);
     count(&metrics.journal_writes, &counters.journal_writes);
     count(&metrics.wal_writes, &counters.wal_writes);
@@ -52,5 +56,7 @@ fn collect_database(db: &Db, metrics: &Metrics) {
     metrics
         .size_bytes
         .set(view.page_size.map_or(0, |size| size.offset(Pgno(view.pages + 1))) as i64);
+    metrics.backup_hwm.set(db.hwm().0 as i64);
+    metrics.backup_stalled.set(i64::from(db.backup_problem().is_some()));
     metrics.failed.set(i64::from(db.state() != DbState::Ready));
 }

@@ -150,6 +150,9 @@ pub struct StatusDatabase {
     pub passthrough: Option<bool>,
     /// The transaction before which everything is in the backup; 0 without one.
     pub hwm: u64,
+    /// Why its backup stands still; absent if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup_problem: Option<String>,
     /// How many files recovery or a rejoin set aside.
     pub lost_found: u64,
 }

@@ -331,6 +331,7 @@ impl Api {
             },
             passthrough: Some(self.engine.shared().is_passthrough()),
             hwm: db.hwm().0,
+            backup_problem: db.backup_problem(),
             lost_found: db.lost_found_count() as u64,
         }
     }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use ltx::Pos;
+use ltx::{Pos, Txid};
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
@@ -108,6 +108,8 @@ struct Stream {
     woken: Arc<Notify>,
     /// What the replica has, by the names that it or the primary uses.
     positions: BTreeMap<String, Pos>,
+    /// The backup's high-water mark that the replica was told last, where it is not zero.
+    told: BTreeMap<String, Txid>,
     /// The sum of the TXIDs of `positions`.
     sent: u64,
     membership: Membership,
@@ -132,6 +134,7 @@ impl Stream {
             woken,
             sent: positions.values().map(|pos| pos.txid.0).fold(0, u64::saturating_add),
             positions,
+            told: BTreeMap::new(),
             membership: request.membership,
             filter: request.filter,
             overlap: request.overlap,
@@ -200,13 +203,25 @@ impl Stream {
         self.drop_unwanted();
         while let Some(name) = self.pending.first().cloned() {
             match self.api.engine.database(&name) {
-                Some(db) => self.catch_up(&name, &db).await?,
+                Some(db) => {
+                    self.catch_up(&name, &db).await?;
+                    self.tell_hwm(&name, &db);
+                }
                 None => self.forget(name.clone()),
             }
             self.pending.remove(&name);
         }
         self.membership.set_sent(self.sent);
         Ok(())
+    }
+
+    /// Tells the replica how far the backup is, if that has changed.
+    fn tell_hwm(&mut self, name: &str, db: &Db) {
+        let txid = db.hwm();
+        if self.told.get(name).copied().unwrap_or_default() != txid {
+            self.told.insert(name.to_owned(), txid);
+            self.outbox.frame(&Frame::Hwm { name: name.to_owned(), txid });
+        }
     }
 
     fn forget(&mut self, name: String) {
@@ -384,7 +399,7 @@ struct Filler {
     name: String,
     db: Arc<Db>,
     target: Pos,
-    hwm: ltx::Txid,
+    hwm: Txid,
     overlap: Overlap,
 }
 

@@ -52,6 +52,10 @@ pub struct Metrics {
     pub passthrough: IntGauge,
     /// When the primary last gave news, in seconds since the Unix epoch; 0 before the first.
     pub last_news_seconds: Gauge,
+    /// Attempts to back up that failed.
+    pub backup_errors: IntCounter,
+    /// When everything was in the backup, in seconds since the Unix epoch; 0 for never.
+    pub backup_complete_seconds: Gauge,
     transport: IntGaugeVec,
     sync_count: IntCounterVec,
     /// What the proxy counts.
@@ -96,6 +100,10 @@ pub struct DbMetrics {
     pub lost_found: IntGauge,
     /// Size in bytes.
     pub size_bytes: IntGauge,
+    /// The transaction before which everything is in the backup.
+    pub backup_hwm: IntGauge,
+    /// 1 while the backup stands still for want of a decision, else 0.
+    pub backup_stalled: IntGauge,
     /// Incremental LTX frames sent to replicas.
     pub frames_sent: IntCounter,
     /// Snapshot frames sent to replicas.
@@ -120,6 +128,8 @@ struct DatabaseVecs {
     apply_backlog: IntGaugeVec,
     lost_found: IntGaugeVec,
     size_bytes: IntGaugeVec,
+    backup_hwm: IntGaugeVec,
+    backup_stalled: IntGaugeVec,
 }
 
 impl Metrics {
@@ -149,6 +159,14 @@ impl Metrics {
             last_news_seconds: register.add(Gauge::new(
                 "litefs_last_news_timestamp_seconds",
                 "When the primary was last heard.",
+            )?)?,
+            backup_errors: register.add(IntCounter::new(
+                "litefs_backup_error_count",
+                "Attempts to back up that failed.",
+            )?)?,
+            backup_complete_seconds: register.add(Gauge::new(
+                "litefs_backup_complete_timestamp_seconds",
+                "When everything was in the backup.",
             )?)?,
             transport: register.add(IntGaugeVec::new(
                 Opts::new("litefs_transport", "1 for how requests come from the kernel."),
@@ -185,6 +203,8 @@ impl Metrics {
             apply_backlog: vecs.apply_backlog.with_label_values(db),
             lost_found: vecs.lost_found.with_label_values(db),
             size_bytes: vecs.size_bytes.with_label_values(db),
+            backup_hwm: vecs.backup_hwm.with_label_values(db),
+            backup_stalled: vecs.backup_stalled.with_label_values(db),
             frames_sent: self.frame_send_count.with_label_values(&[name, "ltx"]),
             snapshots_sent: self.frame_send_count.with_label_values(&[name, "ltx:snapshot"]),
         }
@@ -246,6 +266,8 @@ impl DatabaseVecs {
             apply_backlog: gauge("litefs_db_apply_backlog", "LTX files received, not applied.")?,
             lost_found: gauge("litefs_db_lost_found_count", "LTX files set aside.")?,
             size_bytes: gauge("litefs_db_size_bytes", "Size of the database.")?,
+            backup_hwm: gauge("litefs_db_backup_hwm", "Everything before it is backed up.")?,
+            backup_stalled: gauge("litefs_db_backup_stalled", "1 while a decision is needed.")?,
         })
     }
 }

@@ -11,6 +11,8 @@ use crate::support::image::{self, Image};
 use crate::support::node::{Member, Node, Settings};
 use crate::support::sqlite;
 
+/// A second copy elsewhere.
+mod backup;
 /// Databases copied in and out by the command line.
 mod copies;
 /// Nodes that are killed.

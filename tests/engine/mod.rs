@@ -38,6 +38,7 @@ fn open(dir: &Path) -> engine::Result<Arc<Engine>> {
         compression: Compression::Lz4,
         retention: Duration::ZERO,
         retention_interval: Duration::ZERO,
+        retain: engine::Retain::Free,
         strict_verify: true,
         node_id: NodeId(1),
         clock: Box::new(|| 1),

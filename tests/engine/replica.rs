@@ -224,6 +224,7 @@ fn a_clock_that_goes_wrong_is_no_lag() {
             compression: Compression::Lz4,
             retention: Duration::ZERO,
             retention_interval: Duration::ZERO,
+            retain: engine::Retain::Free,
             strict_verify: true,
             node_id: NodeId(1),
             clock: Box::new(move || clock.load(Ordering::SeqCst)),

@@ -68,6 +68,7 @@ pub fn open_engine(dir: &Path, id: u64) -> Arc<Engine> {
         compression: Compression::Lz4,
         retention: Duration::from_secs(600),
         retention_interval: Duration::ZERO,
+        retain: engine::Retain::Free,
         strict_verify: true,
         node_id: NodeId(id),
         clock: Box::new(now_ms),

@@ -42,6 +42,7 @@ impl Local {
             compression: Compression::Lz4,
             retention: Duration::ZERO,
             retention_interval: Duration::ZERO,
+            retain: engine::Retain::Free,
             strict_verify: true,
             node_id: NodeId(id),
             clock: Box::new(|| 1),

@@ -20,5 +20,7 @@ pub mod program;
 pub mod shell;
 /// SQLite, in this process and in others.
 pub mod sqlite;
+/// Where backups go: a directory, and a server.
+pub mod vault;
 /// Waiting for a condition, with a deadline.
 pub mod wait;

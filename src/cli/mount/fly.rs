@@ -126,7 +126,7 @@ mod tests {
     use ltx::{Compression, NodeId};
 
     use super::*;
-    use crate::engine::{Options, Role};
+    use crate::engine::{Options, Retain, Role};
 
     /// What the next caller says; it is answered with `code`.
     fn answer(listener: &UnixListener, code: &str) -> String {
@@ -154,6 +154,7 @@ mod tests {
             compression: Compression::None,
             retention: Duration::ZERO,
             retention_interval: Duration::ZERO,
+            retain: Retain::Free,
             strict_verify: false,
             node_id: NodeId(1),
             clock: Box::new(|| 1),

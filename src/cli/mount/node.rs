@@ -1,9 +1,9 @@
 //! A running node: its parts, opened one after the other, and closed.
 //!
 //! ```text
-//! open:   ports -> databases -> lease task -> proxy -> mount -> API -> ready -> exec
-//! close:  proxy -> lease handed over -> mount -> HALT locks -> API (streams end) -> lease task (lease
-//!         given back) -> databases
+//! open:   ports -> databases -> lease task, backup -> proxy -> mount -> API -> ready -> exec
+//! close:  proxy -> lease handed over -> mount -> HALT locks -> backup -> API (streams end) -> lease task
+//!         (lease given back) -> databases
 //! ```
 //!
 //! A lease that another node can take is handed over while everything works. Else it is given back last:
@@ -29,6 +29,8 @@ use tokio::time::{Instant, sleep};
 
 use super::fly::{Machine, RoleReport};
 use super::{Settings, StaleMount, users};
+use crate::cluster::backup::cloud::{Cloud, Options as CloudOptions};
+use crate::cluster::backup::{Backup, Store, Timing};
 use crate::cluster::consul::address::Address;
 use crate::cluster::consul::client::Client as ConsulClient;
 use crate::cluster::consul::{Consul, Options as ConsulOptions};
@@ -38,7 +40,7 @@ use crate::cluster::halt::Halts;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
-use crate::engine::{self, Engine, PrimaryInfo, Role};
+use crate::engine::{self, Engine, PrimaryInfo, Retain, Role};
 use crate::http::proxy::{self, Admission, Links, Proxy, Way};
 use crate::http::security::Security;
 use crate::http::server::{Api, Options as ApiOptions};
@@ -123,6 +125,7 @@ struct Node {
     engine: Option<Arc<Engine>>,
     control: Option<Control>,
     halts: Option<Arc<Halts>>,
+    backup: Option<Task>,
     cluster: Option<Task>,
     fly: Option<RoleReport>,
     proxy: Option<Task>,
@@ -164,12 +167,12 @@ impl Task {
 impl Node {
     async fn open(&mut self, settings: &Settings, stopper: Stopper) -> anyhow::Result<()> {
         let Settings { config, environment, .. } = settings;
-        refuse_unknown_parts(config)?;
         if is_fly(environment) {
             tracing::info!("host environment detected type=fly.io");
         }
         let metrics = Metrics::new()?;
         let security = Security::new(&config.http)?;
+        say_backup(config);
         let listener = bind_api(&config.http.addr).await?;
         let proxy_listener = bind_proxy(&config.proxy).await?;
         let node_id = draw_node_id()?;
@@ -185,7 +188,8 @@ impl Node {
         self.engine = Some(engine.clone());
         self.halts = Some(Halts::new(&engine, &security));
         self.fly = Machine::of(environment).map(|machine| RoleReport::start(machine, &engine));
-        let membership = self.start_cluster(config, environment, &engine, leaser, &security);
+        let store = store(config, &engine)?;
+        let membership = self.start_cluster(config, environment, &engine, leaser, store, &security);
         let proxy_url = match proxy_listener {
             Some(listener) => {
                 let url = proxy_url(config, environment, &listener, &security)?;
@@ -231,6 +235,7 @@ impl Node {
         environment: &Environment,
         engine: &Arc<Engine>,
         leaser: Leaser,
+        store: Option<Store>,
         security: &Security,
     ) -> Membership {
         let lease = &config.lease;
@@ -246,10 +251,38 @@ impl Node {
         };
         let (cluster, control, ready) = Cluster::new(engine.clone(), leaser, options);
         let links = cluster.links();
+        let ready = match store {
+            Some(store) => self.start_backup(config, engine, store, cluster.leads(), ready),
+            None => ready,
+        };
         let (stop, stopped) = watch::channel(());
         self.cluster = Some(Task { stop, handle: tokio::spawn(cluster.run(stopped)) });
         self.control = Some(control.clone());
         Membership { ready, links, control }
+    }
+
+    /// Starts the backup; when this node is ready with it.
+    fn start_backup(
+        &mut self,
+        config: &Config,
+        engine: &Arc<Engine>,
+        store: Store,
+        leads: watch::Receiver<bool>,
+        ready: Ready,
+    ) -> Ready {
+        let config::Backup { delay, full_sync_interval, .. } = config.backup;
+        let timing = Timing { delay, full_sync: full_sync_interval };
+        let (backup, settled) = Backup::new(engine.clone(), store, timing, leads.clone());
+        let (stop, stopped) = watch::channel(());
+        self.backup = Some(Task { stop, handle: tokio::spawn(backup.run(stopped)) });
+        let (restored, is_ready) = watch::channel(false);
+        let engine = engine.clone();
+        tokio::spawn(async move {
+            if wait_for_restore(&engine, ready, settled, leads).await {
+                restored.send_replace(true);
+            }
+        });
+        is_ready
     }
 
     fn start_proxy(
@@ -330,6 +363,10 @@ impl Node {
         if let Some(halts) = self.halts.take() {
             halts.close().await;
         }
+        let backed_up = match self.backup.take() {
+            Some(backup) => backup.end("backup").await,
+            None => Ok(()),
+        };
         let served = match self.api.take() {
             Some(api) => api.end("http server").await,
             None => Ok(()),
@@ -345,7 +382,7 @@ impl Node {
             Some(engine) => close_engine(engine).await,
             None => Ok(()),
         };
-        refused.and(unmounted).and(served).and(led).and(told).and(closed)
+        refused.and(unmounted).and(backed_up).and(served).and(led).and(told).and(closed)
     }
 }
 
@@ -372,12 +409,57 @@ impl Mount {
     }
 }
 
-/// A configuration that asks for what this version does not have is refused, not half done.
-fn refuse_unknown_parts(config: &Config) -> anyhow::Result<()> {
-    if config.backup.kind != BackupKind::None {
-        anyhow::bail!("backup.type is set, but this version has no backup client");
+/// Says where backups go, in LiteFS's words.
+fn say_backup(config: &Config) {
+    let backup = &config.backup;
+    match backup.kind {
+        BackupKind::None => say("no backup client configured, skipping"),
+        BackupKind::File => {
+            tracing::info!("file-based backup client configured: file://{}", backup.path.display());
+        }
+        BackupKind::LitefsCloud => {
+            // Without what else may stand in a URL, such as a password.
+            let url = Url::new(&backup.url).map(|url| url.to_string()).unwrap_or_default();
+            tracing::info!("litefs cloud backup client configured: {url}");
+        }
     }
-    Ok(())
+}
+
+/// Where backups go, if there are any.
+fn store(config: &Config, engine: &Arc<Engine>) -> anyhow::Result<Option<Store>> {
+    let config::Backup { kind, path, url, cluster, auth_token, .. } = config.backup.clone();
+    Ok(match kind {
+        BackupKind::None => None,
+        BackupKind::File => Some(Store::directory(path)),
+        BackupKind::LitefsCloud => {
+            let engine = engine.clone();
+            let id = move || engine.cluster_id().map(|id| id.to_string());
+            let cloud = Cloud::new(&CloudOptions { url, cluster, auth_token }, Box::new(id));
+            Some(Store::cloud(cloud.context("cannot init store: backup client")?))
+        }
+    })
+}
+
+/// Waits until the node is ready and, if it is a primary without any data, what its backup has was
+/// restored: an application that began before that would begin another history. Whether it came to that.
+async fn wait_for_restore(
+    engine: &Engine,
+    mut ready: Ready,
+    mut settled: watch::Receiver<bool>,
+    mut leads: watch::Receiver<bool>,
+) -> bool {
+    if ready.wait_for(|ready| *ready).await.is_err() {
+        return false;
+    }
+    let is_empty = engine.databases().iter().all(|db| db.pos().is_zero());
+    if !is_empty || engine.role() != Role::Primary || *settled.borrow() {
+        return true;
+    }
+    tracing::info!("this node has no data: waiting for what its backup has");
+    tokio::select! {
+        settled = settled.wait_for(|settled| *settled) => settled.is_ok(),
+        followed = leads.wait_for(|leads| !*leads) => followed.is_ok(),
+    }
 }
 
 /// Takes the API's port; it is served later.
@@ -569,6 +651,10 @@ async fn open_engine(config: &Config, node_id: NodeId) -> anyhow::Result<Arc<Eng
         compression: if data.compress { Compression::Lz4 } else { Compression::None },
         retention: data.retention.unwrap_or_default(),
         retention_interval: data.retention_monitor_interval.unwrap_or_default(),
+        retain: match config.backup.kind {
+            BackupKind::None => Retain::Free,
+            BackupKind::File | BackupKind::LitefsCloud => Retain::BackedUp,
+        },
         strict_verify: config.strict_verify,
         node_id,
         clock: Box::new(now_ms),

@@ -67,7 +67,8 @@ function showDatabases(databases) {
   const rows = databases.map((db) => {
     let state = db.failure ? `FAILED: ${db.failure}` : "ok";
     if (db.lostFound) state += `; ${db.lostFound} files in lost+found`;
-    const style = db.failure || db.lostFound ? "bad" : "";
+    if (db.backupProblem) state += `, BACKUP STANDS STILL: ${db.backupProblem}`;
+    const style = db.failure || db.backupProblem || db.lostFound ? "bad" : "";
     return row([
       { text: db.name },
       { text: db.position, style: "code" },

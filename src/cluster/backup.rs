@@ -1,0 +1,458 @@
+//! The backup: a second copy of the databases elsewhere, kept by the primary.
+//!
+//! ```text
+//! positions -> each database: what it needs (engine) -> send, or restore -> wait for changes -.
+//!     ^  `-------------------------------<----------------------------------------------------+
+//!     `--- every full-sync-interval, and after whatever failed --------------------------------'
+//! ```
+//!
+//! Invariants: only a node whose lease counts at that moment sends anything; what is sent follows on the
+//! position that the backup was last seen at, which it checks; a database that cannot be backed up does not
+//! hold up the others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ltx::{Pos, Txid};
+use tokio::sync::{Notify, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::pace::{Backoff, Reports};
+use crate::engine::backup::{Need, Upload};
+use crate::engine::{self, DbName, Engine, Subscription, chain_text};
+use crate::http::{Stop, stopped};
+use crate::limits;
+
+pub mod cloud;
+mod directory;
+
+use cloud::Cloud;
+use directory::Directory;
+
+/// Why something could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of the directory.
+    #[error("{what} {}", path.display())]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file of the directory that is no LTX file, or does not go on from the one before.
+    #[error("read {}", path.display())]
+    Ltx {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: ltx::Error,
+    },
+    /// A call to the server.
+    #[error(transparent)]
+    Cloud(#[from] cloud::Error),
+    /// A thread died.
+    #[error("backup thread failed")]
+    Thread(#[from] tokio::task::JoinError),
+    /// What concerns one database of this node only.
+    #[error(transparent)]
+    Database(#[from] engine::Error),
+    /// The backup is elsewhere each time that it is written to.
+    #[error("the backup moved to {0} while it was written to: is another node writing to it?")]
+    Moved(Pos),
+}
+
+impl Error {
+    fn io<'a>(
+        what: &'static str,
+        path: &'a std::path::Path,
+    ) -> impl FnOnce(std::io::Error) -> Error + 'a {
+        move |source| Error::Io { what, path: path.to_owned(), source }
+    }
+}
+
+/// Where the backup is.
+pub enum Store {
+    /// A directory of LTX files.
+    Directory(Arc<Directory>),
+    /// A server.
+    Cloud(Box<Cloud>),
+}
+
+/// What came of a file that was sent.
+enum Written {
+    /// It was taken; everything before this transaction is durable.
+    Taken { hwm: Txid },
+    /// The backup stands elsewhere.
+    Mismatch(Pos),
+}
+
+impl Store {
+    /// A directory of LTX files.
+    pub fn directory(path: PathBuf) -> Store {
+        Store::Directory(Arc::new(Directory::new(path)))
+    }
+
+    /// A server.
+    pub fn cloud(cloud: Cloud) -> Store {
+        Store::Cloud(Box::new(cloud))
+    }
+
+    async fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+        match self {
+            Store::Directory(directory) => {
+                let directory = directory.clone();
+                spawn_blocking(move || directory.positions()).await?
+            }
+            Store::Cloud(cloud) => Ok(cloud.positions().await?),
+        }
+    }
+
+    async fn write(&self, name: &DbName, upload: Upload) -> Result<Written, Error> {
+        match self {
+            Store::Directory(directory) => {
+                let (directory, name) = (directory.clone(), name.clone());
+                spawn_blocking(move || directory.write(&name, &upload)).await?
+            }
+            Store::Cloud(cloud) => Ok(cloud.write(name, upload).await?),
+        }
+    }
+
+    /// Writes the backup's snapshot of a database to `receiver`.
+    async fn fetch(
+        &self,
+        name: &DbName,
+        mut receiver: engine::Receiver,
+    ) -> Result<engine::Receiver, Error> {
+        match self {
+            Store::Directory(directory) => {
+                let (directory, name) = (directory.clone(), name.clone());
+                let fetch = move || directory.snapshot(&name, &mut receiver).map(|()| receiver);
+                spawn_blocking(fetch).await?
+            }
+            Store::Cloud(cloud) => Ok(cloud.snapshot(name, receiver).await?),
+        }
+    }
+
+    /// Whether a database may change its page size there.
+    fn takes_other_page_sizes(&self) -> bool {
+        matches!(self, Store::Directory(_))
+    }
+}
+
+impl std::fmt::Display for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Store::Directory(directory) => write!(f, "file://{}", directory.path().display()),
+            Store::Cloud(cloud) => cloud.url().fmt(f),
+        }
+    }
+}
+
+/// How often something is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// How long changes are gathered before they are sent.
+    pub delay: Duration,
+    /// How often the backup is asked where it stands.
+    pub full_sync: Duration,
+}
+
+/// The task that keeps a backup.
+pub struct Backup {
+    engine: Arc<Engine>,
+    store: Store,
+    timing: Timing,
+    /// Whether this node is the primary.
+    leads: watch::Receiver<bool>,
+    /// The backup was reached, and what this node lacked of it was restored.
+    settled: watch::Sender<bool>,
+    backoff: Backoff,
+    reports: Reports,
+    failing: bool,
+}
+
+/// One primaryship.
+struct Session {
+    subscription: Subscription,
+    woken: Arc<Notify>,
+    /// Where the backup stands.
+    positions: BTreeMap<String, Pos>,
+    /// What is to be compared with it.
+    dirty: BTreeSet<String>,
+    full_sync: Instant,
+}
+
+impl Backup {
+    /// A task that works whenever `leads` says so, and whether it was through once.
+    pub fn new(
+        engine: Arc<Engine>,
+        store: Store,
+        timing: Timing,
+        leads: watch::Receiver<bool>,
+    ) -> (Backup, watch::Receiver<bool>) {
+        let (settled, is_settled) = watch::channel(false);
+        let backoff = Backoff::new(limits::BACKUP_PAUSE_MAX);
+        let reports = Reports::default();
+        let backup =
+            Backup { engine, store, timing, leads, settled, backoff, reports, failing: false };
+        (backup, is_settled)
+    }
+
+    /// Keeps the backup until `stop`; then everything that was committed is sent, if this node is still
+    /// the primary and the backup can be reached soon.
+    pub async fn run(mut self, mut stop: Stop) {
+        loop {
+            let mut leads = self.leads.clone();
+            tokio::select! {
+                known = is_now(&mut leads, true) => if !known { return },
+                () = stopped(&mut stop) => return,
+            }
+            let mut session = Session::new(&self.engine);
+            let worked = tokio::select! {
+                worked = self.work(&mut session) => Some(worked),
+                _ = is_now(&mut leads, false) => None,
+                () = stopped(&mut stop) => return self.finish(session).await,
+            };
+            let Some(Err(error)) = worked else { continue };
+            self.failed(&error);
+            tokio::select! {
+                () = sleep(self.backoff.next()) => {}
+                () = stopped(&mut stop) => return self.finish(session).await,
+            }
+        }
+    }
+
+    fn failed(&mut self, error: &Error) {
+        self.failing = true;
+        self.engine.shared().backup.errors.fetch_add(1, Ordering::Relaxed);
+        let text = chain_text(error);
+        self.reports.warn(&text, format_args!("backup to {} failed, retrying: {text}", self.store));
+    }
+
+    /// Sends what was committed before the end.
+    async fn finish(mut self, mut session: Session) {
+        if !*self.leads.borrow() {
+            return;
+        }
+        session.dirty.clear();
+        let sync = async {
+            self.refresh(&mut session).await?;
+            self.round(&mut session).await
+        };
+        match timeout(limits::BACKUP_END_WAIT, sync).await {
+            Ok(Ok(())) if session.dirty.is_empty() => {}
+            Ok(Ok(())) => tracing::warn!("the last changes are not in the backup"),
+            Ok(Err(error)) => {
+                let text = chain_text(&error);
+                tracing::warn!("the last changes are not in the backup: {text}");
+            }
+            Err(_) => tracing::warn!("the last changes are not in the backup: it took too long"),
+        }
+    }
+
+    /// Keeps the backup up to date until something fails.
+    async fn work(&mut self, session: &mut Session) -> Result<(), Error> {
+        self.refresh(session).await?;
+        loop {
+            self.round(session).await?;
+            self.note_success(session);
+            if self.wait(session).await == Due::FullSync {
+                self.refresh(session).await?;
+            }
+        }
+    }
+
+    /// Asks where the backup stands; everything is to be compared with it.
+    async fn refresh(&mut self, session: &mut Session) -> Result<(), Error> {
+        session.positions = self.store.positions().await?;
+        let local = self.engine.databases();
+        let local = local.iter().map(|db| db.name().to_string());
+        session.dirty.extend(session.positions.keys().cloned().chain(local));
+        session.full_sync = Instant::now() + self.timing.full_sync;
+        Ok(())
+    }
+
+    fn note_success(&mut self, session: &Session) {
+        if std::mem::take(&mut self.failing) {
+            tracing::info!("backup to {} works again", self.store);
+        }
+        self.backoff.reset();
+        self.settled.send_replace(true);
+        let databases = self.engine.databases();
+        let is_stalled = databases.iter().any(|db| db.backup_problem().is_some());
+        if session.dirty.is_empty() && !is_stalled {
+            let now = (self.engine.shared().clock)();
+            self.engine.shared().backup.complete_ms.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits for changes, and lets them gather; or until the backup is to be asked where it stands.
+    async fn wait(&self, session: &mut Session) -> Due {
+        let retry =
+            if session.dirty.is_empty() { self.timing.full_sync } else { limits::BACKUP_RETRY };
+        let due = tokio::select! {
+            () = session.woken.notified() => Due::Changes,
+            () = sleep(retry.min(self.timing.full_sync)) => Due::Changes,
+            () = sleep_until(session.full_sync) => return Due::FullSync,
+        };
+        sleep(self.timing.delay).await;
+        let changed = session.subscription.take();
+        session.dirty.extend(changed.iter().map(|name| name.to_string()));
+        // Constant writes must not keep it from being looked at.
+        if Instant::now() >= session.full_sync { Due::FullSync } else { due }
+    }
+
+    /// Brings the backup of each dirty database up to date. What could not be done stays dirty.
+    async fn round(&mut self, session: &mut Session) -> Result<(), Error> {
+        for name in std::mem::take(&mut session.dirty) {
+            let synced = match DbName::new(&name) {
+                Ok(name) => self.sync(session, &name).await,
+                Err(error) => {
+                    self.reports.warn(&name, format_args!("left out what the backup has: {error}"));
+                    continue;
+                }
+            };
+            match synced {
+                Ok(Synced::Yes) => {}
+                Ok(Synced::NotNow) => _ = session.dirty.insert(name),
+                Err(error @ (Error::Database(_) | Error::Moved(_))) => {
+                    self.engine.shared().backup.errors.fetch_add(1, Ordering::Relaxed);
+                    let text = format!("{name}: not backed up for now: {}", chain_text(&error));
+                    self.reports.warn(&text, format_args!("{text}"));
+                    session.dirty.insert(name);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the backup of one database to where the database stands now.
+    async fn sync(&mut self, session: &mut Session, name: &DbName) -> Result<Synced, Error> {
+        let target = self.engine.database(name.as_str()).map_or(Txid(0), |db| db.pos().txid);
+        let mut was_elsewhere = false;
+        loop {
+            // A node that does not know whether it is still the primary must not move the backup.
+            if !self.engine.shared().may_begin() {
+                return Ok(Synced::NotNow);
+            }
+            let remote = session.positions.get(name.as_str()).copied().unwrap_or_default();
+            match self.need(name, remote).await? {
+                Need::Nothing => return Ok(self.settle(name, None)),
+                Need::Diverged(why) => return Ok(self.settle(name, Some(why))),
+                Need::Restore(local) => {
+                    let pos = self.restore(name, local).await?;
+                    session.positions.insert(name.to_string(), pos);
+                }
+                Need::Upload(upload) if upload.resized && !self.store.takes_other_page_sizes() => {
+                    let why = "the page size has changed, which this backup cannot follow";
+                    return Ok(self.settle(name, Some(why.to_owned())));
+                }
+                Need::Upload(upload) => {
+                    let (pos, page_size) = (upload.pos, upload.header.page_size);
+                    let page_size = (upload.header.commit > 0).then_some(page_size);
+                    match self.store.write(name, upload).await? {
+                        Written::Taken { hwm } => {
+                            session.positions.insert(name.to_string(), pos);
+                            self.note_backed(name, pos, hwm, page_size).await?;
+                            self.settle(name, None);
+                            if pos.txid >= target {
+                                return Ok(Synced::Yes);
+                            }
+                        }
+                        Written::Mismatch(at) if was_elsewhere => return Err(Error::Moved(at)),
+                        Written::Mismatch(at) => {
+                            was_elsewhere = true;
+                            session.positions.insert(name.to_string(), at);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn need(&self, name: &DbName, remote: Pos) -> Result<Need, Error> {
+        match self.engine.database(name.as_str()) {
+            Some(db) => Ok(spawn_blocking(move || db.backup_need(remote)).await??),
+            None if remote.is_zero() => Ok(Need::Nothing),
+            None => Ok(Need::Restore(Pos::ZERO)),
+        }
+    }
+
+    /// Notes that a backup stands still, and why, or that it does not.
+    fn settle(&self, name: &DbName, problem: Option<String>) -> Synced {
+        let Some(db) = self.engine.database(name.as_str()) else { return Synced::Yes };
+        let text = problem.clone();
+        match (db.set_backup_problem(problem), text) {
+            (true, Some(why)) => tracing::error!(
+                db = %name,
+                why,
+                "backup stands still: nothing is sent and nothing is overwritten until somebody decides which one counts; see \"Backup\" in docs/operations.md"
+            ),
+            (true, None) => tracing::info!(db = %name, "backup goes on"),
+            (false, _) => {}
+        }
+        Synced::Yes
+    }
+
+    async fn note_backed(
+        &self,
+        name: &DbName,
+        pos: Pos,
+        hwm: Txid,
+        page_size: Option<ltx::PageSize>,
+    ) -> Result<(), Error> {
+        let Some(db) = self.engine.database(name.as_str()) else { return Ok(()) };
+        tracing::debug!(db = %name, %pos, "backed up");
+        Ok(spawn_blocking(move || db.set_backed(pos, hwm, page_size)).await??)
+    }
+
+    /// Takes over what the backup has; where the database stands then.
+    async fn restore(&self, name: &DbName, local: Pos) -> Result<Pos, Error> {
+        let (engine, db) = (self.engine.clone(), name.clone());
+        let receiver = spawn_blocking(move || engine.receive(&db)).await??;
+        let receiver = self.store.fetch(name, receiver).await?;
+        let pos = spawn_blocking(move || receiver.finish_restore(local)).await??;
+        tracing::info!(db = %name, from = %local, to = %pos, "restored from the backup");
+        Ok(pos)
+    }
+}
+
+/// Waits until `value` is `wanted`; false if it cannot be any more.
+async fn is_now(value: &mut watch::Receiver<bool>, wanted: bool) -> bool {
+    value.wait_for(|value| *value == wanted).await.is_ok()
+}
+
+/// What is to be done after a wait.
+#[derive(Debug, PartialEq, Eq)]
+enum Due {
+    Changes,
+    FullSync,
+}
+
+/// Whether a database was looked at.
+enum Synced {
+    Yes,
+    NotNow,
+}
+
+impl Session {
+    fn new(engine: &Engine) -> Session {
+        let woken = Arc::new(Notify::new());
+        let wake = woken.clone();
+        Session {
+            subscription: engine.subscribe(Box::new(move || wake.notify_one())),
+            woken,
+            positions: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            full_sync: Instant::now(),
+        }
+    }
+}

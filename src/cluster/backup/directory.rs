@@ -1,0 +1,227 @@
+//! A backup in a directory of LTX files, in LiteFS's layout. Everything here blocks.
+//!
+//! ```text
+//! PATH/NAME/MIN-MAX.ltx   each goes on from the one before; the last one by name is where it stands
+//! PATH/NAME/upload.tmp    one that is being written
+//! ```
+//!
+//! Invariants: a file is there under its name only when it was verified and is durable; none is ever
+//! changed or removed. After a change of the page size the next file holds all pages.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use ltx::{Checksum, Compression, Decoder, Encoder, Header, Pgno, Pos, Trailer, Txid};
+
+use super::{Error, Written};
+use crate::engine::DbName;
+use crate::engine::backup::Upload;
+use crate::{limits, os};
+
+/// The directory.
+pub struct Directory {
+    path: PathBuf,
+}
+
+/// A file of one database.
+struct LtxFile {
+    path: PathBuf,
+    min: Txid,
+    max: Txid,
+}
+
+impl LtxFile {
+    fn open(&self) -> Result<File, Error> {
+        File::open(&self.path).map_err(Error::io("open", &self.path))
+    }
+
+    /// What stands at its beginning and its end.
+    fn ends(&self) -> Result<(Header, Pos), Error> {
+        let ltx = |source| Error::Ltx { path: self.path.clone(), source };
+        let file = self.open()?;
+        let mut head = [0; ltx::HEADER_SIZE];
+        let mut tail = [0; ltx::TRAILER_SIZE];
+        let len = file.metadata().map_err(Error::io("stat", &self.path))?.len();
+        file.read_exact_at(&mut head, 0)
+            .and_then(|()| {
+                file.read_exact_at(&mut tail, len.saturating_sub(ltx::TRAILER_SIZE as u64))
+            })
+            .map_err(Error::io("read", &self.path))?;
+        let header = Header::decode(&head).map_err(ltx)?;
+        let trailer = Trailer::decode(&tail, header.commit).map_err(ltx)?;
+        Ok((header, Pos { txid: header.max_txid, checksum: trailer.post_apply }))
+    }
+}
+
+impl Directory {
+    pub(super) fn new(path: PathBuf) -> Directory {
+        Directory { path }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the backup of each database stands.
+    pub(super) fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+        let mut positions = BTreeMap::new();
+        for entry in entries(&self.path)? {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().and_then(|name| DbName::new(name).ok()) else {
+                continue;
+            };
+            if let Some(last) = self.files(&name)?.last() {
+                positions.insert(name.to_string(), last.ends()?.1);
+            }
+        }
+        Ok(positions)
+    }
+
+    /// Adds a file, if it goes on from the last one.
+    pub(super) fn write(&self, name: &DbName, upload: &Upload) -> Result<Written, Error> {
+        let dir = self.path.join(name.as_str());
+        let at = match self.files(name)?.last() {
+            Some(last) => last.ends()?.1,
+            None => Pos::ZERO,
+        };
+        if upload.header.pre_pos() != at {
+            return Ok(Written::Mismatch(at));
+        }
+        os::create_dirs("backup:dir", &dir)
+            .and_then(|()| os::sync_dir("backup:dir", &self.path))
+            .map_err(Error::io("create", &dir))?;
+        let temporary = dir.join("upload.tmp");
+        let target = dir.join(ltx::file_name(upload.header.min_txid, upload.header.max_txid));
+        let copy = || -> io::Result<File> {
+            os::remove_if_present("backup:file", &temporary)?;
+            let file = os::create_new("backup:file", &temporary)?;
+            let mut from = os::FileCursor::new(&upload.file);
+            io::copy(&mut from, &mut os::Labelled::new("backup:file", &file))?;
+            os::sync("backup:file", &file)?;
+            Ok(file)
+        };
+        let file = copy().map_err(Error::io("write", &temporary))?;
+        verify(&temporary, &file, upload.pos)?;
+        os::rename("backup:file", &temporary, &target)
+            .and_then(|()| os::sync_dir("backup:file", &dir))
+            .map_err(Error::io("write", &target))?;
+        Ok(Written::Taken { hwm: upload.header.max_txid })
+    }
+
+    /// Writes all files of a database as one snapshot.
+    pub(super) fn snapshot(&self, name: &DbName, out: &mut dyn Write) -> Result<(), Error> {
+        let dir = self.path.join(name.as_str());
+        let files = self.files(name)?;
+        let mut merged: Option<File> = None;
+        for chunk in of_one_page_size(files)?.chunks(limits::BACKUP_FILES - 1) {
+            let mut inputs: Vec<File> = merged.take().into_iter().collect();
+            for file in chunk {
+                inputs.push(file.open()?);
+            }
+            merged = Some(merge(&self.path, &inputs).map_err(|error| match error {
+                Failed::Ltx(source) => Error::Ltx { path: dir.clone(), source },
+                Failed::Io(source) => {
+                    Error::Io { what: "merge files of", path: dir.clone(), source }
+                }
+            })?);
+        }
+        let Some(merged) = merged else {
+            let source = io::ErrorKind::NotFound.into();
+            return Err(Error::Io { what: "find ltx files in", path: dir, source });
+        };
+        as_snapshot(&merged, out).map_err(|source| Error::Ltx { path: dir, source })
+    }
+
+    /// The files of a database, in their order.
+    fn files(&self, name: &DbName) -> Result<Vec<LtxFile>, Error> {
+        let mut files = Vec::new();
+        for entry in entries(&self.path.join(name.as_str()))? {
+            if let Some((min, max)) = entry.file_name().to_str().and_then(ltx::parse_file_name) {
+                files.push(LtxFile { path: entry.path(), min, max });
+            }
+        }
+        files.sort_by_key(|file| (file.min, file.max));
+        Ok(files)
+    }
+}
+
+/// What a directory holds; nothing if there is none.
+fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, Error> {
+    let listed = fs::read_dir(dir).and_then(|entries| entries.collect());
+    match listed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        // A file beside the databases.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(Vec::new()),
+        listed => listed.map_err(Error::io("list", dir)),
+    }
+}
+
+/// What was written is what was to be written.
+fn verify(path: &Path, file: &File, pos: Pos) -> Result<(), Error> {
+    let ltx = |source| Error::Ltx { path: path.to_owned(), source };
+    let (header, trailer) = ltx::verify(reader(file)).map_err(ltx)?;
+    let found = Pos { txid: header.max_txid, checksum: trailer.post_apply };
+    match found == pos {
+        true => Ok(()),
+        false => {
+            let source = io::Error::other(format!("it leads to {found} and not to {pos}"));
+            Err(Error::Io { what: "verify", path: path.to_owned(), source })
+        }
+    }
+}
+
+fn reader(file: &File) -> BufReader<os::FileCursor<'_>> {
+    BufReader::with_capacity(limits::MERGE_BUFFER, os::FileCursor::new(file))
+}
+
+/// The files from the last change of the page size on.
+fn of_one_page_size(files: Vec<LtxFile>) -> Result<Vec<LtxFile>, Error> {
+    let mut tail = Vec::new();
+    let mut page_size = None;
+    for file in files.into_iter().rev() {
+        let (header, _) = file.ends()?;
+        if page_size.is_some_and(|size| size != header.page_size) {
+            break;
+        }
+        page_size = Some(header.page_size);
+        tail.push(file);
+    }
+    tail.reverse();
+    Ok(tail)
+}
+
+enum Failed {
+    Ltx(ltx::Error),
+    Io(io::Error),
+}
+
+/// Several files as one, without a name.
+fn merge(dir: &Path, inputs: &[File]) -> Result<File, Failed> {
+    let out = os::unnamed_file("backup:merge", dir).map_err(Failed::Io)?;
+    let writer =
+        BufWriter::with_capacity(limits::IO_BUFFER, os::Labelled::new("backup:merge", &out));
+    let inputs: Vec<_> = inputs.iter().map(reader).collect();
+    ltx::compact(inputs, writer, Compression::None).map_err(Failed::Ltx)?;
+    Ok(out)
+}
+
+/// The file as a snapshot: a whole database may also have been sent as a later transaction.
+fn as_snapshot(file: &File, out: &mut dyn Write) -> Result<(), ltx::Error> {
+    let mut decoder = Decoder::new(reader(file))?;
+    let header = Header {
+        min_txid: Txid(1),
+        pre_apply: Checksum::NONE,
+        compression: Compression::Lz4,
+        ..*decoder.header()
+    };
+    let mut encoder = Encoder::new(out, header)?;
+    let mut page = vec![0; header.page_size.bytes()];
+    while let Some(pgno) = decoder.next_page(&mut page)? {
+        encoder.page(Pgno(pgno.0), &page)?;
+    }
+    let post = decoder.finish()?.post_apply;
+    encoder.finish(post).map(drop)
+}

@@ -8,10 +8,11 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run test check quick bench chaos torture soak fuzz deny direction
+.PHONY: help run wordpress test check quick bench chaos torture soak fuzz deny direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
+	@echo "make wordpress  a WordPress site on two nodes of this machine"
 	@echo "make test   every test"
 	@echo "make check  format, lints, documentation, crate direction"
 	@echo "make quick  unit and engine tests only"
@@ -26,6 +27,9 @@ run:
 	@.ci/packages build
 	cargo build --release
 	@cargo run --quiet --release -- mount -standalone
+
+wordpress:
+	@packaging/wordpress/try
 
 # The tests switch FUSE over io_uring on where they can, for the whole machine; afterwards the switch
 # is as it was.

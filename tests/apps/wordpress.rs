@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::{Pair, run};
 use crate::support::consul::Consul;
-use crate::support::node::{Lease, Member, Node, Settings, free_address};
+use crate::support::node::{Lease, Member, Node, Settings, free_address, is_mounted};
 use crate::support::{program, wait};
 
 /// The database of a site.
@@ -78,6 +78,30 @@ fn wordpress_goes_on_on_another_node_when_its_primary_dies() {
     let visitor = ours.visit();
     visitor.get("/").shows("After");
     Pair { primary: two, replica: one }.check(DB);
+}
+
+/// The script for people to look at a site: it answers on both nodes, and Ctrl-C leaves nothing behind.
+#[test]
+fn a_site_to_look_at_is_made_and_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let addresses = [(); 6].map(|()| free_address());
+    let ports = addresses.iter().map(|address| address.rsplit_once(':').unwrap().1);
+    let mut script =
+        Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/wordpress/try"));
+    script.env("RUN_DIR", dir.path()).env("LITEFS", env!("CARGO_BIN_EXE_litefs"));
+    script.env("PORTS", ports.collect::<Vec<_>>().join(" "));
+    let mut child = script.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let _limit = program::Limit::new(&child);
+    let author = Browser::at(&addresses[0]);
+    author.install("A site to look at");
+    wait::until_true("the site on the replica", || {
+        Browser::at(&addresses[1]).get("/").text.contains("A site to look at")
+    });
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert!(child.wait().unwrap().success());
+    for name in ["one", "two"] {
+        assert!(!is_mounted(&dir.path().join(name).join("mnt")), "{name} is still mounted");
+    }
 }
 
 /// A node that serves `site`.

@@ -8,6 +8,7 @@ mod client;
 mod config;
 mod mount;
 mod node;
+mod packaging;
 mod run;
 mod usage;
 

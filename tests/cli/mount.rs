@@ -1,11 +1,13 @@
 //! `mount` with a real mount: the supervised process, signals and exit codes.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
 
 use super::node::{Node, free_port, wait_for_file};
+use crate::support::wait;
 
 #[track_caller]
 fn code(script: &str, expected: i32) {
@@ -164,6 +166,25 @@ fn process_1_collects_orphans() {
     let config = "lease: {type: static}\n";
     let mut node = Node::start_by(&by, port, config, &["--", "sh", "-c", script]);
     assert_eq!(node.end().code(), Some(5));
+}
+
+/// What an application has started itself is its own to end: a signal goes to the application alone. One
+/// that stays and uses the mount is named, and does not keep it.
+#[test]
+fn what_the_application_left_behind_is_not_signalled() {
+    let script = "bash -c 'trap \"touch signalled\" TERM; exec 3<>mnt/app.db; echo $$ >left; \
+                  while [ ! -e end ]; do read -t 1 x <>fifo || :; done' & \
+                  trap 'exit 0' TERM; while [ ! -e left ]; do :; done; touch up; while :; do :; done";
+    let mut node = Node::start("", &["--", "bash", "-c", &format!("mkfifo fifo; {script}")]);
+    wait_for_file(&node.path("up"));
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(1), "the mount was in use");
+    assert!(!node.path("signalled").exists());
+    let left = fs::read_to_string(node.path("left")).unwrap();
+    let left = Path::new("/proc").join(left.trim());
+    assert!(left.exists(), "it was not killed either");
+    fs::write(node.path("end"), "").unwrap();
+    wait::until_true("its end", || !left.exists());
 }
 
 #[test]

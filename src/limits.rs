@@ -260,6 +260,9 @@ pub const ELECTION_RECORD_WAIT: Duration = Duration::from_secs(5);
 /// How long a candidate waits for another one that is further and there, but does not take the lease.
 pub const ELECTION_RIVAL_WAIT: Duration = Duration::from_secs(20);
 
+/// Time that programs get to close the files of a mount that is to go.
+pub const UNMOUNT_BUSY_WAIT: Duration = Duration::from_millis(500);
+
 // Handing the lease over.
 
 /// Transactions by which a replica may be behind when writes are paused for it: some milliseconds.

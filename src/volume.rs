@@ -419,7 +419,9 @@ impl fuse::Volume for EngineVolume {
                 FileKind::Journal => {
                     return db.write_journal(backing, offset, data, answer(done));
                 }
-                FileKind::Wal => return db.write_wal(backing, offset, data, answer(done)),
+                FileKind::Wal => {
+                    return db.write_wal(backing, handle.id, offset, data, answer(done));
+                }
                 FileKind::Shm => db.write_shm(backing, offset, data),
             }
             .map_err(refused),
@@ -457,7 +459,7 @@ impl fuse::Volume for EngineVolume {
 
     fn fsync(&self, handle: &Arc<OpenFile>, _data_only: bool, reply: Reply<()>) {
         reply.send(match &handle.node {
-            Node::File(db, backing) => db.sync_file(backing).map_err(refused),
+            Node::File(db, backing) => db.sync_file(backing, handle.id).map_err(refused),
             Node::Plain(plain) => plain.sync().map_err(|error| os_errno(&error)),
             _ => Ok(()),
         });

@@ -1,7 +1,7 @@
 //! Mounting and unmounting: options in, a [`Mount`] out that serves until it ends.
 //!
-//! Steps of [`mount`]: free the mount point of a mount whose process is gone; open the device and
-//! mount it (root by mount(2), others through fusermount3); answer INIT; see whether backing
+//! Steps of [`mount`]: see that the mount point can be had; open the device and mount it, in the place of
+//! a mount whose process is gone (root by mount(2), others through fusermount3); answer INIT; see whether backing
 //! files work; tell the volume; start the workers. Nothing reaches the volume before
 //! [`Volume::mounted`] has returned.
 
@@ -93,7 +93,9 @@ impl MountOptions {
     }
 }
 
-/// A mounted volume. Dropped, it is unmounted as soon as nobody uses it any more.
+/// A mounted volume. Dropped, it is unmounted. If it is in use it stays where it is, dead as soon as the
+/// process ends: taken out of sight, it would leave a plain directory to applications that are just
+/// opening a database, and what they make and write there would be lost.
 #[derive(Debug)]
 pub struct Mount {
     dir: PathBuf,
@@ -346,12 +348,17 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let detached = match self.end.is_over() {
+        let unmounted = match self.end.is_over() {
             true => mount_point::detach_if_gone(&self.dir),
-            false => mount_point::detach(&self.dir),
+            false => mount_point::unmount(&self.dir),
         };
-        if let Err(error) = detached {
-            tracing::error!(%error, "unmount");
+        match unmounted {
+            Ok(()) => {}
+            Err(Error::Busy { dir }) => tracing::warn!(
+                dir = %dir.display(),
+                "the mount is in use and stays, dead, until the next start or `umount -l`"
+            ),
+            Err(error) => tracing::error!(%error, "unmount"),
         }
     }
 }

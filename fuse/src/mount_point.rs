@@ -45,37 +45,59 @@ enum Health {
     Silent,
 }
 
-/// Frees the mount point if its process is gone and that is wanted; its absolute path.
+/// Whether the mount point can be had: nothing is mounted there, or what is there has no process any
+/// more and may be taken away. Its absolute path. A stale mount stays until [`mount`]: an application
+/// that is just opening its database must not find an empty directory in its place, and make files there.
 pub(crate) fn prepare(dir: &Path, skip_unmount_stale: bool) -> Result<PathBuf, Error> {
     let dir = absolute(dir)?;
+    match stale_mounts(&dir)? {
+        0 => usable(&dir)?,
+        _ if skip_unmount_stale => return Err(Error::Stale { dir, source: None }),
+        _ => {}
+    }
+    Ok(dir)
+}
+
+/// How many mounts are on top of each other there; an error if the last one is alive.
+fn stale_mounts(dir: &Path) -> Result<usize, Error> {
+    let count = fuse_mounts(dir);
+    if count == 0 {
+        return Ok(0);
+    }
+    match health(dir) {
+        Health::Live => Err(Error::AlreadyMounted { dir: dir.to_owned() }),
+        Health::Silent => Err(Error::Hangs { dir: dir.to_owned() }),
+        Health::Gone => Ok(count),
+    }
+}
+
+/// Takes away what is mounted there without a process.
+fn free(dir: &Path) -> Result<(), Error> {
     for _ in 0..STALE_MAX {
-        if !has_fuse_mount(&dir) {
+        let count = stale_mounts(dir)?;
+        if count == 0 {
             return usable(dir);
         }
-        match health(&dir) {
-            Health::Live => return Err(Error::AlreadyMounted { dir }),
-            Health::Silent => return Err(Error::Hangs { dir }),
-            Health::Gone if skip_unmount_stale => return Err(Error::Stale { dir, source: None }),
-            Health::Gone => free(&dir)?,
+        tracing::info!(dir = %dir.display(), "unmount stale mount");
+        match detach(dir) {
+            // What comes now must follow at once.
+            Ok(()) if count == 1 => return Ok(()),
+            Ok(()) => {}
+            Err(Error::Unmount { dir, source }) => {
+                return Err(Error::Stale { dir, source: Some(source) });
+            }
+            Err(other) => return Err(other),
         }
     }
-    Err(Error::Stale { dir, source: None })
+    Err(Error::Stale { dir: dir.to_owned(), source: None })
 }
 
-fn free(dir: &Path) -> Result<(), Error> {
-    tracing::info!(dir = %dir.display(), "unmount stale mount");
-    match detach(dir) {
-        Ok(()) => Ok(()),
-        Err(Error::Unmount { dir, source }) => Err(Error::Stale { dir, source: Some(source) }),
-        Err(other) => Err(other),
-    }
-}
-
-fn usable(dir: PathBuf) -> Result<PathBuf, Error> {
-    match std::fs::metadata(&dir) {
-        Ok(metadata) if metadata.is_dir() => Ok(dir),
-        Ok(_) => Err(Error::Directory { dir, source: Errno::ENOTDIR }),
-        Err(error) => Err(Error::Directory { dir, source: errno(&error) }),
+fn usable(dir: &Path) -> Result<(), Error> {
+    let unusable = |source| Error::Directory { dir: dir.to_owned(), source };
+    match std::fs::metadata(dir) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(unusable(Errno::ENOTDIR)),
+        Err(error) => Err(unusable(errno(&error))),
     }
 }
 
@@ -96,14 +118,12 @@ fn absolute(dir: &Path) -> Result<PathBuf, Error> {
     }
 }
 
-/// Whether what is mounted on top at exactly this path is a FUSE file system.
-fn has_fuse_mount(dir: &Path) -> bool {
-    let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return false };
-    let top = table
-        .split(|byte| *byte == b'\n')
-        .filter_map(mount_of_line)
-        .rfind(|(mounted_on, _)| mounted_on == dir);
-    top.is_some_and(|(_, kind)| kind == b"fuse" || kind.starts_with(b"fuse."))
+/// How many FUSE file systems are on top of each other at exactly this path.
+fn fuse_mounts(dir: &Path) -> usize {
+    let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return 0 };
+    let mounts: Vec<_> = table.split(|byte| *byte == b'\n').filter_map(mount_of_line).collect();
+    let here = mounts.iter().rev().filter(|(mounted_on, _)| mounted_on == dir);
+    here.take_while(|(_, kind)| *kind == b"fuse" || kind.starts_with(b"fuse.")).count()
 }
 
 /// Mount point and type of a line of mountinfo, see proc(5).
@@ -143,7 +163,7 @@ fn health(dir: &Path) -> Health {
     }
 }
 
-/// Mounts a new device on `dir`.
+/// Mounts a new device on `dir`, in the place of one that has no process any more.
 pub(crate) fn mount(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
     if geteuid().is_root() {
         mount_directly(dir, allow_other)
@@ -165,6 +185,7 @@ fn mount_directly(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
         data.push_str(",allow_other");
     }
     let kind = format!("fuse.{NAME}");
+    free(dir)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     nix::mount::mount(Some(NAME), dir, Some(kind.as_str()), flags, Some(data.as_str()))
         .map_err(|source| Error::Mount { dir: dir.to_owned(), source })?;
@@ -177,6 +198,7 @@ fn mount_by_helper(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|error| failed(error.to_string()))?;
     let mut options = format!("fsname={NAME},subtype={NAME},nosuid,nodev");
+    free(dir)?;
     if allow_other {
         options.push_str(",allow_other");
     }
@@ -231,7 +253,7 @@ pub(crate) fn detach(dir: &Path) -> Result<(), Error> {
 
 /// Takes away a mount that was cut off from its process, if there is one.
 pub(crate) fn detach_if_gone(dir: &Path) -> Result<(), Error> {
-    if has_fuse_mount(dir) && matches!(health(dir), Health::Gone) { detach(dir) } else { Ok(()) }
+    if fuse_mounts(dir) > 0 && matches!(health(dir), Health::Gone) { detach(dir) } else { Ok(()) }
 }
 
 fn unmount_by_helper(dir: &Path, options: &[&str]) -> Result<(), Error> {

@@ -1,5 +1,6 @@
 //! From what an application did to its files to [`Transaction`] values: [`wal`] at the release of the
-//! WRITE lock, [`journal`] at the end of a rollback journal, [`resync`] when neither can tell.
+//! WRITE lock ([`refused`] has the cases in which SQLite may see it otherwise), [`journal`] at the end of a
+//! rollback journal, [`resync`] when neither can tell.
 //!
 //! What is committed to a WAL when the node is no primary any more is a *stray*: no part of the chain,
 //! kept as an LTX file in `lost+found/`, and taken out of the WAL by the applier.
@@ -19,8 +20,11 @@ use crate::sqlite::header::JournalMode;
 
 pub mod forward;
 pub mod journal;
+mod refused;
 pub mod resync;
 pub mod wal;
+
+pub(super) use refused::Cut;
 
 /// Everything about a database that a commit changes.
 pub struct Change {

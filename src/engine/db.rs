@@ -24,6 +24,7 @@ use super::files::{Backing, FileKind, Files, next_ino};
 use super::halt::borrowed::Borrowing;
 use super::halt::lent::Lending;
 use super::layout::DbDir;
+use super::locks::Handle;
 use super::name::DbName;
 use super::recover::Recovered;
 use super::shared::Shared;
@@ -331,21 +332,23 @@ impl Db {
     }
 
     /// Makes a file durable.
-    pub fn sync_file(&self, backing: &Backing) -> Result<(), Refusal> {
-        match backing.kind {
-            FileKind::Journal => self.journal_synced(),
-            // In locking_mode=EXCLUSIVE no lock is released after a commit; a sync is a good moment.
-            FileKind::Wal if self.is_locked_exclusively() => {
-                self.capture_wal();
-            }
-            _ => {}
+    pub fn sync_file(&self, backing: &Backing, via: Handle) -> Result<(), Refusal> {
+        if backing.kind == FileKind::Journal {
+            self.journal_synced();
         }
         let path = self.files.path(backing.kind);
-        os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path))?;
-        match backing.kind {
-            FileKind::Wal => self.refuse_fenced_writer(),
-            _ => Ok(()),
+        let synced = os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path));
+        if backing.kind != FileKind::Wal || !self.files.is_current(backing) {
+            return Ok(synced?);
         }
+        let kept = synced.map_err(Refusal::from).and_then(|()| self.refuse_fenced_writer());
+        match kept {
+            Err(_) => self.note_refused_sync(via),
+            // In locking_mode=EXCLUSIVE no lock is released after a commit; this is a good moment.
+            Ok(()) if self.is_locked_exclusively() => _ = self.capture_wal(),
+            Ok(()) => {}
+        }
+        kept
     }
 
     /// With synchronous=FULL the sync of the WAL is the last moment at which SQLite lets a commit
@@ -379,6 +382,7 @@ impl Db {
         if self.files.is_current(backing) {
             self.settle_wal(&mut change)?;
             if len == 0 {
+                self.settle_doubt(&mut change)?;
                 change.wal.clear();
             }
         }
@@ -409,6 +413,7 @@ impl Db {
             return Err(Refusal::Busy);
         }
         self.settle_wal(&mut change)?;
+        self.settle_doubt(&mut change)?;
         self.files.remove(FileKind::Wal)?;
         change.wal.clear();
         self.note_mode(&mut change)

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
-use super::node::{Node, free_port, wait_for_file};
+use super::node::{Node, free_port, is_mounted, wait_for_file};
 use crate::support::wait;
 
 #[track_caller]
@@ -130,12 +130,13 @@ fn a_node_can_stay_after_a_failed_start() {
 }
 
 #[test]
-fn a_busy_mount_is_an_error_and_taken_away_all_the_same() {
+fn a_busy_mount_is_an_error_and_stays_dead() {
     let mut node = Node::start("", &["--"]);
     node.wait_for_line("waiting for signal");
     let held = fs::File::create(node.path("mnt/app.db")).unwrap();
     node.signal(Signal::SIGTERM);
-    assert_eq!(node.end().code(), Some(1));
+    assert_eq!(node.wait().code(), Some(1));
+    assert!(is_mounted(&node.path("mnt")), "applications would find a plain directory");
     drop(held);
 }
 

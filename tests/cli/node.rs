@@ -67,9 +67,14 @@ impl Node {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
+    /// Waits for the end.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait::until("the end of litefs", || self.child.try_wait().unwrap())
+    }
+
     /// Waits for the end; the mount must be gone.
     pub fn end(&mut self) -> ExitStatus {
-        let status = wait::until("the end of litefs", || self.child.try_wait().unwrap());
+        let status = self.wait();
         assert!(!is_mounted(&self.path("mnt")), "the mount is still there");
         status
     }
@@ -91,7 +96,7 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-fn is_mounted(dir: &Path) -> bool {
+pub fn is_mounted(dir: &Path) -> bool {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let dir = dir.to_str().unwrap();
     mounts.lines().any(|line| line.split(' ').nth(1) == Some(dir))

@@ -3,7 +3,7 @@
 //! what was acknowledged is looked for.
 //!
 //! `LITEFS_TEST_SEED` repeats the faults of a run, `LITEFS_TEST_MINUTES` makes it longer than one minute
-//! (`make chaos`).
+//! (`make chaos`). If it fails, copies of the nodes' directories go to `LITEFS_TEST_KEEP`, if that is given.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -13,13 +13,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 
 use super::lease::{is_primary, primary_of};
 use crate::support::consul::{Consul, Link};
 use crate::support::image::Image;
+use crate::support::local::copy;
 use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::{sqlite, wait};
 
@@ -28,9 +29,15 @@ const TTL: &str = "4s";
 const NODES: usize = 3;
 /// The same nodes are used for so long: a process of a test may not run for ever.
 const SET: Duration = Duration::from_secs(45);
-/// A lease does not move there and back within this time: who acknowledges in turn so quickly
-/// acknowledges at a time.
-const AT_A_TIME: Duration = Duration::from_millis(200);
+/// Between two faults at the least.
+const APART: Duration = Duration::from_millis(200);
+/// What a node says when it has got the lease, and before it commits anything.
+const ACQUIRED: &str = "primary lease acquired";
+/// The log tells milliseconds, and they are read by another clock than those of the writers.
+const CLOCKS: Duration = Duration::from_millis(3);
+/// Where to copy what a failed run leaves.
+const KEEP: &str = "LITEFS_TEST_KEEP";
+const DAY: i64 = 24 * 60 * 60 * 1000;
 
 /// A generator that gives the same numbers for the same seed (xorshift).
 struct Chance(u64);
@@ -96,6 +103,33 @@ fn write(log: &Log, node: usize, file: &Path) {
     }
 }
 
+/// The wall clock of the log as the one of the writers.
+struct Clock {
+    now: Instant,
+    /// Milliseconds of the day.
+    ms: i64,
+}
+
+impl Clock {
+    fn read() -> Clock {
+        let now = Instant::now();
+        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        Clock { now, ms: since.as_millis() as i64 % DAY }
+    }
+
+    /// When a line of a log was written that begins with `time=2026-11-23T07:11:00.890Z`.
+    fn of_line(&self, line: &str) -> Option<Instant> {
+        let time = line.strip_prefix("time=")?.split_once('T')?.1;
+        let parts = time.get(..12)?.split([':', '.']).map(|part| part.parse().ok());
+        let &[hours, minutes, seconds, ms]: &[i64; 4] =
+            parts.collect::<Option<Vec<i64>>>()?.as_slice().try_into().ok()?;
+        let ms = ((hours * 60 + minutes) * 60 + seconds) * 1000 + ms;
+        let after = (ms - self.ms + 3 * DAY / 2) % DAY - DAY / 2;
+        let distance = Duration::from_millis(after.unsigned_abs());
+        if after < 0 { self.now.checked_sub(distance) } else { Some(self.now + distance) }
+    }
+}
+
 /// What can happen to a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -146,6 +180,13 @@ impl Place {
         let advertise = format!("http://{}", peers.address());
         node.configure(settings, Member::Consul(lease(&advertise)));
         Place { node, consul, peers, is_suspended: false, is_well: true, seen: BTreeSet::new() }
+    }
+
+    /// When this node became primary.
+    fn acquired(&self, clock: &Clock) -> Vec<Instant> {
+        let log = self.node.whole_log();
+        let lines = log.lines().filter(|line| line.contains(ACQUIRED));
+        lines.map(|line| clock.of_line(line).expect("a line with a time")).collect()
     }
 
     fn is_up(&self) -> bool {
@@ -223,6 +264,7 @@ struct Cluster {
     /// Rows that were acknowledged, are on no node any more, and were found set aside.
     lost: BTreeSet<u64>,
     since: Instant,
+    clock: Clock,
 }
 
 impl Cluster {
@@ -241,14 +283,14 @@ impl Cluster {
         };
         let writers = (0..NODES).map(writer).collect();
         let since = Instant::now();
-        Cluster { consul, places, log, writers, lost: BTreeSet::new(), since }
+        Cluster { consul, places, log, writers, lost: BTreeSet::new(), since, clock: Clock::read() }
     }
 
     /// Lets some rows be acknowledged, or some time pass: at times more than a lease needs to end.
     fn go_on(&self, chance: &mut Chance) {
         let enough = self.log.acks.lock().unwrap().len() + 5 + chance.below(20) as usize;
         let longest = if chance.below(3) == 0 { 9000 } else { 1500 };
-        let least = Instant::now() + 2 * AT_A_TIME;
+        let least = Instant::now() + 2 * APART;
         let end = least + Duration::from_millis(chance.below(longest));
         wait::until_true("some time", || {
             let acknowledged = self.log.acks.lock().unwrap().len();
@@ -360,7 +402,34 @@ impl Cluster {
             }
         }
         self.lost.extend(missing);
-        check_one_at_a_time(&acks, story);
+        check_one_at_a_time(&acks, &self.tenures(), story);
+    }
+
+    /// When which node became primary, in order.
+    fn tenures(&self) -> Vec<(Instant, usize)> {
+        let places = self.places.iter().enumerate();
+        let of = |(number, place): (usize, &Place)| {
+            place.acquired(&self.clock).into_iter().map(move |at| (at, number))
+        };
+        let mut tenures: Vec<_> = places.flat_map(of).collect();
+        tenures.sort();
+        tenures
+    }
+
+    /// Tells what led to a failure.
+    fn testify(&self) {
+        for ack in self.log.acks.lock().unwrap().iter().rev().take(200).rev() {
+            println!("{ack:?}");
+        }
+        println!("primaries: {:?}", self.tenures());
+        println!("{:?}", self.log.complaints.lock().unwrap());
+        let Some(keep) = std::env::var_os(KEEP) else { return };
+        for (number, place) in self.places.iter().enumerate() {
+            let to = Path::new(&keep).join(format!("node{number}"));
+            fs::create_dir_all(&to).unwrap();
+            copy(&place.node.data(), &to.join("data"));
+            fs::write(to.join("log"), place.node.whole_log()).unwrap();
+        }
     }
 
     fn end(mut self) -> Totals {
@@ -381,18 +450,29 @@ impl Cluster {
     }
 }
 
-/// No two nodes acknowledge rows in turn: where one acknowledges, then another, then the first one
-/// again, there is time between for a lease to move there and back.
-fn check_one_at_a_time(acks: &[Ack], story: &str) {
-    let mut acks = acks.to_vec();
-    acks.sort_by_key(|ack| ack.ended);
-    let runs: Vec<&[Ack]> = acks.chunk_by(|one, next| one.node == next.node).collect();
-    for three in runs.windows(3).filter(|three| three[0][0].node == three[2][0].node) {
-        let [before, between, after] = [three[0].last(), three[1].last(), three[2].first()];
-        let (Some(before), Some(between), Some(after)) = (before, between, after) else { continue };
-        let inside = between.begun > before.ended && between.ended < after.begun;
-        let is_close = after.begun.duration_since(before.ended) < AT_A_TIME;
-        assert!(!(inside && is_close), "{story}: two primaries at a time: {three:?}");
+/// No node acknowledges anything while another one is primary: between the moments at which one and the
+/// next one got the lease only the first may commit. What is acknowledged was committed at some time
+/// between its beginning and its end, so that time must not lie outside all primaryships of its node.
+fn check_one_at_a_time(acks: &[Ack], tenures: &[(Instant, usize)], story: &str) {
+    for ack in acks {
+        let ends = tenures.iter().skip(1).map(|(end, _)| Some(*end)).chain([None]);
+        let mut own = tenures.iter().zip(ends).filter(|((_, node), _)| *node == ack.node);
+        let could = own.any(|((begin, _), end)| {
+            *begin <= ack.ended + CLOCKS && end.is_none_or(|end| ack.begun <= end + CLOCKS)
+        });
+        assert!(
+            could,
+            "{story}: {ack:?} was acknowledged while another node was primary: {tenures:?}"
+        );
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.testify();
+        }
+        self.log.ended.store(true, Ordering::SeqCst);
     }
 }
 
@@ -415,6 +495,14 @@ impl Totals {
     }
 }
 
+/// What is kept is to be read.
+fn log_lines() -> &'static str {
+    match std::env::var_os(KEEP) {
+        Some(_) => "log: {timestamp: true, debug: true}",
+        None => "log: {timestamp: true}",
+    }
+}
+
 fn of_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
@@ -429,7 +517,7 @@ fn nodes_agree_after_faults_by_chance() {
     let (mut chance, mut totals) = (Chance(seed), Totals::default());
     for set in 0.. {
         let (mode, passthrough) = [("wal", "auto"), ("delete", "auto"), ("wal", "off")][set % 3];
-        let settings = Settings { passthrough, ..Settings::default() };
+        let settings = Settings { passthrough, lines: log_lines(), ..Settings::default() };
         let mut cluster = Cluster::start(mode, &settings);
         while cluster.since.elapsed() < SET && Instant::now() < end {
             let story = cluster.round(&mut chance);

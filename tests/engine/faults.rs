@@ -17,7 +17,8 @@ use crate::support::local::copy;
 use crate::support::wait;
 
 use super::{
-    PAGE, asked, begin, commit, contents, database, file, image, lock, open, primary, unlock_all,
+    PAGE, VIA, asked, begin, commit, contents, database, file, image, lock, open, primary,
+    unlock_all,
 };
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
@@ -168,7 +169,7 @@ fn no_checkpoint_moves_frames_that_could_not_be_captured() {
     commit(&db, &image(3));
     lock(&db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
     let log = file(&db, FileKind::Wal);
-    asked(|answer| db.write_wal(&log, 0, &wal(512), answer)).unwrap(); // Of another page size.
+    asked(|answer| db.write_wal(&log, VIA, 0, &wal(512), answer)).unwrap(); // Of another page size.
     unlock_all(&db);
     assert!(matches!(db.state(), DbState::Failed(_)));
     assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));

@@ -9,7 +9,7 @@ use litefs::boot_time::BootTime;
 use litefs::engine::db::Refusal;
 use litefs::engine::files::FileKind;
 use litefs::engine::layout::DbDir;
-use litefs::engine::locks::{LockKind, Owner};
+use litefs::engine::locks::{Handle, LockKind, Owner};
 use litefs::engine::{Db, Engine, Error, PageCache, Role};
 use litefs::os;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
@@ -18,7 +18,9 @@ use ltx::{PageSize, Pgno};
 
 use crate::support::image::Image;
 
-use super::{CLIENT, PAGE, asked, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{
+    CLIENT, PAGE, VIA, asked, begin, commit, database, file, image, lock, primary, unlock_all,
+};
 
 fn close_fence(engine: &Engine) {
     engine.shared().fence.confirm(BootTime::START);
@@ -72,12 +74,14 @@ fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
     assert_eq!(db.pos(), before);
 }
 
-/// A kernel that remembers which names it was told to forget.
+/// A kernel that remembers what it was told to forget.
 #[derive(Default)]
 struct Kernel(Mutex<Vec<String>>);
 
 impl PageCache for Kernel {
-    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
+    fn pages_changed(&self, _ino: u64, offset: u64, len: u64) {
+        self.0.lock().unwrap().push(format!("pages {offset} {len}"));
+    }
     fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
@@ -137,8 +141,8 @@ fn begin_wal(db: &Db, page: &[u8]) {
     WalCursor::start(&header).encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
     let log = file(db, FileKind::Wal);
     let (head, frames) = bytes.split_at(wal::HEADER_SIZE);
-    asked(|answer| db.write_wal(&log, 0, head, answer)).unwrap();
-    asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, frames, answer)).unwrap();
+    asked(|answer| db.write_wal(&log, VIA, 0, head, answer)).unwrap();
+    asked(|answer| db.write_wal(&log, VIA, wal::HEADER_SIZE as u64, frames, answer)).unwrap();
 }
 
 /// A database in WAL mode, and a new image of its first page.
@@ -181,11 +185,89 @@ fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
     begin_wal(&db, &page);
     let log = file(&db, FileKind::Wal);
     close_fence(&engine);
-    assert_eq!(db.sync_file(&log), Err(Refusal::Os(libc::EIO)));
-    let late = asked(|answer| db.write_wal(&log, wal::HEADER_SIZE as u64, &[0; 9], answer));
+    assert_eq!(db.sync_file(&log, VIA), Err(Refusal::Os(libc::EIO)));
+    let late = asked(|answer| db.write_wal(&log, VIA, wal::HEADER_SIZE as u64, &[0; 9], answer));
     assert_eq!(late, Err(Refusal::ReadOnly));
     open_fence(&engine);
-    assert_eq!(db.sync_file(&log), Ok(()));
+    assert_eq!(db.sync_file(&log, VIA), Ok(()));
+}
+
+/// What the files of the database hold.
+fn files(dir: &std::path::Path) -> ltx::Checksum {
+    Image::of_files(&DbDir::new(&dir.join("dbs/db"))).unwrap().checksum()
+}
+
+/// SQLite rolls back and leaves the frames behind. Who builds the wal-index anew takes every valid frame
+/// for committed: nothing may be left of them.
+#[test]
+fn a_commit_that_is_refused_at_its_sync_leaves_no_valid_frame() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let kernel = Arc::new(Kernel::default());
+    engine.mounted(kernel.clone(), false);
+    let (db, page) = wal_database(&engine);
+    let before = db.pos();
+    begin_wal(&db, &page);
+    let log = file(&db, FileKind::Wal);
+    close_fence(&engine);
+    assert_eq!(db.sync_file(&log, VIA), Err(Refusal::Os(libc::EIO)));
+    let (sender, answer) = mpsc::channel();
+    db.unlock(Owner::client(CLIENT), LockSet::ALL, move || sender.send(()).unwrap());
+    answer.recv_timeout(Duration::from_secs(20)).expect("an answer, when the kernel has been told");
+    assert_eq!(*kernel.0.lock().unwrap(), ["pages 32 24"]);
+    assert_eq!(db.pos(), before, "it was refused");
+    assert_eq!(files(dir.path()), before.checksum);
+    open_fence(&engine);
+    // The same frames again.
+    begin_wal(&db, &page);
+    assert_eq!(db.sync_file(&log, VIA), Ok(()));
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    assert_eq!(files(dir.path()), db.pos().checksum);
+}
+
+/// A checkpoint of another connection is refused its sync: that says nothing about the writer.
+#[test]
+fn a_sync_of_somebody_else_refuses_no_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = wal_database(&engine);
+    let before = db.pos();
+    begin_wal(&db, &page);
+    let log = file(&db, FileKind::Wal);
+    let label = "files:sync".to_owned();
+    os::fault::arm_here(os::fault::Fault { label, after: 0, errno: libc::EIO });
+    assert_eq!(db.sync_file(&log, Handle(99)), Err(Refusal::Os(libc::EIO)));
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    assert_eq!(files(dir.path()), db.pos().checksum);
+}
+
+/// Without passthrough nobody knows whether SQLite counts what an application wrote that died then. The
+/// next one says so: it goes on behind it or over it, or takes the log away.
+#[test]
+fn what_a_dead_writer_left_is_what_sqlite_makes_of_it() {
+    for kept in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = wal_database(&engine);
+        let before = db.pos();
+        begin_wal(&db, &page);
+        db.flush(Owner::client(CLIENT), LockSet::ALL);
+        assert_eq!(db.pos().txid, before.txid.next(), "it counts for now");
+        // The last connection has checkpointed what it knows of, and removes the log.
+        lock(&db, LockSet::one(Lock::Shared), LockKind::Exclusive).unwrap();
+        let database = file(&db, FileKind::Database);
+        if kept {
+            db.write_database(&database, 0, &page).unwrap();
+        }
+        db.remove_wal().unwrap();
+        unlock_all(&db);
+        let expected = before.txid.0 + if kept { 1 } else { 2 };
+        assert_eq!(db.pos().txid.0, expected, "kept: {kept}");
+        assert_eq!(files(dir.path()), db.pos().checksum, "kept: {kept}");
+        assert_eq!(db.pos().checksum == before.checksum, !kept);
+    }
 }
 
 #[test]

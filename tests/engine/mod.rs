@@ -31,6 +31,9 @@ const PAGE: usize = 4096;
 /// The one client of these tests.
 const CLIENT: u64 = 7;
 
+/// The open file through which it does everything.
+const VIA: Handle = Handle(CLIENT);
+
 /// An engine on `dir`.
 fn open(dir: &Path) -> engine::Result<Arc<Engine>> {
     Engine::open(engine::Options {
@@ -77,7 +80,7 @@ fn image(rows: u32) -> Vec<u8> {
 /// Asks for locks without waiting.
 fn lock(db: &Db, set: LockSet, kind: LockKind) -> Result<(), Refusal> {
     let (sender, answer) = mpsc::channel();
-    let request = Request { owner: Owner::client(CLIENT), via: Handle(CLIENT), set, kind };
+    let request = Request { owner: Owner::client(CLIENT), via: VIA, set, kind };
     db.lock(request, None, Box::new(move |result| sender.send(result).unwrap()));
     answer.recv_timeout(Duration::from_secs(20)).expect("an answer")
 }
@@ -109,7 +112,7 @@ fn begin(db: &Db, content: &[u8]) {
     lock(db, write_locks(), LockKind::Exclusive).unwrap();
     let journal = file(db, FileKind::Journal);
     asked(|answer| db.write_journal(&journal, 0, &[1; 512], answer)).unwrap();
-    db.sync_file(&journal).unwrap();
+    db.sync_file(&journal, VIA).unwrap();
     let database = file(db, FileKind::Database);
     for (index, page) in content.chunks(PAGE).enumerate() {
         db.write_database(&database, (index * PAGE) as u64, page).unwrap();

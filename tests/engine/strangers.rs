@@ -13,7 +13,7 @@ use litefs::sqlite::wal_index::IndexHeader;
 use ltx::{PageSize, Pgno, Txid};
 
 use super::replica::NoCache;
-use super::{PAGE, asked, begin, commit, database, file, image, lock, primary, unlock_all};
+use super::{PAGE, VIA, asked, begin, commit, database, file, image, lock, primary, unlock_all};
 
 const SALTS: Salts = Salts(1, 2);
 
@@ -56,7 +56,7 @@ fn a_commit_frame_that_the_wal_index_does_not_know_is_no_transaction() {
         page
     };
     let log = file(&db, FileKind::Wal);
-    asked(|answer| db.write_wal(&log, 0, &header.encode(), answer)).unwrap();
+    asked(|answer| db.write_wal(&log, VIA, 0, &header.encode(), answer)).unwrap();
     let mut cursor = WalCursor::start(&header);
     // Two applications die one after the other behind their commit frame; a third one does not.
     for (byte, lives) in [(1, true), (2, false), (3, false), (4, true)] {
@@ -64,7 +64,7 @@ fn a_commit_frame_that_the_wal_index_does_not_know_is_no_transaction() {
         let (mut next, mut bytes) = (cursor, Vec::new());
         let frame = Frame { pgno: Pgno(1), commit: Some(pages), page: &page(byte) };
         next.encode(&frame, &mut bytes);
-        asked(|answer| db.write_wal(&log, cursor.offset(), &bytes, answer)).unwrap();
+        asked(|answer| db.write_wal(&log, VIA, cursor.offset(), &bytes, answer)).unwrap();
         let before = db.pos().txid;
         if lives {
             publish(&db, pages, &next);

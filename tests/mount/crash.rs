@@ -246,3 +246,26 @@ fn a_commit_between_two_processes_counts(end: fn(&mut Node)) {
     node.stop();
     drop(disk);
 }
+
+/// An application that has opened its database may be about to open the WAL, by its name: in a plain
+/// directory it would make one, commit to it, and all that would be lost.
+#[test]
+fn nothing_is_made_in_the_place_of_a_mount_that_is_in_use() {
+    let mut node = strict("auto");
+    sqlite::run(
+        &node.file(DB),
+        "pragma journal_mode = wal; create table t(x); insert into t values (1)",
+    );
+    let opened = File::open(node.file(DB)).unwrap();
+    assert!(!node.stop().success(), "it complains");
+    let late = wait::until("the kernel to cut the mount off", || {
+        let failed = File::create(node.file("app.db-wal")).unwrap_err().raw_os_error();
+        (failed != Some(nix::libc::ECONNABORTED) && failed != Some(nix::libc::ECANCELED))
+            .then_some(failed)
+    });
+    assert_eq!(late, Some(nix::libc::ENOTCONN));
+    node.start();
+    assert_eq!(sqlite::run(&node.file(DB), "insert into t values (2); select sum(x) from t"), "3");
+    drop(opened);
+    assert!(node.stop().success());
+}

@@ -5,6 +5,7 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
+use litefs::boot_time::BootTime;
 use litefs::engine::{Error, Role};
 use litefs::sqlite::wal::HEADER_SIZE;
 use ltx::Pos;
@@ -205,5 +206,28 @@ fn a_database_with_a_hot_journal_is_rolled_back_and_copied_out(mode: &str) {
     node.db(DB).snapshot(&mut Vec::new()).unwrap();
     sqlite::run(&node.file(DB), "insert into t values (2)");
     assert_eq!(rows(&node), "1,2");
+    check_chain(&node.db_dir(DB), node.db(DB).pos());
+}
+
+/// SQLite rolls a commit back whose sync fails, and leaves its frames in the WAL. The next application
+/// builds the wal-index from all that is valid there.
+#[test]
+fn a_commit_refused_at_its_sync_is_found_by_nobody() {
+    let node = primary("wal", "auto");
+    let mut writer = Shell::open(&node.file(DB));
+    writer.run("insert into t values (2)");
+    let before = node.db(DB).pos();
+    writer.run("begin; insert into t values (3)");
+    let fence = &node.engine.shared().fence;
+    fence.confirm(BootTime::START);
+    let complaint = writer.refused("commit");
+    assert!(complaint.contains("disk I/O error"), "{complaint}");
+    fence.confirm(BootTime::NEVER);
+    // It dies, so that nobody ends the wal-index in good order.
+    drop(writer);
+    assert_eq!(rows(&node), "1,2");
+    assert_eq!(node.db(DB).pos(), before);
+    sqlite::run(&node.file(DB), "insert into t values (4)");
+    assert_eq!(rows(&node), "1,2,4");
     check_chain(&node.db_dir(DB), node.db(DB).pos());
 }

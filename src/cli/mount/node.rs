@@ -51,6 +51,9 @@ use crate::telemetry::{Metrics, say};
 use crate::volume::EngineVolume;
 use crate::{limits, os};
 
+/// Between two attempts to unmount.
+const UNMOUNT_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
+
 /// How many signals, once the node is closing, end the process at once.
 const SIGNALS_TO_QUIT: u32 = 2;
 
@@ -167,6 +170,9 @@ impl Task {
 impl Node {
     async fn open(&mut self, settings: &Settings, stopper: Stopper) -> anyhow::Result<()> {
         let Settings { config, environment, .. } = settings;
+        if config.lease.demote_delay != config::Lease::default().demote_delay {
+            tracing::warn!("lease.demote-delay has no effect: nothing demotes a primary");
+        }
         if is_fly(environment) {
             tracing::info!("host environment detected type=fly.io");
         }
@@ -394,8 +400,8 @@ impl Mount {
         }
         let mount = self.mount.clone();
         let unmounted = spawn_blocking(move || {
-            let unmounted = mount.unmount();
-            // Asked while it still is in its place; with the last handle it is taken away.
+            let unmounted = unmount(&mount);
+            // Asked while its files still have names.
             let users = match &unmounted {
                 Err(fuse::Error::Busy { dir }) => users::describe(dir),
                 _ => String::new(),
@@ -406,6 +412,19 @@ impl Mount {
             })
         });
         unmounted.await?
+    }
+}
+
+/// Unmounts; programs that have just opened a file are given a moment.
+fn unmount(mount: &fuse::Mount) -> Result<(), fuse::Error> {
+    let end = std::time::Instant::now() + limits::UNMOUNT_BUSY_WAIT;
+    loop {
+        match mount.unmount() {
+            Err(fuse::Error::Busy { .. }) if std::time::Instant::now() < end => {
+                std::thread::park_timeout(UNMOUNT_LOOK);
+            }
+            unmounted => return unmounted,
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use crate::engine::error::{Error, Result};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::follow_on::LtxBytes;
 use crate::engine::halt::Outgoing;
+use crate::engine::locks::Handle;
 use crate::engine::transaction::{Overlay, Transaction};
 use crate::sqlite::wal::{self, WalCursor, WalHeader};
 use crate::{limits, os};
@@ -29,13 +30,20 @@ const COMMIT_AT: usize = 4;
 
 impl Db {
     /// A write to the WAL that came through us.
-    pub fn write_wal(&self, wal: &Arc<Backing>, offset: u64, data: &[u8], answer: Answer) {
+    pub fn write_wal(
+        &self,
+        wal: &Arc<Backing>,
+        via: Handle,
+        offset: u64,
+        data: &[u8],
+        answer: Answer,
+    ) {
         if self.shared.is_writable() || !self.is_borrowed() {
-            return answer(self.write_wal_here(wal, offset, data));
+            return answer(self.write_wal_here(wal, via, offset, data));
         }
         let begun = self
             .refuse_unstorable()
-            .and_then(|()| self.begin_wal_commit(wal, Overlay { offset, data }));
+            .and_then(|()| self.begin_wal_commit(wal, via, Overlay { offset, data }));
         let outgoing = match begun {
             Ok(Some(outgoing)) => outgoing,
             Ok(None) => return answer(Ok(())),
@@ -49,13 +57,24 @@ impl Db {
         self.forward(outgoing, Box::new(finish));
     }
 
-    fn write_wal_here(&self, wal: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+    fn write_wal_here(
+        &self,
+        wal: &Backing,
+        via: Handle,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
         if !self.may_commit() {
             self.note_refused_write();
             return Err(Refusal::ReadOnly);
         }
         self.refuse_unstorable()?;
-        self.change.lock().unwrap().wal.note_write(offset);
+        let mut change = self.change.lock().unwrap();
+        if offset == 0 {
+            self.settle_doubt(&mut change)?;
+        }
+        change.wal.note_write(offset, via);
+        drop(change);
         self.write_to_wal(wal, offset, data)
     }
 
@@ -79,6 +98,7 @@ impl Db {
     fn begin_wal_commit(
         &self,
         wal: &Backing,
+        via: Handle,
         write: Overlay<'_>,
     ) -> Result<Option<Outgoing>, Refusal> {
         let mut change = self.change.lock().unwrap();
@@ -87,7 +107,7 @@ impl Db {
             self.write_to_wal(wal, write.offset, write.data)?;
             return Ok(None);
         }
-        change.wal.note_write(write.offset);
+        change.wal.note_write(write.offset, via);
         let Some(transaction) = self.completed_by(&mut change, wal, &write)? else {
             self.write_to_wal(wal, write.offset, write.data)?;
             return Ok(None);

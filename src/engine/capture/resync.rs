@@ -37,9 +37,33 @@ impl Db {
         sink: Sink,
     ) -> Result<()> {
         tracing::warn!(db = %self.name, "compare every page: the wal changed in a way that cannot be followed");
-        let Some(mut map) = self.wal_map(wal, None)? else {
+        let Some(map) = self.wal_map(wal, None)? else {
             return Err(self.corrupt("compare pages", "the wal has no valid header"));
         };
+        self.take_difference(change, map, wal, sink)
+    }
+
+    /// As if the WAL, which has a header, held nothing.
+    pub(super) fn resync_file(
+        &self,
+        change: &mut Change,
+        wal: &Arc<File>,
+        sink: Sink,
+    ) -> Result<()> {
+        tracing::warn!(db = %self.name, "compare every page: an application died in the middle of a commit");
+        let Some(map) = self.wal_map(wal, Some(0))? else {
+            return Err(self.corrupt("compare pages", "the wal has no valid header"));
+        };
+        self.take_difference(change, map, wal, sink)
+    }
+
+    fn take_difference(
+        &self,
+        change: &mut Change,
+        mut map: WalMap,
+        wal: &Arc<File>,
+        sink: Sink,
+    ) -> Result<()> {
         let page_size = map.cursor.page_size();
         if change.page_size.is_some_and(|known| known != page_size) {
             return Err(self.corrupt("compare pages", "the wal's page size is not the database's"));

@@ -19,6 +19,7 @@ use super::{Change, Draft, Sink, zero_page_sum};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
+use crate::engine::locks::Handle;
 use crate::engine::transaction::{Overlay, PageRef, WalSpan, ZERO_PAGE};
 use crate::sqlite::wal::{self, Frame, Salts, WalCursor, WalHeader};
 use crate::sqlite::wal_index::{CKPT_AT, IndexHeader};
@@ -34,6 +35,12 @@ pub struct WalState {
     /// A commit frame that was written and did not follow from the frames before it: its checksum, or
     /// theirs, will be written again.
     pub(super) incomplete: Option<u32>,
+    /// The open file through which the present writer wrote.
+    writer: Option<Handle>,
+    /// The last that the present writer was told is that its frames cannot stay.
+    pub(super) refused: bool,
+    /// The last captured frames were written by somebody who died.
+    pub(super) doubtful: bool,
     /// Reused for reading frames.
     buffer: Vec<u8>,
 }
@@ -66,12 +73,14 @@ impl WalState {
     pub fn resume(&mut self, cursor: WalCursor) {
         self.cursor = Some(cursor);
         self.overwritten = false;
+        self.doubtful = false;
     }
 
     /// There is no WAL any more.
     pub fn clear(&mut self) {
         self.cursor = None;
         self.overwritten = false;
+        self.doubtful = false;
     }
 
     /// The same place.
@@ -127,8 +136,16 @@ impl WalState {
         last.or_else(again).filter(|frame| *frame > self.cursor_in(header).frame())
     }
 
+    /// Whether the present writer writes through this open file.
+    pub(super) fn is_written_through(&self, via: Handle) -> bool {
+        self.writer == Some(via)
+    }
+
     /// A write through us at `offset`, bytes into the file.
-    pub fn note_write(&mut self, offset: u64) {
+    pub fn note_write(&mut self, offset: u64, via: Handle) {
+        self.writer = Some(via);
+        self.refused = false;
+        self.doubtful &= self.cursor.is_none_or(|cursor| cursor.offset() != offset);
         if offset == 0 {
             // Another header, with a checksum of its own that the first frame continues.
             self.clear();
@@ -162,6 +179,9 @@ impl Db {
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
+        if change.wal.refused && !self.shared.is_passthrough() {
+            return Ok(());
+        }
         let Some((end, salts)) = self.committed_end(&backing.file)? else { return Ok(()) };
         let seen = change.strays.as_deref().unwrap_or(change);
         let known = match end {
@@ -252,7 +272,7 @@ impl Db {
 
     /// The header of the wal-index, zeros if it is not all there. Only with passthrough do we see what
     /// clients see.
-    fn index_header(&self) -> Result<[u8; CKPT_AT]> {
+    pub(super) fn index_header(&self) -> Result<[u8; CKPT_AT]> {
         let mut bytes = [0; CKPT_AT];
         let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(bytes) };
         let read = os::read_up_to(&shm.file, &mut bytes, 0)
@@ -265,7 +285,7 @@ impl Db {
         Ok(!IndexHeader::is_taken(&self.index_header()?))
     }
 
-    fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {
+    pub(super) fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {
         let mut bytes = [0; wal::HEADER_SIZE];
         let read = os::read_up_to(wal, &mut bytes, 0)
             .map_err(Error::io("read wal header", &self.files.path(FileKind::Wal)))?;

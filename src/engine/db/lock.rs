@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::{Db, Refusal};
+use crate::engine::capture::Cut;
 use crate::engine::capture::wal::Captured;
 use crate::engine::chain::Waiting;
 use crate::engine::error::{Error, Result};
@@ -122,7 +123,9 @@ impl Db {
     /// when the lease is confirmed again or lost.
     pub fn unlock(&self, owner: Owner, set: LockSet, done: impl FnOnce() + Send + 'static) {
         let commits = self.counters.commits.load(Ordering::Relaxed);
-        self.capture_at_release(owner, set);
+        if let Some(cut) = self.capture_at_release(owner, set, Db::capture_of_writer) {
+            return self.release_after(cut, owner, set, done);
+        }
         let committed = self.counters.commits.load(Ordering::Relaxed) != commits;
         match (committed && self.shared.is_fenced(), self.me.upgrade()) {
             (true, Some(me)) => self.shared.fence.when_settled(move |settled| {
@@ -141,16 +144,25 @@ impl Db {
 
     /// Gives up what an owner that is gone has locked.
     fn unlock_gone(&self, owner: Owner, set: LockSet) {
-        self.capture_at_release(owner, set);
-        self.release(owner, set);
+        match self.capture_at_release(owner, set, Db::capture_of_gone_writer) {
+            Some(cut) => self.release_after(cut, owner, set, || ()),
+            None => self.release(owner, set),
+        }
     }
 
-    fn capture_at_release(&self, owner: Owner, set: LockSet) {
-        if set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write) {
-            self.capture_wal();
-            // What was taken and not committed here will come from the primary.
-            self.settle();
+    fn capture_at_release(
+        &self,
+        owner: Owner,
+        set: LockSet,
+        capture: fn(&Db) -> Option<Cut>,
+    ) -> Option<Cut> {
+        if !set.contains(Lock::Write) || !self.holds_exclusively(owner, Lock::Write) {
+            return None;
         }
+        let cut = capture(self);
+        // What was taken and not committed here will come from the primary.
+        self.settle();
+        cut
     }
 
     fn note_commit_without_lease(&self) {

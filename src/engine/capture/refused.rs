@@ -1,0 +1,144 @@
+//! Frames in the WAL of which SQLite may believe something else than what stands there.
+//!
+//! * **Refused**: a commit whose frames are written, and whose writer was told then that they cannot stay
+//!   (the sync failed, or the lease is not confirmed). SQLite rolls back and leaves them where they are,
+//!   for the next writer; but who builds the wal-index anew in the meantime would take them for a
+//!   commit, as would we where the wal-index is out of sight. So they are made invalid before the
+//!   writer's lock goes.
+//! * **Doubtful**: without passthrough nobody can tell whether a writer that died behind its commit frame
+//!   had got as far as the wal-index. The transaction counts; a writer that goes on behind it says that
+//!   it does for SQLite too. If the log goes before that, the database file is compared.
+
+use std::sync::Arc;
+
+use super::wal::Captured;
+use super::{Change, Sink};
+use crate::engine::db::Db;
+use crate::engine::error::{Error, Result};
+use crate::engine::files::{Backing, FileKind};
+use crate::engine::locks::{Handle, Owner};
+use crate::os;
+use crate::sqlite::lock_byte::LockSet;
+use crate::sqlite::wal;
+use crate::sqlite::wal_index::IndexHeader;
+
+/// Frames that were made invalid, and that the kernel may still have as they were.
+pub(in crate::engine) struct Cut {
+    wal: Arc<Backing>,
+    offset: u64,
+}
+
+impl Db {
+    /// A sync through `via` failed: if it was the writer's, its frames do not count.
+    pub(in crate::engine) fn note_refused_sync(&self, via: Handle) {
+        let mut change = self.change.lock().unwrap();
+        // With passthrough the wal-index says what became of it.
+        if self.shared.is_passthrough() || change.wal.is_written_through(via) {
+            change.wal.refused = true;
+        }
+    }
+
+    /// A writer gives its lock up: takes what it committed, and makes invalid what was refused.
+    pub(in crate::engine) fn capture_of_writer(&self) -> Option<Cut> {
+        let cut = self.cut_refused();
+        self.capture_wal();
+        cut
+    }
+
+    /// As [`Db::capture_of_writer`], for a writer that is gone.
+    pub(in crate::engine) fn capture_of_gone_writer(&self) -> Option<Cut> {
+        let before = self.pos();
+        let cut = self.cut_refused();
+        let captured = self.capture_wal();
+        let moved = captured == Captured::All && self.pos() != before;
+        if moved && !self.shared.is_passthrough() {
+            self.change.lock().unwrap().wal.doubtful = true;
+            // Whoever overwrites the frames must not overwrite the only copy.
+            if let Err(error) = self.chain.flush() {
+                self.fail(&error);
+            }
+        }
+        cut
+    }
+
+    fn cut_refused(&self) -> Option<Cut> {
+        let mut change = self.change.lock().unwrap();
+        if !std::mem::take(&mut change.wal.refused) {
+            return None;
+        }
+        let cut = self.cut_after_committed(&change);
+        // Still not to be captured; the next write overwrites it.
+        change.wal.refused = cut.is_err();
+        match cut {
+            Ok(cut) => cut.filter(|_| !self.shared.is_passthrough()),
+            Err(error) => {
+                self.fail(&error);
+                None
+            }
+        }
+    }
+
+    /// Makes the frame after the last committed one invalid, and so all that follow.
+    fn cut_after_committed(&self, change: &Change) -> Result<Option<Cut>> {
+        let Some(wal) = self.files.get(FileKind::Wal) else { return Ok(None) };
+        let Some(header) = self.wal_header(&wal.file)? else { return Ok(None) };
+        let offset = match self.shared.is_passthrough() {
+            true => match IndexHeader::parse(&self.index_header()?) {
+                Some(index) if index.salts == header.salts => {
+                    wal::frame_offset(header.page_size, index.mx_frame + 1)
+                }
+                _ => return Ok(None),
+            },
+            false => {
+                let seen = change.strays.as_deref().unwrap_or(change);
+                seen.wal.cursor_in(&header).offset()
+            }
+        };
+        let path = self.files.path(FileKind::Wal);
+        let error = || Error::io("cut refused frames", &path);
+        if wal.file.metadata().map_err(error())?.len() <= offset {
+            return Ok(None);
+        }
+        let zeros = [0; wal::FRAME_HEADER_SIZE];
+        os::write_at("wal:cut", &wal.file, &zeros, offset).map_err(error())?;
+        tracing::debug!(db = %self.name, offset, "refused frames were made invalid");
+        Ok(Some(Cut { wal, offset }))
+    }
+
+    /// Gives locks up, and calls `done`, when the kernel knows of the cut: who gets the locks may build
+    /// the wal-index. Not on this thread, which may have to answer what the kernel waits for.
+    pub(in crate::engine) fn release_after(
+        &self,
+        cut: Cut,
+        owner: Owner,
+        set: LockSet,
+        done: impl FnOnce() + Send + 'static,
+    ) {
+        let Some(me) = self.me.upgrade() else { return done() };
+        let tell = move || {
+            if let Some(cache) = me.shared.page_cache() {
+                cache.pages_changed(cut.wal.ino, cut.offset, wal::FRAME_HEADER_SIZE as u64);
+            }
+            me.release(owner, set);
+            done();
+        };
+        if let Err(error) = std::thread::Builder::new().name("litefs-cut".into()).spawn(tell) {
+            tracing::error!(db = %self.name, %error, "start thread");
+            self.release(owner, set);
+        }
+    }
+
+    /// The log is about to go, so all that counts for SQLite is in the database file: takes what
+    /// differs, if there was a doubt.
+    pub(in crate::engine) fn settle_doubt(&self, change: &mut Change) -> Result<()> {
+        if !change.wal.doubtful {
+            return Ok(());
+        }
+        if let Some(wal) = self.files.get(FileKind::Wal) {
+            self.resync_file(change, &wal.file, Sink::Chain)?;
+            self.chain.flush()?;
+        }
+        change.wal.doubtful = false;
+        Ok(())
+    }
+}

@@ -158,8 +158,11 @@ fn a_lock_lasts_as_long_as_its_node() {
     cluster.check();
 }
 
-/// The status and the body of an answer.
-fn call(node: &Node, method: &str, path: &str, body: &[u8]) -> (u16, String) {
+/// The node whose calls are played by hand.
+pub(super) const LITEFS: NodeId = NodeId(0xab);
+
+/// The status and the body of an answer to [`LITEFS`].
+pub(super) fn call(node: &Node, method: &str, path: &str, body: &[u8]) -> (u16, String) {
     let mut stream = TcpStream::connect(node.address()).unwrap();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: x\r\nLitefs-Id: 00000000000000AB\r\nConnection: close\r\n\
@@ -191,7 +194,7 @@ fn transaction(txid: u64, pre: Checksum, post: Checksum) -> Vec<u8> {
         wal_size: 0,
         wal_salt1: 0,
         wal_salt2: 0,
-        node_id: NodeId(0xab),
+        node_id: LITEFS,
     };
     let mut encoder = Encoder::new(Vec::new(), header).unwrap();
     encoder.page(Pgno(2), &[7; 4096]).unwrap();

@@ -18,7 +18,7 @@ use crate::support::sqlite;
 pub(super) const DB: &str = "app.db";
 
 /// What is asked of byte 72.
-fn range(kind: i32) -> libc::flock {
+pub(super) fn range(kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -29,7 +29,7 @@ fn range(kind: i32) -> libc::flock {
 }
 
 /// Opens the lock file of a database.
-fn lock_file(node: &Node) -> File {
+pub(super) fn lock_file(node: &Node) -> File {
     let path = node.file(&format!("{DB}-lock"));
     File::options().read(true).write(true).open(path).unwrap()
 }

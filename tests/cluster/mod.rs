@@ -31,6 +31,8 @@ mod join;
 mod large;
 /// Nodes with a lease in Consul.
 mod lease;
+/// HALT locks at their edges.
+mod lent;
 /// Nodes with a lease in Consul, and faults by chance.
 mod random;
 /// Readers on a replica.
@@ -41,6 +43,9 @@ mod refuse;
 mod secure;
 /// Nodes for long, and what they use.
 mod soak;
+
+/// What nodes say of themselves and of their primary.
+mod truth;
 
 /// A primary and its replicas.
 pub struct Cluster {

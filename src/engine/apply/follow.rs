@@ -224,6 +224,10 @@ impl Db {
     /// Lets go: from now on the clients write the WAL themselves, or nobody does.
     pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) {
         let Some(mut follower) = turn.follower.take() else { return };
+        if let Err(source) = follower.writer.begin_log() {
+            let error = self.wal_error("begin wal", source);
+            tracing::error!(db = %self.name, error = chain_text(&error), "let go of wal");
+        }
         follower.writer.tell(&FollowerCache::new(self, &follower.files));
         change.wal.resume(follower.writer.cursor());
         self.inbox.followed.store(false, Ordering::SeqCst);

@@ -273,8 +273,17 @@ impl WalWriter {
     /// Where the wal-index is out of sight, the log alone tells which frames count. So the header of
     /// a new run does not wait for its first frame.
     fn begin_log_if_blind(&mut self) -> Result<(), Error> {
-        match (self.marks, self.log) {
-            (Marks::Writer, Log::Fresh) => self.start_log().map_err(io_error("write wal header")),
+        match self.marks {
+            Marks::Writer => self.begin_log(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the header of a new run, if the log has started over and has no frame yet. Before others
+    /// write the log: if they build the wal-index anew, they must not find the frames of the former run.
+    pub fn begin_log(&mut self) -> Result<(), Error> {
+        match self.log {
+            Log::Fresh => self.start_log().map_err(io_error("write wal header")),
             _ => Ok(()),
         }
     }

@@ -56,9 +56,6 @@ pub use shared::PageCache;
 /// How many of its own ids a node remembers: as many starts as a year of weekly deployments.
 const OWN_IDS_MAX: usize = 64;
 
-/// No clock is ahead by that much.
-const UNKNOWN: i64 = i64::MAX;
-
 /// What an engine is opened with.
 pub struct Options {
     /// The data directory; made if it is missing.
@@ -122,9 +119,6 @@ pub struct Engine {
     cluster_id: Mutex<Option<ClusterId>>,
     /// 0: primary. -1: never synced. Else when the last news came, in milliseconds since the epoch.
     lag_timestamp_ms: AtomicI64,
-    /// How far this node's clock is ahead of the primary's, the way of the news included: the least that
-    /// was seen on the present stream.
-    clock_ahead_ms: AtomicI64,
     /// Ends the retention thread.
     stop: Arc<(Mutex<bool>, Condvar)>,
     retention: Mutex<Option<JoinHandle<()>>>,
@@ -165,7 +159,6 @@ impl Engine {
             role: Mutex::new(Role::Unknown),
             cluster_id: Mutex::new(cluster_id),
             lag_timestamp_ms: AtomicI64::new(-1),
-            clock_ahead_ms: AtomicI64::new(UNKNOWN),
             stop: Arc::default(),
             retention: Mutex::default(),
             writer: Mutex::new(Some(writer)),
@@ -293,14 +286,13 @@ impl Engine {
 
     /// A stream to a primary begins, whose clock is not known yet.
     pub fn stream_began(&self) {
-        self.clock_ahead_ms.store(UNKNOWN, Ordering::SeqCst);
+        self.shared.forget_clock();
     }
 
     /// A heartbeat, with the time of the primary's clock at which it was sent.
     pub fn heartbeat(&self, timestamp_ms: i64) {
         self.news(timestamp_ms);
-        let ahead = (self.shared.clock)().saturating_sub(timestamp_ms);
-        self.clock_ahead_ms.fetch_min(ahead, Ordering::SeqCst);
+        self.shared.note_clock(timestamp_ms);
     }
 
     /// Other news of the primary: a transaction's time.
@@ -318,11 +310,7 @@ impl Engine {
     pub fn lag_ms(&self) -> Option<i64> {
         match self.lag_timestamp_ms()? {
             0 => Some(0),
-            timestamp => {
-                let ahead = Some(self.clock_ahead_ms.load(Ordering::SeqCst));
-                let ahead = ahead.filter(|ahead| *ahead != UNKNOWN).unwrap_or(0);
-                Some((self.shared.clock)().saturating_sub(timestamp).saturating_sub(ahead))
-            }
+            timestamp => Some(self.shared.since(timestamp)),
         }
     }
 

@@ -72,6 +72,8 @@ pub enum Force {
 pub struct Field<'a> {
     /// How far this node is.
     pub own: &'a Standing,
+    /// Its databases.
+    pub positions: &'a [(DbName, Pos)],
     /// What the last primary wrote.
     pub record: Option<&'a Record>,
     /// The other candidates.
@@ -139,6 +141,25 @@ impl Record {
         }
     }
 
+    /// What a node lacks of what the primary had; in words. Within a term a database of which less is
+    /// there is behind, however far others are: the record is a second old, and they may have gone on.
+    pub fn is_ahead_of(&self, own: &Standing, positions: &[(DbName, Pos)]) -> Option<String> {
+        if own.is_behind(&self.standing) {
+            return Some(format!("had {}, this node has {own}", self.standing));
+        }
+        let here = |name: &str| {
+            let found = positions.iter().find(|(own, _)| own.as_str() == name);
+            found.map_or(Pos::ZERO, |(_, pos)| *pos)
+        };
+        let listed = self.databases.iter().filter(|_| own.term <= self.standing.term);
+        let mut behind = listed.filter_map(|(name, pos)| {
+            let (there, here) = (pos.parse::<Pos>().ok()?, here(name));
+            let lacks = here.txid < there.txid;
+            lacks.then(|| format!("had {name} at {}, this node at {}", there.txid, here.txid))
+        });
+        behind.next()
+    }
+
     /// Whether a node with these databases has everything that the record names.
     pub fn is_met_by(&self, positions: &[(DbName, Pos)]) -> bool {
         let has = |(name, pos): (&String, &String)| {
@@ -156,8 +177,10 @@ impl Field<'_> {
         if self.force == Force::Yes {
             return Verdict::Run;
         }
-        let behind_record = self.record.filter(|record| self.own.is_behind(&record.standing));
-        if let Some(record) = behind_record
+        let behind_record = self
+            .record
+            .and_then(|record| Some((record, record.is_ahead_of(self.own, self.positions)?)));
+        if let Some((record, _)) = &behind_record
             && self.own.is_empty()
         {
             return Verdict::Never(format!(
@@ -177,11 +200,8 @@ impl Field<'_> {
                 false => Verdict::RunBehind(text),
             };
         }
-        let Some(record) = behind_record else { return Verdict::Run };
-        let text = format!(
-            "the last primary {:?} had {}, this node has {}",
-            record.hostname, record.standing, self.own
-        );
+        let Some((record, lacks)) = behind_record else { return Verdict::Run };
+        let text = format!("the last primary {:?} {lacks}", record.hostname);
         match self.waited < limits::ELECTION_RECORD_WAIT {
             true => Verdict::Wait(text),
             false => Verdict::RunBehind(text),
@@ -226,7 +246,8 @@ mod tests {
         waited: Duration,
     ) -> Verdict {
         let record = last.map(record);
-        Field { own, record: record.as_ref(), rivals, waited, force: Force::No }.verdict()
+        let record = record.as_ref();
+        Field { own, positions: &[], record, rivals, waited, force: Force::No }.verdict()
     }
 
     #[test]
@@ -268,13 +289,46 @@ mod tests {
         assert_eq!(verdict(&standing(4, 12, 0), last, &rivals, NO_TIME), Verdict::Run);
     }
 
+    /// One database went on after the record was written, and another one did not come along.
+    #[test]
+    fn who_lacks_a_database_is_behind_whatever_the_sum_is() {
+        let at = |name: &str, txid: u64| {
+            let pos = Pos { txid: Txid(txid), checksum: Checksum::flagged(txid) };
+            (DbName::new(name).unwrap(), pos)
+        };
+        let last =
+            Record { hostname: "old".to_owned(), ..Record::of(3, &[at("a", 10), at("b", 20)]) };
+        let verdict = |term, positions: &[(DbName, Pos)]| {
+            let own = Standing::of(term, positions);
+            let (record, rivals) = (Some(&last), &[]);
+            Field { own: &own, positions, record, rivals, waited: NO_TIME, force: Force::No }
+                .verdict()
+        };
+        assert_eq!(verdict(3, &[at("a", 10), at("b", 20)]), Verdict::Run);
+        assert_eq!(verdict(3, &[at("a", 15), at("b", 20)]), Verdict::Run);
+        let behind = verdict(3, &[at("a", 40), at("b", 5)]);
+        assert!(
+            matches!(&behind, Verdict::Wait(why) if why.contains("had b at 0000000000000014")),
+            "{behind:?}"
+        );
+        assert!(matches!(verdict(3, &[at("a", 40)]), Verdict::Wait(_)));
+        // What a later primary did without is gone.
+        assert_eq!(verdict(4, &[at("a", 40)]), Verdict::Run);
+    }
+
     #[test]
     fn an_empty_node_never_takes_over_data_unless_forced() {
         let own = standing(0, 0, 0);
         let last = record(standing(3, 12, 0));
         let ever = Duration::from_secs(1_000_000);
-        let field =
-            |force| Field { own: &own, record: Some(&last), rivals: &[], waited: ever, force };
+        let field = |force| Field {
+            own: &own,
+            positions: &[],
+            record: Some(&last),
+            rivals: &[],
+            waited: ever,
+            force,
+        };
         assert!(matches!(field(Force::No).verdict(), Verdict::Never(_)));
         assert_eq!(field(Force::Yes).verdict(), Verdict::Run);
         assert_eq!(verdict(&own, Some(standing(1, 0, 0)), &[], NO_TIME), Verdict::Run);
@@ -286,8 +340,14 @@ mod tests {
     fn each_term_is_higher_than_all_that_are_known() {
         let own = standing(3, 10, 0);
         let (last, rivals) = (record(standing(5, 1, 0)), [rival(standing(7, 1, 0))]);
-        let field =
-            |record, rivals| Field { own: &own, record, rivals, waited: NO_TIME, force: Force::No };
+        let field = |record, rivals| Field {
+            own: &own,
+            positions: &[],
+            record,
+            rivals,
+            waited: NO_TIME,
+            force: Force::No,
+        };
         assert_eq!(field(None, &[]).next_term(), 4);
         assert_eq!(field(Some(&last), &[]).next_term(), 6);
         assert_eq!(field(Some(&last), &rivals).next_term(), 8);

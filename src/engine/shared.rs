@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ use super::fence::Fence;
 use super::files::FileKind;
 use super::halt::Forward;
 use crate::limits;
+
+/// A clock that is not known.
+const UNKNOWN: i64 = i64::MAX;
 
 /// How long a look at the free space holds.
 const SPACE_INTERVAL: Duration = Duration::from_millis(20);
@@ -80,6 +83,9 @@ pub struct Shared {
     writing: AtomicU8,
     /// Whether everything here is known to come from the primary that the node follows.
     same_line: AtomicBool,
+    /// How far this node's clock is ahead of the primary's, the way of the news included: the least that
+    /// was seen on the present stream.
+    clock_ahead_ms: AtomicI64,
     /// Whether clients share the pages of `-wal` and `-shm` with us.
     passthrough: AtomicBool,
     /// The kernel, once something is mounted.
@@ -112,6 +118,7 @@ impl Shared {
             fence: Fence::default(),
             writing: AtomicU8::new(Writing::Refused as u8),
             same_line: AtomicBool::new(false),
+            clock_ahead_ms: AtomicI64::new(UNKNOWN),
             passthrough: AtomicBool::new(false),
             page_cache: OnceLock::new(),
             forward: OnceLock::new(),
@@ -170,6 +177,24 @@ impl Shared {
     /// Says whether the primary that the node follows has everything that is here.
     pub fn set_same_line(&self, same: bool) {
         self.same_line.store(same, Ordering::SeqCst);
+    }
+
+    /// The primary's clock is not known yet.
+    pub fn forget_clock(&self) {
+        self.clock_ahead_ms.store(UNKNOWN, Ordering::SeqCst);
+    }
+
+    /// The primary's clock said so when it sent what has just come.
+    pub fn note_clock(&self, timestamp_ms: i64) {
+        let ahead = (self.clock)().saturating_sub(timestamp_ms);
+        self.clock_ahead_ms.fetch_min(ahead, Ordering::SeqCst);
+    }
+
+    /// Milliseconds since a moment of the primary's clock, as far as that is known.
+    pub fn since(&self, timestamp_ms: i64) -> i64 {
+        let ahead = Some(self.clock_ahead_ms.load(Ordering::SeqCst));
+        let ahead = ahead.filter(|ahead| *ahead != UNKNOWN).unwrap_or(0);
+        (self.clock)().saturating_sub(timestamp_ms).saturating_sub(ahead)
     }
 
     /// Whether clients share the pages of `-wal` and `-shm` with us.

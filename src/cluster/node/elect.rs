@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ltx::Pos;
 use tokio::time::timeout;
 
 use super::lead::{Lease, Tenure};
@@ -15,7 +16,7 @@ use crate::boot_time::BootTime;
 use crate::cluster::consul::{Consul, Held, Holder};
 use crate::cluster::election::{Field, Force, Record, Rival, Standing, Verdict};
 use crate::cluster::replica;
-use crate::engine::ClusterId;
+use crate::engine::{ClusterId, DbName};
 use crate::limits;
 
 /// Between two looks at a lease that is about to be taken.
@@ -147,12 +148,12 @@ impl Node {
             return Ok(None);
         }
         let (own, record) = (self.lineage.standing(&self.engine), consul.record().await?);
-        let behind = record.as_ref().filter(|record| own.is_behind(&record.standing));
-        if let Some(record) = behind.filter(|_| self.force() == Force::No) {
+        let positions = self.lineage.positions(&self.engine);
+        let behind = record.as_ref().and_then(|record| record.is_ahead_of(&own, &positions));
+        if let Some(lacks) = behind.filter(|_| self.force() == Force::No) {
             tracing::warn!(
-                "this node had the lease, but has lost transactions since: it had {}, and has {own}; \
-                 giving the lease back, for others may have them",
-                record.standing
+                "this node had the lease, but has lost transactions since: it {lacks}; giving the lease \
+                 back, for others may have them"
             );
             consul.release(session).await;
             self.remember_session(None).await?;
@@ -164,7 +165,7 @@ impl Node {
             return Ok(Some(Found::Wait(LOOK)));
         };
         tracing::info!("took up the lease of before: its session was still there");
-        let term = self.field(&own, record.as_ref(), &[]).next_term();
+        let term = self.field(&own, &positions, record.as_ref(), &[]).next_term();
         let (consul, session) = (consul.clone(), session.clone());
         Ok(Some(Found::Lease(Lease::Consul(Tenure {
             consul,
@@ -255,10 +256,12 @@ impl Node {
             self.campaign = Campaign { free: self.campaign.free, ..Campaign::default() };
             return Ok(Found::Wait(pause));
         }
-        if let Verdict::RunBehind(why) = self.field(own, record.as_ref(), &rivals).verdict() {
+        let positions = self.lineage.positions(&self.engine);
+        let field = self.field(own, &positions, record.as_ref(), &rivals);
+        if let Verdict::RunBehind(why) = field.verdict() {
             tracing::warn!("taking the lease although transactions are missing: {why}");
         }
-        let term = self.field(own, record.as_ref(), &rivals).next_term();
+        let term = field.next_term();
         if self.campaign.stands.is_some() {
             // Its session lives on with the lease, and perhaps on another node.
             consul.withdraw().await?;
@@ -283,7 +286,8 @@ impl Node {
     ) -> Result<Option<Duration>, Error> {
         self.force();
         let (record, rivals) = (consul.record().await?, consul.rivals().await?);
-        match self.field(own, record.as_ref(), &rivals).verdict() {
+        let positions = self.lineage.positions(&self.engine);
+        match self.field(own, &positions, record.as_ref(), &rivals).verdict() {
             Verdict::Run | Verdict::RunBehind(_) => Ok(None),
             Verdict::Wait(why) => {
                 self.reports.info(&why, format_args!("no primary: waiting, because {why}"));
@@ -299,12 +303,13 @@ impl Node {
     fn field<'a>(
         &self,
         own: &'a Standing,
+        positions: &'a [(DbName, Pos)],
         record: Option<&'a Record>,
         rivals: &'a [Rival],
     ) -> Field<'a> {
         let since = self.campaign.free.map(|free| BootTime::now().since(free.since));
         let force = if self.forced.is_empty() { Force::No } else { Force::Yes };
-        Field { own, record, rivals, waited: since.unwrap_or_default(), force }
+        Field { own, positions, record, rivals, waited: since.unwrap_or_default(), force }
     }
 
     /// The session of the campaign, made if there is none.
@@ -392,7 +397,7 @@ impl Node {
         let Some(index) = index else { return refuse("the offer does not stand any more") };
         self.remember_session(Some(session.to_owned())).await?;
         let own = self.lineage.standing(&self.engine);
-        let term = self.field(&own, record.as_ref(), &[]).next_term();
+        let term = self.field(&own, &positions, record.as_ref(), &[]).next_term();
         self.end_campaign().await;
         let session = session.to_owned();
         Ok(Some(Tenure { consul, session, index, term, confirmed, written: None, fenced: false }))

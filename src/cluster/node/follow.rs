@@ -47,7 +47,8 @@ impl Node {
                     false => self.campaign.answered(),
                 }
                 let text = chain_text(&error);
-                tracing::warn!("{id}: disconnected from primary: {text}");
+                // A primary that is away is tried many times.
+                self.reports.warn(&text, format_args!("{id}: disconnected from primary: {text}"));
                 Ok(Then::Pause)
             }
         }

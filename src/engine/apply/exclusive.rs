@@ -442,7 +442,7 @@ impl Db {
 
     /// Notes how long a transaction took from its commit to here.
     pub(super) fn note_lag(&self, header: &Header) {
-        let lag = (self.shared.clock)().saturating_sub(header.timestamp_ms).max(0);
+        let lag = self.shared.since(header.timestamp_ms).max(0);
         self.counters.lag_ms.store(lag as u64, Ordering::Relaxed);
     }
 }

@@ -414,7 +414,7 @@ impl Backup {
         Ok(spawn_blocking(move || db.set_backed(pos, hwm, page_size)).await??)
     }
 
-    /// Takes over what the backup has; where the database stands then.
+    /// Takes over what the backup has; where that stands.
     async fn restore(&self, name: &DbName, local: Pos) -> Result<Pos, Error> {
         let (engine, db) = (self.engine.clone(), name.clone());
         let receiver = spawn_blocking(move || engine.receive(&db)).await??;

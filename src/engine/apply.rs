@@ -137,6 +137,16 @@ impl Received {
         Received { header, trailer, sums, mode: None, body: Body::Spool(path, file, len) }
     }
 
+    /// A small LTX file that was made here.
+    pub(super) fn made(
+        header: Header,
+        trailer: Trailer,
+        sums: PageList,
+        bytes: Vec<u8>,
+    ) -> Received {
+        Received { header, trailer, sums, mode: None, body: Body::Memory(bytes.into()) }
+    }
+
     /// Reads it from the start.
     fn open(&self) -> Result<Decoder<Box<dyn Read + '_>>, ltx::Error> {
         self.body.open()

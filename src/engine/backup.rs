@@ -274,7 +274,7 @@ impl Db {
 
 impl Receiver {
     /// The file is complete, and is the snapshot of a backup that takes the place of the database, which
-    /// must stand at `expected`. Blocking.
+    /// must stand at `expected`; where the backup stands. Blocking.
     ///
     /// # Errors
     /// The file does not verify or is no snapshot; the database stands elsewhere by now, or is in use;

@@ -4,6 +4,7 @@
 //! mode CKPT and READ1 are held, so that no frame is moved or overwritten while readers and writers
 //! go on; in rollback mode SHARED is held, which lets readers go on.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -134,31 +135,79 @@ impl Db {
     /// Errors: this node is not the primary; the file is not a database; readers do not finish.
     pub fn import(&self, source: &Path) -> Result<Pos> {
         let file = File::open(source).map_err(Error::io("open import", source))?;
-        self.replace(|change| {
+        let make = |change: &Change| {
             let spool = self.dir.ltx().join("import.ltx.tmp");
             os::remove_if_present("import:spool", &spool).map_err(Error::io("remove", &spool))?;
             self.encode_import(change, &file, source, spool)
-        })
+        };
+        self.replace(make, |_| Ok(None))
     }
 
-    /// Replaces the content by that of a snapshot of the backup, if the database stands at `expected`.
+    /// Replaces the content by that of a snapshot of the backup, if the database stands at `expected`; the
+    /// position of the snapshot.
+    /// Another transaction lets SQLite's counters go on from those of the former content, for the
+    /// connections that are open.
     pub(super) fn restore(&self, received: Received, expected: Pos) -> Result<Pos> {
         if !received.header.is_snapshot() {
             return Err(self.corrupt("restore backup", "what the backup sends is no snapshot"));
         }
-        self.replace(|change| {
+        let (counters, at) = (Cell::new(None), received.pos());
+        let make = |change: &Change| {
             let (have, need) = (change.pos, expected);
-            let db = self.name.clone();
-            if have == need {
-                Ok(received)
-            } else {
-                Err(Error::PositionMismatch { db, have, need })
+            if have != need {
+                return Err(Error::PositionMismatch { db: self.name.clone(), have, need });
             }
+            if !have.is_zero() {
+                counters.set(Some(self.next_counters(change)?));
+            }
+            Ok(received)
+        };
+        self.replace(make, |change| match counters.get() {
+            Some(former) if change.pages() > 0 => self.encode_counters(change, former).map(Some),
+            _ => Ok(None),
         })
+        .map(|_| at)
     }
 
-    /// Applies what `make` makes, with everybody locked out.
-    fn replace(&self, make: impl FnOnce(&Change) -> Result<Received>) -> Result<Pos> {
+    /// A transaction that moves the counters of page 1 past what they are and `former`. All of the
+    /// database is in its file.
+    fn encode_counters(&self, change: &Change, former: (u32, u32)) -> Result<Received> {
+        let ltx = |source| self.ltx_error("encode counters", source);
+        let path = self.files.path(FileKind::Database);
+        let (Some(page_size), Some(database)) =
+            (change.page_size, self.files.get(FileKind::Database))
+        else {
+            return Err(self.corrupt("restore backup", "the database has no file"));
+        };
+        let mut page = vec![0; page_size.bytes()];
+        os::read_up_to(&database.file, &mut page, 0).map_err(Error::io("read page 1", &path))?;
+        let found = DatabaseHeader::parse(&page)
+            .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
+        let past = |former: u32, found: u32| former.max(found.wrapping_add(1));
+        let counter = past(former.0, found.change_counter);
+        header::set_counters(&mut page, counter, past(former.1, found.schema_cookie));
+        let txid = change.pos.txid.next();
+        let header = Header {
+            page_size,
+            commit: change.pages(),
+            min_txid: txid,
+            max_txid: txid,
+            pre_apply: change.pos.checksum,
+            ..self.snapshot_header(change.pos)
+        };
+        let mut encoder = Encoder::new(Vec::new(), header).map_err(ltx)?;
+        let sum = encoder.page(Pgno(1), &page).map_err(ltx)?;
+        let post = change.pos.checksum.toggle(change.sums.get(Pgno(1))).toggle(sum);
+        let (bytes, trailer) = encoder.finish(post).map_err(ltx)?;
+        Ok(Received::made(header, trailer, vec![(Pgno(1), sum)], bytes))
+    }
+
+    /// Applies what `make` makes, and then what `after` makes, with everybody locked out.
+    fn replace(
+        &self,
+        make: impl FnOnce(&Change) -> Result<Received>,
+        after: impl FnOnce(&Change) -> Result<Option<Received>>,
+    ) -> Result<Pos> {
         self.refuse_import()?;
         let _turn = self.turn();
         if self.inbox.has_queue() {
@@ -178,7 +227,13 @@ impl Db {
         }
         let mut stale = Stale::default();
         let received = Arc::new(received);
-        let applied = self.apply_locked(&mut locks, &mut change, &received, &mut stale);
+        let mut apply = |change: &mut Change, received: &Arc<Received>| {
+            self.apply_locked(&mut locks, change, received, &mut stale)
+        };
+        let applied = apply(&mut change, &received).and_then(|()| match after(&change)? {
+            Some(next) => apply(&mut change, &Arc::new(next)),
+            None => Ok(()),
+        });
         if let (Err(error), true) = (&applied, locks.is_left()) {
             // Everybody stays locked out; the chain has it, so a restart brings it to its end.
             self.fail_for_good(error);

@@ -1,14 +1,21 @@
-//! Threads for calls that wait for a disk.
+//! Calls that wait for a disk, and threads for them.
 //!
 //! A worker, above all the one of a CPU's ring, serves other clients too, and one fsync(2) takes
 //! as long as thousands of lock calls. So what is known to end in the disk's queue is handed to one
 //! of a few threads: the client, which waits for the disk anyway, pays one wake-up more. Nothing is
 //! ordered among such calls; the kernel holds back itself what must be one after the other.
+//!
+//! On a quick disk that wake-up costs as much as the sync. Where others read the same `/dev/fuse`,
+//! one worker at a time makes a sync itself, and goes to a thread again as soon as one took long
+//! ([`QUICK_MAX`]). At least one worker always reads on; no worker waits for what only another one can
+//! serve.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -16,14 +23,30 @@ use nix::errno::Errno;
 /// make one flush of many.
 const THREADS: usize = 4;
 
+/// A sync that takes longer is worth a wake-up, and too long to have one worker less.
+const QUICK_MAX: Duration = Duration::from_millis(1);
+
 /// A call to be made.
 type Call = Box<dyn FnOnce() + Send>;
 
+/// Whether a worker may wait for the disk itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Workers {
+    /// One of several that read from one place: the others go on.
+    Alike,
+    /// Nobody else serves its clients.
+    Alone,
+}
+
 /// Calls that wait for a thread. There are never more than requests under way.
-#[derive(Default)]
 pub(crate) struct Disk {
     state: Mutex<State>,
     changed: Condvar,
+    workers: Workers,
+    /// A worker waits for the disk.
+    one_waits: AtomicBool,
+    /// The last sync took longer than [`QUICK_MAX`].
+    is_slow: AtomicBool,
 }
 
 #[derive(Default)]
@@ -34,8 +57,10 @@ struct State {
 
 impl Disk {
     /// Starts the threads. They end, their calls made, with [`Disk::stop`].
-    pub fn start() -> Result<Arc<Disk>, Errno> {
-        let disk = Arc::new(Disk::default());
+    pub fn start(workers: Workers) -> Result<Arc<Disk>, Errno> {
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        let (one_waits, is_slow) = (AtomicBool::new(false), AtomicBool::new(false));
+        let disk = Arc::new(Disk { state, changed, workers, one_waits, is_slow });
         for index in 0..THREADS {
             let of_thread = disk.clone();
             let spawned = thread::Builder::new()
@@ -55,6 +80,28 @@ impl Disk {
         state.calls.push_back(Box::new(call));
         drop(state);
         self.changed.notify_one();
+    }
+
+    /// Makes a sync: on the worker that calls this if it can be spared, or on one of the threads.
+    pub fn sync(self: &Arc<Self>, sync: impl FnOnce() + Send + 'static) {
+        if let Some(_spared) = self.spare() {
+            self.time(sync);
+            return;
+        }
+        let disk = self.clone();
+        self.call(move || disk.time(sync));
+    }
+
+    /// A worker less, until the result is dropped.
+    fn spare(&self) -> Option<Spared<'_>> {
+        let may = self.workers == Workers::Alike && !self.is_slow.load(Ordering::Relaxed);
+        (may && !self.one_waits.swap(true, Ordering::Acquire)).then(|| Spared(&self.one_waits))
+    }
+
+    fn time(&self, sync: impl FnOnce()) {
+        let start = Instant::now();
+        sync();
+        self.is_slow.store(start.elapsed() > QUICK_MAX, Ordering::Relaxed);
     }
 
     /// Ends the threads when nothing is left to do.
@@ -78,15 +125,25 @@ impl Disk {
     }
 }
 
+/// A worker that waits for the disk itself.
+struct Spared<'a>(&'a AtomicBool);
+
+impl Drop for Spared<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
+    use std::thread::ThreadId;
 
     use super::*;
 
     #[test]
     fn every_call_is_made_even_after_a_panic_and_at_the_end() {
-        let disk = Disk::start().unwrap();
+        let disk = Disk::start(Workers::Alone).unwrap();
         let (done, made) = channel();
         for number in 0..100 {
             let done = done.clone();
@@ -98,5 +155,53 @@ mod tests {
         disk.stop();
         drop(done);
         assert_eq!(made.iter().count(), 90);
+    }
+
+    /// On which thread a sync is made that then does `meanwhile`.
+    fn thread_of_sync(disk: &Arc<Disk>, meanwhile: impl FnOnce() + Send + 'static) -> ThreadId {
+        let (done, made) = channel();
+        disk.sync(move || {
+            meanwhile();
+            done.send(thread::current().id()).unwrap();
+        });
+        made.recv().unwrap()
+    }
+
+    #[test]
+    fn one_worker_at_a_time_syncs_itself_if_others_read_on() {
+        let here = thread::current().id();
+        let alone = Disk::start(Workers::Alone).unwrap();
+        assert_ne!(thread_of_sync(&alone, || {}), here);
+        alone.stop();
+
+        let disk = Disk::start(Workers::Alike).unwrap();
+        // How long a call takes on a busy machine is not to be known.
+        disk.is_slow.store(false, Ordering::Relaxed);
+        assert_eq!(thread_of_sync(&disk, || {}), here);
+        disk.is_slow.store(false, Ordering::Relaxed);
+        let spared = disk.spare().unwrap();
+        assert_ne!(thread_of_sync(&disk, || {}), here);
+        drop(spared);
+        disk.is_slow.store(false, Ordering::Relaxed);
+        let of_disk = disk.clone();
+        let panicked = catch_unwind(AssertUnwindSafe(|| of_disk.sync(|| panic!("on purpose"))));
+        assert!(panicked.is_err());
+        assert!(disk.spare().is_some(), "the worker is back after a panic");
+        disk.stop();
+    }
+
+    #[test]
+    fn after_a_sync_that_took_long_the_next_goes_to_a_thread() {
+        let here = thread::current().id();
+        let disk = Disk::start(Workers::Alike).unwrap();
+        let busy_for_long = || {
+            let start = Instant::now();
+            while start.elapsed() <= QUICK_MAX {
+                std::hint::spin_loop();
+            }
+        };
+        assert_eq!(thread_of_sync(&disk, busy_for_long), here);
+        assert_ne!(thread_of_sync(&disk, busy_for_long), here);
+        disk.stop();
     }
 }

@@ -360,7 +360,7 @@ impl<V: Volume> Session<V> {
         match self.handle(fh) {
             Some(handle) => {
                 let (volume, reply) = (self.volume.clone(), empty(to));
-                self.disk.call(move || volume.fsync(&handle, data_only, reply));
+                self.disk.sync(move || volume.fsync(&handle, data_only, reply));
             }
             None => {
                 to.error(Errno::ESTALE);

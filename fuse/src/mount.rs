@@ -16,7 +16,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::dev::{self, Buffer, Channel, Source};
-use crate::disk::Disk;
+use crate::disk::{Disk, Workers};
 use crate::dispatch::{Session, Trace};
 use crate::error::Error;
 use crate::init::{self, Agreed, Ready};
@@ -215,12 +215,14 @@ fn start<V: Volume>(
     let (notifier, posts) = Notifier::connected(channel.clone());
     let ways = Ways::new(channel.clone(), passthrough);
     let trace = if options.debug { Trace::On } else { Trace::Off };
-    let disk = Disk::start()
+    let sources = sources(&channel, transport, options.workers);
+    // A ring's clients have its thread alone.
+    let alike = transport == Transport::Dev && sources.len() > 1;
+    let disk = Disk::start(if alike { Workers::Alike } else { Workers::Alone })
         .map_err(|source| Error::Session { doing: "start fuse disk threads", source })?;
     let session = Arc::new(Session::new(volume.clone(), ways, disk, trace));
     volume.mounted(Kernel { passthrough, notifier: notifier.clone() });
 
-    let sources = sources(&channel, transport, options.workers);
     let workers = sources.len() + rings.len();
     let end = Arc::new(End::new(workers, posts.clone(), &session));
     spawn("fuse-notify", move || posts.carry_out())?;

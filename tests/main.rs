@@ -22,6 +22,8 @@ mod model;
 mod mount;
 // Nodes with a proxy in front of a small application.
 mod proxy;
+// SQLite's own test suite on the mount.
+mod tcl;
 // Each promise of docs/SEMANTICS.md, quoted above its test.
 mod semantics;
 // The rules of the source tree that no compiler checks.

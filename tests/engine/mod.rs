@@ -20,6 +20,8 @@ use crate::support::wait;
 mod fence;
 // What must not get lost when a step fails or the process ends there.
 mod faults;
+// What a primary does with what comes from the holder of a HALT lock.
+mod lent;
 // What a node does with what comes from its primary.
 mod replica;
 // Applications that die, and programs that remove files.

@@ -1,0 +1,88 @@
+//! A primary that applies what the node sends to which a database is lent.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use litefs::engine::halt::HaltId;
+use litefs::engine::layout::DbDir;
+use litefs::engine::{self, Db, Engine};
+use litefs::os::fault::{self, Fault};
+use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos};
+
+use super::{PAGE, commit, database, image, primary};
+use crate::support::image::Image;
+use crate::support::wait;
+
+const ID: HaltId = HaltId(7);
+
+/// The next transaction of a database: other bytes in page 2.
+fn transaction(dir: &Path, db: &Db) -> (Vec<u8>, Checksum) {
+    let Pos { txid, checksum } = db.pos();
+    let header = Header {
+        compression: Compression::None,
+        page_size: PageSize::new(PAGE as u32).unwrap(),
+        commit: db.page_count(),
+        min_txid: txid.next(),
+        max_txid: txid.next(),
+        timestamp_ms: 1,
+        pre_apply: checksum,
+        wal_offset: 0,
+        wal_size: 0,
+        wal_salt1: 0,
+        wal_salt2: 0,
+        node_id: NodeId(9),
+    };
+    let file = std::fs::read(dir.join("dbs/db/database")).unwrap();
+    let old = ltx::page_checksum(Pgno(2), &file[PAGE..2 * PAGE]);
+    let mut encoder = Encoder::new(Vec::new(), header).unwrap();
+    let new = encoder.page(Pgno(2), &[7; PAGE]).unwrap();
+    let post = checksum.toggle(old).toggle(new);
+    (encoder.finish(post).unwrap().0, post)
+}
+
+fn send(engine: &Engine, db: &Db, ltx: &[u8]) -> engine::Result<Pos> {
+    let mut receiver = engine.receive(db.name()).unwrap();
+    receiver.write_all(ltx).unwrap();
+    receiver.finish_forwarded(ID)
+}
+
+/// The disk fails once, at any step. The sender gets an error; asked again, which a node does whose answer
+/// was lost, the transaction is there once, whole.
+#[test]
+fn a_disk_error_under_a_loan_leaves_all_or_nothing() {
+    let mut failures = 0;
+    for label in ["chain:", "apply:"] {
+        for after in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = primary(dir.path());
+            let db = database(&engine, "db");
+            commit(&db, &image(3));
+            db.lend(ID, Duration::from_secs(20), &AtomicBool::new(false)).unwrap();
+            let (before, (ltx, post)) = (db.pos(), transaction(dir.path(), &db));
+            fault::arm_here(Fault { label: label.to_owned(), after, errno: libc::EIO });
+            let failed = send(&engine, &db, &ltx).is_err();
+            let armed = fault::disarm_here();
+            if armed {
+                assert!(!failed, "{label} {after}: failed without a fault");
+                break;
+            }
+            failures += u32::from(failed);
+            let pos = wait::until_or(
+                || format!("the transaction after {label} {after}: {:?}", db.state()),
+                || send(&engine, &db, &ltx).ok(),
+            );
+            assert_eq!(pos, Pos { txid: before.txid.next(), checksum: post }, "{label} {after}");
+            assert!(db.take_back(Some(ID), "released"));
+            let pages = || Image::of_files(&DbDir::new(&dir.path().join("dbs/db"))).unwrap();
+            assert_eq!(pages().checksum(), post, "{label} {after}");
+            engine.close().unwrap();
+            drop((db, engine));
+            let engine = primary(dir.path());
+            assert_eq!(database(&engine, "db").pos(), pos, "{label} {after}");
+            assert_eq!(pages().checksum(), post, "{label} {after}");
+        }
+    }
+    assert!(failures > 2, "the disk never failed: {failures}");
+}

@@ -1,5 +1,6 @@
 //! The URL of a server: of it only scheme, host and port count.
 
+use std::net::Ipv6Addr;
 use std::str::FromStr as _;
 
 /// Why a text is no URL of a server.
@@ -11,6 +12,9 @@ pub enum Error {
     /// A URL without a host.
     #[error("URL host required")]
     Host,
+    /// A URL with brackets or colons that are not around and in an IPv6 address.
+    #[error("invalid URL host")]
+    Name,
     /// A URL with something else than a port after the host.
     #[error("invalid URL port")]
     Port,
@@ -60,6 +64,9 @@ impl Url {
         if host.is_empty() {
             return Err(Error::Host);
         }
+        if !is_host(host) {
+            return Err(Error::Name);
+        }
         let port = match port {
             None | Some("") => default_port,
             Some(port) => u16::from_str(port).map_err(|_| Error::Port)?,
@@ -82,9 +89,17 @@ impl std::fmt::Display for Url {
     }
 }
 
+/// Whether it is a name, or an address, perhaps with a zone.
+fn is_host(host: &str) -> bool {
+    let address = host.split('%').next().unwrap_or_default();
+    !host.contains(['[', ']']) && (!host.contains(':') || address.parse::<Ipv6Addr>().is_ok())
+}
+
 /// Host and port of `HOST:PORT`, `[V6]:PORT`, or either without a port.
 fn split_port(authority: &str) -> (&str, Option<&str>) {
-    if let Some((host, rest)) = authority.strip_prefix('[').and_then(|v6| v6.split_once(']')) {
+    if let Some((host, rest)) = authority.strip_prefix('[').and_then(|v6| v6.split_once(']'))
+        && (rest.is_empty() || rest.starts_with(':'))
+    {
         return (host, rest.strip_prefix(':'));
     }
     match authority.rsplit_once(':') {
@@ -111,6 +126,7 @@ mod tests {
         check("http://node", Ok("http://node:80"));
         check("http://[::1]:20202/", Ok("http://[::1]:20202"));
         check("http://[::1]", Ok("http://[::1]:80"));
+        check("http://[fe80::1%eth0]:20202", Ok("http://[fe80::1%eth0]:20202"));
     }
 
     #[test]
@@ -120,6 +136,10 @@ mod tests {
         check("ftp://node", Err("invalid URL scheme"));
         check("http://", Err("URL host required"));
         check("http://:20202", Err("URL host required"));
+        check("http://[::1", Err("invalid URL host"));
+        check("http://[::1]x:20202", Err("invalid URL host"));
+        check("http://node]:8500", Err("invalid URL host"));
+        check("http://one:two:8500", Err("invalid URL host"));
         check("http://node:port", Err("invalid URL port"));
         check("http://node:70000", Err("invalid URL port"));
     }

@@ -94,7 +94,7 @@ mod tests {
                 property(&std::fs::read(entry.unwrap().path()).unwrap());
             };
             let replayed = entries.map(read).count();
-            assert!(replayed >= 5, "only {replayed} inputs in {}", dir.display());
+            assert!(replayed > 20, "only {replayed} inputs in {}", dir.display());
         }
     }
 

@@ -369,7 +369,7 @@ impl Engine {
                             Retain::Free => None,
                             Retain::BackedUp => Some(db.hwm()),
                         };
-                        if let Err(error) = db.chain().retain(retention, keep_from) {
+                        if let Err(error) = db.retain(retention, keep_from) {
                             tracing::warn!(db = %db.name(), error = chain_text(&error), "remove old ltx files");
                         }
                     }
@@ -397,8 +397,7 @@ fn wait_for_stop(stop: &(Mutex<bool>, Condvar), interval: Duration) -> bool {
 /// Makes the directory, if it is missing, and keeps other processes from using it as long as the file
 /// is open: two that write one database would each destroy what the other has.
 fn lock_directory(dir: &DataDir) -> Result<File> {
-    os::create_dirs("engine:dir", dir.path())
-        .map_err(Error::io("create data directory", dir.path()))?;
+    make_data_directory(dir.path())?;
     let path = dir.lock();
     let file = os::open_or_create("engine:lock", &path).map_err(Error::io("open", &path))?;
     match file.try_lock() {
@@ -406,6 +405,28 @@ fn lock_directory(dir: &DataDir) -> Result<File> {
         Err(TryLockError::WouldBlock) => Err(Error::InUse { dir: dir.path().to_owned() }),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
+}
+
+/// Makes the data directory, for good: what is synced in it must be found again.
+fn make_data_directory(path: &Path) -> Result<()> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let made: Vec<&Path> = path.ancestors().take_while(is_missing).collect();
+    os::create_dirs("engine:dir", path).map_err(Error::io("create data directory", path))?;
+    for made in &made {
+        os::sync_dir("engine:dir", parent(made))
+            .map_err(Error::io("sync the parent of the data directory", made))?;
+    }
+    if made.is_empty()
+        && let Err(error) = os::sync_dir("engine:dir", parent(path))
+    {
+        // A start that died may have made it; else it is not ours to make durable.
+        tracing::debug!(path = %path.display(), %error, "sync the parent of the data directory");
+    }
+    Ok(())
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn open_databases(dir: &DataDir, shared: &Arc<Shared>) -> Result<BTreeMap<DbName, Arc<Db>>> {
@@ -462,10 +483,11 @@ fn open_database(dir: &DataDir, shared: &Arc<Shared>, name: &DbName) -> Result<A
     Ok(db)
 }
 
-/// Makes the directories of a database, for good: what is synced in them must be found again.
+/// Makes the directories of a database, for good: what is synced in them must be found again. As long
+/// as there is no LTX file, they may be those of a start that died before they were durable.
 fn make_directory(dir: &DataDir, db_dir: &DbDir) -> Result<()> {
     let path = db_dir.ltx();
-    if path.is_dir() {
+    if fs::read_dir(&path).is_ok_and(|mut files| files.next().is_some()) {
         return Ok(());
     }
     os::create_dirs("engine:dir", &path)

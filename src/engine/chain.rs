@@ -380,23 +380,28 @@ impl Chain {
         found
     }
 
-    /// Removes files that are older than `retention`, never the newest, and only durable ones that
-    /// end before `keep_from` (a backup's high-water mark), if there is one.
-    pub fn retain(&self, retention: Duration, keep_from: Option<Txid>) -> Result<usize> {
-        let _files = self.files.lock().unwrap();
+    /// Files that are older than `retention`, never the newest, and only durable ones that end before
+    /// `keep_from` (a backup's high-water mark), if there is one; the oldest first.
+    pub fn expired(&self, retention: Duration, keep_from: Option<Txid>) -> Vec<LtxFile> {
         let now = SystemTime::now();
-        let old: Vec<LtxFile> = {
-            let inner = self.inner.lock().unwrap();
-            let newest = inner.files.last_key_value().map(|(min, _)| *min);
-            let expired = |file: &&LtxFile| {
-                now.duration_since(file.mtime).is_ok_and(|age| age > retention)
-                    && Some(file.min) != newest
-                    && file.max <= inner.synced
-                    && keep_from.is_none_or(|hwm| file.max < hwm)
-            };
-            inner.files.values().take_while(expired).copied().collect()
+        let inner = self.inner.lock().unwrap();
+        let newest = inner.files.last_key_value().map(|(min, _)| *min);
+        let expired = |file: &&LtxFile| {
+            now.duration_since(file.mtime).is_ok_and(|age| age > retention)
+                && Some(file.min) != newest
+                && file.max <= inner.synced
+                && keep_from.is_none_or(|hwm| file.max < hwm)
         };
-        for file in &old {
+        inner.files.values().take_while(expired).copied().collect()
+    }
+
+    /// Removes files that [`Chain::expired`] found; how many.
+    pub fn remove(&self, old: &[LtxFile]) -> Result<usize> {
+        let _files = self.files.lock().unwrap();
+        for file in old {
+            if self.inner.lock().unwrap().files.get(&file.min) != Some(file) {
+                continue; // A snapshot has taken its place.
+            }
             let path = self.dir.ltx_file(file.min, file.max);
             os::remove_if_present("chain:retain", &path)
                 .map_err(Error::io("remove ltx file", &path))?;
@@ -721,7 +726,9 @@ pub fn set_aside_copy(dir: &DbDir, path: &Path) -> Result<PathBuf> {
 /// `lost+found/`, made if it is missing, and a name there like this one that is not taken.
 fn free_name(dir: &DbDir, name: &str) -> Result<(PathBuf, PathBuf)> {
     let lost = dir.lost_found();
-    os::create_dirs("lost:dir", &lost).map_err(Error::io("create lost+found", &lost))?;
+    os::create_dirs("lost:dir", &lost)
+        .and_then(|()| os::sync_dir("lost:dir", dir.path()))
+        .map_err(Error::io("create lost+found", &lost))?;
     let mut target = lost.join(name);
     let mut n = 1;
     while target.exists() {

@@ -332,6 +332,7 @@ impl Recovery<'_> {
         let in_file = in_file.and_then(|header| header.ok()).map(|header| header.page_size);
         let (journal, rolled_back) = match self.journal(super_journals, in_file.or(known))? {
             Journal::Hot(journal) => {
+                self.forget_checksums()?;
                 repair::roll_back(self.dir, journal)?;
                 (Journal::Cold, true)
             }
@@ -641,6 +642,7 @@ impl Recovery<'_> {
             self.move_aside(&database_path)?;
             sources.database = None;
         }
+        self.forget_checksums()?;
         let database = crate::os::open_or_create("recover:database", &database_path)
             .map_err(io_error("open database", &database_path))?;
         let pages = plan.image.pages();
@@ -656,6 +658,9 @@ impl Recovery<'_> {
             repair::apply(&database, file, pages, &sources)?;
         }
         repair::finish_database(&database, pages, &sources)?;
+        if sources.database.is_none() {
+            repair::sync_names(self.dir)?;
+        }
         let header = self.read_header(&database)?;
         self.clean_up()?;
         Ok(Recovered {
@@ -784,6 +789,12 @@ impl Recovery<'_> {
     fn clean_up(&self) -> Result<(), Error> {
         let paths = [self.dir.journal(), self.dir.wal(), self.dir.shm(), self.dir.checksums()];
         repair::remove(&paths.each_ref().map(PathBuf::as_path), self.dir.path())
+    }
+
+    /// Removes the saved checksums before the database file is written: after a power loss the file may
+    /// have new pages under its old time.
+    fn forget_checksums(&self) -> Result<(), Error> {
+        repair::remove(&[&self.dir.checksums()], self.dir.path())
     }
 
     fn move_aside(&mut self, path: &Path) -> Result<(), Error> {

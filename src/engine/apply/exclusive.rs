@@ -333,12 +333,18 @@ impl Db {
             };
             match mode {
                 JournalMode::Wal => {
+                    // What is committed next stands in the WAL alone, on top of these pages.
+                    self.sync_database()?;
                     self.empty_wal(change, header.page_size, header.commit, stale)?;
                 }
                 JournalMode::Rollback => self.remove_wal_files(change)?,
             }
             mode
         };
+        if header.is_snapshot() && mode == JournalMode::Rollback {
+            // The chain before it is gone: only the file and the snapshot are left.
+            self.sync_database()?;
+        }
         if header.is_snapshot() || header.commit == 0 {
             change.sums = PageSums::default();
         }
@@ -401,17 +407,18 @@ impl Db {
         let len = header.page_size.offset(Pgno(header.commit + 1));
         os::truncate("apply:database", &database.file, len)
             .map_err(Error::io("truncate database", &path))?;
-        if header.is_snapshot() {
-            // The chain before it is gone: only the file and the snapshot are left.
-            os::sync("apply:database", &database.file)
-                .map_err(Error::io("sync database", &path))?;
-        }
         if received.sums.is_empty() {
             // Only shorter.
             stale.files.push(database.ino);
         }
         let found = self.read_header(&database.file)?;
         Ok(found.map_or(JournalMode::Rollback, |(header, _)| header.journal_mode))
+    }
+
+    fn sync_database(&self) -> Result<()> {
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
+        let path = self.files.path(FileKind::Database);
+        os::sync("apply:database", &database.file).map_err(Error::io("sync database", &path))
     }
 
     /// Makes the kernel's caches current. Not with the right to change in hand.

@@ -41,6 +41,10 @@ impl Db {
     /// Empties the WAL, whose content is in the database file, and gives readers an empty index over
     /// a database of `pages` pages. The WAL keeps a header: SQLite takes an empty file for none, and
     /// page 1 may say that there is none.
+    ///
+    /// The index goes first: without it nobody has a use for the frames, so a step that fails leaves a
+    /// state that can be read, and that this can be called for again. Until then the frames count as
+    /// captured.
     pub(super) fn empty_wal(
         &self,
         change: &mut Change,
@@ -48,9 +52,8 @@ impl Db {
         pages: u32,
         stale: &mut Stale,
     ) -> Result<()> {
-        change.wal.clear();
-        self.forget_strays(change);
         let index = self.next_index(page_size, pages)?;
+        self.write_empty_index(&index, stale)?;
         if let Some(wal) = self.files.get(FileKind::Wal) {
             let path = self.files.path(FileKind::Wal);
             let empty = WalHeader {
@@ -59,12 +62,18 @@ impl Db {
                 sequence: 0,
                 salts: index.salts,
             };
+            stale.files.push(wal.ino);
             os::truncate("apply:wal", &wal.file, 0)
                 .and_then(|()| os::write_at("apply:wal", &wal.file, &empty.encode(), 0))
                 .and_then(|()| os::sync("apply:wal", &wal.file))
                 .map_err(Error::io("truncate wal", &path))?;
-            stale.files.push(wal.ino);
         }
+        change.wal.clear();
+        self.forget_strays(change);
+        Ok(())
+    }
+
+    fn write_empty_index(&self, index: &IndexHeader, stale: &mut Stale) -> Result<()> {
         let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(()) };
         if !self.shared.is_passthrough() {
             // Until the kernel has dropped its pages.

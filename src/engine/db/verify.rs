@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ltx::Pgno;
+use ltx::{Pgno, Txid};
 
 use super::Db;
 use crate::engine::capture::resync::read_page;
@@ -67,6 +67,25 @@ impl Db {
         })
     }
 
+    /// Removes LTX files that are older than `retention`, as [`Chain::expired`] says. What they explain
+    /// is made durable before: after a power loss nothing else could.
+    ///
+    /// [`Chain::expired`]: crate::engine::chain::Chain::expired
+    pub fn retain(&self, retention: Duration, keep_from: Option<Txid>) -> Result<usize> {
+        let old = self.chain.expired(retention, keep_from);
+        if old.is_empty() {
+            return Ok(0);
+        }
+        for kind in [FileKind::Wal, FileKind::Database] {
+            if let Some(backing) = self.files.get(kind) {
+                let path = self.files.path(kind);
+                os::sync("retain:sync", &backing.file).map_err(Error::io("sync", &path))?;
+            }
+        }
+        self.files.sync_names()?;
+        self.chain.remove(&old)
+    }
+
     /// The node stops: everything captured is durable in the chain, the WAL is in the database file,
     /// and the page checksums are saved, so that the next start has nothing to compute. Unless an
     /// application is in the middle of a transaction: then the next start does all that.
@@ -108,6 +127,10 @@ impl Db {
         else {
             return Ok(());
         };
+        // What is applied to a rollback-mode database is not synced; after a power loss nothing would
+        // tell that the pages are older than their checksums.
+        os::sync("close:database", &database.file)
+            .map_err(Error::io("sync database", &self.files.path(FileKind::Database)))?;
         let saved = Saved { page_size, pos: change.pos, sums: std::mem::take(&mut change.sums) };
         let path = self.dir.checksums();
         checksum::save(&path, &database.file, &saved).map_err(Error::io("save checksums", &path))

@@ -224,6 +224,11 @@ pub(super) fn sync_database(database: &File, sources: &Sources<'_>) -> Result<()
     os::sync("recover:database", database).map_err(io_error("sync database", sources.database_path))
 }
 
+/// Makes the name of the database file durable, which was made here.
+pub(super) fn sync_names(dir: &DbDir) -> Result<(), Error> {
+    os::sync_dir("recover:database", dir.path()).map_err(io_error("sync directory", dir.path()))
+}
+
 /// Rolls a hot journal back. It stays.
 pub(super) fn roll_back(dir: &DbDir, mut journal: JournalReader<File>) -> Result<(), Error> {
     let (path, journal_path) = (dir.database(), dir.journal());
@@ -273,7 +278,9 @@ pub(super) fn remove(paths: &[&Path], dir: &Path) -> Result<(), Error> {
 /// Moves a file to `lost+found/` under a name that is free there; where it is now.
 pub(super) fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf, Error> {
     let lost = dir.lost_found();
-    os::create_dirs("recover:aside", &lost).map_err(io_error("create directory", &lost))?;
+    os::create_dirs("recover:aside", &lost)
+        .and_then(|()| os::sync_dir("recover:aside", dir.path()))
+        .map_err(io_error("create directory", &lost))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let numbered = (1..).map(|n| format!("{name}.{n}"));
     let target = std::iter::once(name.to_string())

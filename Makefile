@@ -73,11 +73,13 @@ chaos:
 	@.ci/packages test
 	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- cluster::random --nocapture
 
-# The first for MINUTES=10; SQLite's own suite takes what it takes, half an hour for each kind of mount.
+# The first for MINUTES=10; SQLite's own suite takes what it takes, half an hour for each kind of mount, and
+# every file call takes hours.
 torture:
 	@.ci/packages test
 	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- model:: --nocapture
 	LITEFS_TEST_TCL=all cargo test --test main -- tcl:: --nocapture --test-threads 1
+	LITEFS_TEST_ALL=1 cargo test --test main -- torture:: --nocapture
 
 # Nodes of this test may run longer than those of others.
 soak: MINUTES = 60

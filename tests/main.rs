@@ -28,3 +28,5 @@ mod tcl;
 mod semantics;
 // The rules of the source tree that no compiler checks.
 mod tidy;
+// SQLite on an engine whose file calls fail, stop or lose the power.
+mod torture;

@@ -289,7 +289,7 @@ fn a_snapshot_over_a_former_primary_keeps_its_whole_state() {
         commit(&db, &image(rows));
     }
     let pos = db.pos();
-    db.chain().retain(Duration::ZERO, None).unwrap();
+    db.retain(Duration::ZERO, None).unwrap();
     assert!(!db.chain().contains(Txid(1)));
     let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
     engine.set_role(Role::Replica(primary_info));

@@ -1,0 +1,109 @@
+//! The start of a node on what a crash or a power loss has left, in which calls fail, and after each of
+//! which the node dies again.
+
+use super::disk::{Disk, Loss, Step, Trouble};
+use super::faults::{Calm, calm, chosen, report, scripts, started};
+use super::power::Promise;
+use super::script::{Known, NotStarted, World, restart};
+use super::{Chance, each, is_whole, ram_dir, seed};
+
+/// What a start finds.
+struct Image<'a> {
+    calm: &'a Calm,
+    end: usize,
+    loss: Option<Loss>,
+    seed: u64,
+}
+
+impl Image<'_> {
+    fn disk(&self) -> Disk {
+        let (start, steps) = (&self.calm.start, &self.calm.steps);
+        match self.loss {
+            None => Disk::after_crash(start, steps, self.end),
+            Some(loss) => {
+                Disk::after_power_loss(start, steps, self.end, loss, &mut Chance::new(self.seed))
+            }
+        }
+    }
+
+    /// What is to be found in the end.
+    fn check(&self, root: &std::path::Path) -> Result<(), String> {
+        let steps = &self.calm.steps[..self.end];
+        let known = Known::at(&self.calm.effects, self.calm.base.effects.len(), steps);
+        let rows = restart(root)?.rows;
+        match (self.loss, self.calm.script.mode.promise()) {
+            (Some(_), Promise::Earlier) => known.allows_earlier(&rows),
+            _ => known.allows(&rows),
+        }
+    }
+
+    /// Starts on it without trouble: what is done, and the labels of the calls.
+    fn start(&self, disk: &Disk) -> (Disk, Vec<Step>, Vec<String>) {
+        let mut world = started(World::start(self.calm.script.mode, disk, Vec::new(), None));
+        world.close().unwrap();
+        (world.recorder.base.clone(), world.recorder.steps(), world.recorder.labels())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        let mut chance = Chance::new(self.seed);
+        let (disk, steps, labels) = self.start(&self.disk());
+        let tries = if is_whole() { 60 } else { 4 };
+        for number in 0..tries {
+            let what = |how: String, error: String| {
+                let Image { calm, end, loss, seed } = self;
+                format!("{} after step {end} {loss:?} {seed}, {how}: {error}", calm.script.name)
+            };
+            let (call, at) = (
+                chance.below(labels.len() as u64) as usize,
+                chance.below(steps.len() as u64 + 1) as usize,
+            );
+            let trouble = super::faults::TROUBLES[number % super::faults::TROUBLES.len()];
+            self.hit(&disk, call, trouble)
+                .map_err(|error| what(format!("{} {trouble:?}", labels[call]), error))?;
+            let dies = ram_dir();
+            Disk::after_crash(&disk, &steps, at).store(dies.path());
+            self.check(dies.path()).map_err(|error| what(format!("dies at {at}"), error))?;
+            if self.loss.is_some() {
+                let (loss, dies) = (Loss::nth(number), ram_dir());
+                Disk::after_power_loss(&disk, &steps, at, loss, &mut chance).store(dies.path());
+                self.check(dies.path())
+                    .map_err(|error| what(format!("without power at {at} {loss:?}"), error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hit(&self, disk: &Disk, call: usize, trouble: Trouble) -> Result<(), String> {
+        let mode = self.calm.script.mode;
+        match World::start(mode, disk, Vec::new(), Some((call, trouble))) {
+            Ok(mut world) => {
+                world.recorder.calm();
+                let _ = world.close();
+                self.check(world.root.path())
+            }
+            Err(NotStarted { root, recorder, .. }) => {
+                recorder.calm();
+                self.check(root.path())
+            }
+        }
+    }
+}
+
+#[test]
+fn every_call_of_a_start_may_fail_or_be_the_last() {
+    let mut chance = Chance::new(seed());
+    let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
+    let of_each = if is_whole() { 40 } else { 2 };
+    let mut images = Vec::new();
+    for calm in &calms {
+        for _ in 0..of_each {
+            let end = chance.below(calm.steps.len() as u64 + 1) as usize;
+            let lossy = calm.script.mode.synchronous != "off" && images.len() % 3 != 0;
+            let loss = lossy.then_some(Loss::nth(images.len()));
+            images.push(Image { calm, end, loss, seed: chance.next() });
+        }
+    }
+    let failures = each(&images, Image::run);
+    println!("{} starts", images.len());
+    report("a start", &failures);
+}

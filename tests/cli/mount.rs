@@ -170,7 +170,7 @@ fn process_1_collects_orphans() {
 }
 
 /// What an application has started itself is its own to end: a signal goes to the application alone. One
-/// that stays and uses the mount is named, and does not keep it.
+/// that stays and uses the mount is named; the mount stays with it, dead.
 #[test]
 fn what_the_application_left_behind_is_not_signalled() {
     let script = "bash -c 'trap \"touch signalled\" TERM; exec 3<>mnt/app.db; echo $$ >left; \
@@ -179,7 +179,7 @@ fn what_the_application_left_behind_is_not_signalled() {
     let mut node = Node::start("", &["--", "bash", "-c", &format!("mkfifo fifo; {script}")]);
     wait_for_file(&node.path("up"));
     node.signal(Signal::SIGTERM);
-    assert_eq!(node.end().code(), Some(1), "the mount was in use");
+    assert_eq!(node.wait().code(), Some(1), "the mount was in use");
     assert!(!node.path("signalled").exists());
     let left = fs::read_to_string(node.path("left")).unwrap();
     let left = Path::new("/proc").join(left.trim());

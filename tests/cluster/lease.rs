@@ -504,6 +504,27 @@ fn a_node_that_is_to_be_promoted_leads_when_it_is_ready() {
     cluster.check();
 }
 
+/// `docs/differences.md`, cluster 37: there may be no primary in that moment, or another one in the next.
+#[test]
+fn nodes_that_are_to_be_promoted_at_once_all_become_ready() {
+    let mut cluster = Cluster::of(1, TTL);
+    create(&cluster.nodes[0], "wal");
+    let settings = Settings { lease: ", promote: true", ..Settings::default() };
+    let url = cluster.consul.url();
+    for n in 1..4 {
+        let hostname = &name(n);
+        let lease = Lease { url: &url, hostname, advertise: "", candidate: true, ttl: TTL };
+        cluster.nodes.push(Node::new(&settings, Member::Consul(lease)));
+    }
+    cluster.nodes[1..].iter_mut().for_each(Node::spawn);
+    // In the middle of that the primary goes, and comes back.
+    cluster.nodes[0].kill();
+    cluster.nodes[0].start();
+    cluster.nodes[1..].iter().for_each(Node::wait_ready);
+    wait_writable(&cluster.nodes[cluster.settle()], 1);
+    cluster.check();
+}
+
 /// `docs/differences.md`, cluster 24: "Made only where there is none".
 #[test]
 fn nodes_that_start_at_once_agree_on_one_cluster_id() {

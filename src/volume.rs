@@ -360,6 +360,13 @@ impl fuse::Volume for EngineVolume {
         _flags: i32,
         thread: Caller,
     ) -> Result<Opened<Arc<OpenFile>>, Errno> {
+        // The kernel hears of a name that is gone after the call that removed it, so a client may come
+        // here by a name it still knows. On ESTALE the kernel asks for the name again.
+        if let Node::File(db, backing) = node
+            && !db.files().is_current(backing)
+        {
+            return Err(Errno::ESTALE);
+        }
         if let Node::File(db, backing) = node
             && backing.kind == FileKind::Wal
         {

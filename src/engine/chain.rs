@@ -195,12 +195,6 @@ impl Chain {
         }
     }
 
-    /// Drops the transactions that are kept for the streams, which find them in their files: each has the
-    /// WAL open that it refers to, and keeps its room on the disk when it has been removed.
-    pub fn forget_recent(&self) {
-        self.inner.lock().unwrap().forget_recent();
-    }
-
     /// The transaction of the last [`Chain::write_now`] was rolled back. At the next start its file
     /// would be taken for the newest transaction.
     pub fn withdraw(&self, transaction: &Transaction) {

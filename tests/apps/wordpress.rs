@@ -92,8 +92,10 @@ fn a_site_to_look_at_is_made_and_ended() {
     script.env("PORTS", ports.collect::<Vec<_>>().join(" "));
     let mut child = script.stdout(std::process::Stdio::null()).spawn().unwrap();
     let _limit = program::Limit::new(&child);
-    let author = Browser::at(&addresses[0]);
-    author.install("A site to look at");
+    wait::until_true("the site's first page", || {
+        Browser::at(&addresses[0]).get("/").text.contains("five-minute WordPress installation")
+    });
+    Browser::at(&addresses[0]).install("A site to look at");
     wait::until_true("the site on the replica", || {
         Browser::at(&addresses[1]).get("/").text.contains("A site to look at")
     });

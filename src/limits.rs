@@ -179,7 +179,8 @@ pub const CHAIN_QUEUE_LEN: usize = 100_000;
 /// Bytes of LTX files that may wait for the LTX writer: some seconds of a slow disk.
 pub const CHAIN_QUEUE_BYTES: usize = 1 << 30;
 
-/// Transactions in one LTX file: a replica that missed one of them fetches them all again.
+/// Transactions in one LTX file: a replica that missed one of them fetches them all again. And of so
+/// many the positions inside are known, 8 bytes each.
 pub const LTX_BATCH_LEN: usize = 1024;
 
 /// Bytes of transactions in one merged LTX file, so that one file never holds up the stream.

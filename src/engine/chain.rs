@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use ltx::{Compression, Header, NodeId, Pos, Txid};
+use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
 
 use super::error::{Error, Result, chain_text};
 use super::layout::DbDir;
@@ -27,6 +27,7 @@ use crate::{limits, os};
 
 pub use writer::{Waker, Writer};
 
+mod positions;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -126,6 +127,7 @@ impl Chain {
     /// The chain whose files stand in `dir`, all of them durable, ending at `last`.
     pub fn open(db: DbName, dir: DbDir, compression: Compression, last: Txid) -> Result<Chain> {
         let files = list(&dir)?;
+        positions::remove_orphans(&dir).map_err(Error::io("clear ltx dir", &dir.ltx()))?;
         let inner = Inner { files, written: last, synced: last, ..Inner::default() };
         Ok(Chain { db, dir, compression, inner: Mutex::new(inner), files: Mutex::new(()) })
     }
@@ -193,6 +195,12 @@ impl Chain {
         } else {
             inner.forget_recent();
         }
+    }
+
+    /// Drops the transactions that are kept for the streams, which find them in their files: each has the
+    /// WAL open that it refers to, and keeps its room on the disk when it has been removed.
+    pub fn forget_recent(&self) {
+        self.inner.lock().unwrap().forget_recent();
     }
 
     /// The transaction of the last [`Chain::write_now`] was rolled back. At the next start its file
@@ -357,6 +365,15 @@ impl Chain {
         }
     }
 
+    /// Whether `pos` is known to lie inside `file`, whose transactions lead from one checksum to another:
+    /// a peer there can go on with it. What cannot be told is no.
+    pub fn is_inside(&self, pos: Pos, file: &LtxFile, ends: [Checksum; 2]) -> bool {
+        positions::contains(&self.dir, file, ends, pos).unwrap_or_else(|error| {
+            tracing::warn!(db = %self.db, %pos, %error, "read positions inside an ltx file");
+            false
+        })
+    }
+
     /// The files that begin right behind `txid` and follow on one another: at most `count` and so many
     /// bytes, but one in any case.
     pub fn files_after(&self, txid: Txid, count: usize, bytes: u64) -> Vec<LtxFile> {
@@ -398,6 +415,7 @@ impl Chain {
             }
             let path = self.dir.ltx_file(file.min, file.max);
             os::remove_if_present("chain:retain", &path)
+                .and_then(|()| positions::remove(&self.dir, file.min, file.max))
                 .map_err(Error::io("remove ltx file", &path))?;
             let mut inner = self.inner.lock().unwrap();
             inner.files.remove(&file.min);
@@ -498,6 +516,10 @@ impl Chain {
         let transaction = if let [one] = batch {
             &**one
         } else {
+            if let Err(error) = positions::write(&self.dir, batch) {
+                // The file counts all the same; who stands in its middle gets a snapshot.
+                tracing::warn!(db = %self.db, %error, "write positions inside an ltx file");
+            }
             merged = Transaction::merge(batch);
             &merged
         };
@@ -665,6 +687,10 @@ impl Chain {
                 Replaced::Keep => {
                     set_aside(&self.dir, &path)?;
                 }
+            }
+            if path != keep {
+                positions::remove(&self.dir, file.min, file.max)
+                    .map_err(Error::io("remove ltx file", &path))?;
             }
         }
         Ok(())

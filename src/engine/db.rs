@@ -415,6 +415,7 @@ impl Db {
         self.settle_wal(&mut change)?;
         self.settle_doubt(&mut change)?;
         self.files.remove(FileKind::Wal)?;
+        self.chain.forget_recent();
         change.wal.clear();
         self.note_mode(&mut change)
     }

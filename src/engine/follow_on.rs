@@ -40,8 +40,9 @@ pub enum Next {
 pub enum Overlap {
     /// Nothing (LiteFS).
     Refused,
-    /// A file of several transactions that starts at or before its position and ends after it: the
-    /// images are those after the last of them, so it leads to the same state.
+    /// A file of several transactions that has its position inside: the images are those after the last of
+    /// them, so it leads to the same state. The position must be known to be one of these; a peer with
+    /// another history at that number would lose it.
     Accepted,
 }
 
@@ -107,9 +108,9 @@ impl Db {
             }
         };
         let exact = header.pre_pos() == pos;
-        let inside = overlap == Overlap::Accepted
-            && header.min_txid <= pos.txid
-            && pos.txid < header.max_txid;
+        let ends = [header.pre_apply, trailer.post_apply];
+        let inside =
+            overlap == Overlap::Accepted && !exact && self.chain.is_inside(pos, &info, ends);
         if !exact && !inside {
             return Next::Snapshot;
         }

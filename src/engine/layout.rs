@@ -15,6 +15,7 @@
 //! DATA/dbs/NAME/backup           what the backup confirmed last
 //! DATA/dbs/NAME/halt             empty: this node has borrowed the right to write here
 //! DATA/dbs/NAME/ltx/MIN-MAX.ltx  the chain
+//! DATA/dbs/NAME/ltx/MIN-MAX.positions  what lies inside a file of several transactions
 //! DATA/dbs/NAME/lost+found/      what could not stay in the chain; never deleted by us
 //! ```
 

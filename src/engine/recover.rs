@@ -272,6 +272,12 @@ impl Recovery<'_> {
         if (saved.pos, saved.page_size, saved.sums.len()) != (end.pos(), page_size, pages) {
             return Ok(None);
         }
+        // SQLite may have failed to cut it after a commit that made the database smaller.
+        let len =
+            database.metadata().map_err(io_error("stat database", &self.dir.database()))?.len();
+        if len > u64::from(pages) * u64::from(page_size.get()) {
+            return Ok(None);
+        }
         let cold = matches!(self.journal(super_journals, Some(page_size))?, Journal::Cold);
         if !cold || self.read_log()?.is_some() {
             return Ok(None);

@@ -8,6 +8,7 @@ use std::process::Command;
 use test_case::test_case;
 
 use super::Cluster;
+use crate::support::consul::Link;
 use crate::support::image;
 use crate::support::node::{Member, Node, Settings};
 use crate::support::{sqlite, wait};
@@ -139,13 +140,22 @@ fn a_replica_ahead_of_its_primary_keeps_what_it_had_and_follows(mode: &str, rows
     cluster.check();
 }
 
-#[test_case("delete", 0)]
-#[test_case("delete", 3)]
-#[test_case("delete", 30)]
-#[test_case("wal", 0)]
-#[test_case("wal", 3)]
-#[test_case("wal", 30)]
-fn a_former_primary_keeps_what_nobody_else_has(mode: &str, rows: u32) {
+/// What the new primary remembers of positions inside an LTX file of several transactions.
+#[derive(PartialEq, Eq)]
+enum Memory {
+    Warm,
+    /// It was restarted.
+    Cold,
+}
+
+#[test_case("delete", 0, Memory::Warm)]
+#[test_case("delete", 3, Memory::Warm)]
+#[test_case("delete", 30, Memory::Warm)]
+#[test_case("wal", 0, Memory::Warm)]
+#[test_case("wal", 3, Memory::Warm)]
+#[test_case("wal", 30, Memory::Warm)]
+#[test_case("wal", 30, Memory::Cold)]
+fn a_former_primary_keeps_what_nobody_else_has(mode: &str, rows: u32, memory: Memory) {
     let mut cluster = Cluster::of(2);
     create(cluster.primary(), "app.db", mode);
     let common = cluster.sync("app.db");
@@ -159,6 +169,10 @@ fn a_former_primary_keeps_what_nobody_else_has(mode: &str, rows: u32) {
     cluster.nodes[0].start();
     assert_eq!(cluster.primary().pos("app.db"), common);
     write(cluster.primary(), "app.db", 100..100 + rows);
+    if memory == Memory::Cold {
+        cluster.nodes[0].stop();
+        cluster.nodes[0].start();
+    }
     let url = cluster.primary().url();
     cluster.nodes[1].configure(&settings, Member::Replica(&url));
     cluster.nodes[1].start();
@@ -187,10 +201,12 @@ fn a_node_of_another_cluster_keeps_its_data_and_does_not_follow() {
     create(theirs.primary(), "app.db", "wal");
     write(theirs.primary(), "app.db", 0..10);
 
-    let (settings, url) = (Settings::default(), theirs.primary().url());
-    ours.nodes[1].configure(&settings, Member::Replica(&url));
+    let (settings, link) = (Settings::default(), Link::to(theirs.primary().address()));
+    ours.nodes[1].configure(&settings, Member::Replica(&format!("http://{}", link.address())));
     ours.nodes[1].spawn();
     ours.replica().wait_for_log("cluster id mismatch");
+    let before = link.connections();
+    wait::until_true("more than one attempt", || link.connections() > before);
     ours.replica().wait_for_pos("app.db", pos);
     assert!(!ours.replica().log().contains("ready"), "it must not become ready");
     ours.nodes[1].stop();

@@ -47,6 +47,18 @@ mod soak;
 /// What nodes say of themselves and of their primary.
 mod truth;
 
+/// A generator that gives the same numbers for the same seed (xorshift).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
 /// A primary and its replicas.
 pub struct Cluster {
     /// Node 0 is the primary.

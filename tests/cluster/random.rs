@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 
+use super::Chance;
 use super::lease::{is_primary, primary_of};
 use crate::support::consul::{Consul, Link};
 use crate::support::image::Image;
@@ -38,18 +39,6 @@ const CLOCKS: Duration = Duration::from_millis(3);
 /// Where to copy what a failed run leaves.
 const KEEP: &str = "LITEFS_TEST_KEEP";
 const DAY: i64 = 24 * 60 * 60 * 1000;
-
-/// A generator that gives the same numbers for the same seed (xorshift).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 /// A row that SQLite reported as committed.
 #[derive(Debug, Clone, Copy)]

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::Chance;
 use super::lease::{is_primary, primary_of};
 use crate::support::consul::{Consul, Link};
 use crate::support::image::Image;
@@ -35,18 +36,6 @@ const LONG: Duration = Duration::from_secs(300);
 /// What no node may ever exceed: memory in KiB, descriptors.
 const MEMORY_KB_MAX: u64 = 1 << 20;
 const DESCRIPTORS_MAX: u64 = 4000;
-
-/// A generator that gives the same numbers for the same seed (xorshift).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 fn run(command: &[&str], path: &Path) -> bool {
     Command::new(command[0]).args(&command[1..]).arg(path).status().is_ok_and(|s| s.success())

@@ -21,19 +21,8 @@ use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, T
 
 use super::faults::lost_database;
 use super::{PAGE, asked, commit, contents, database, file, image, lock, primary, unlock_all};
+use crate::support::no_cache::NoCache;
 use crate::support::wait;
-
-/// A kernel that has nothing cached.
-pub(super) struct NoCache;
-
-impl PageCache for NoCache {
-    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
-    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
-    fn file_changed(&self, _ino: u64) {}
-    fn attr_changed(&self, _ino: u64) {}
-    fn name_changed(&self, _name: &str) {}
-    fn file_mistaken(&self, _ino: u64, _name: &str) {}
-}
 
 /// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
 /// `pre`: `pages` from there on.
@@ -355,6 +344,22 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     let middle = apply(&other, &second).pos();
     former.set_role(Role::Primary);
     assert!(matches!(former_db.next_after(middle, Overlap::Refused), Next::Snapshot));
+    // A file that came from elsewhere does not tell what is in its middle; who wrote it does.
+    assert!(matches!(former_db.next_after(middle, Overlap::Accepted), Next::Snapshot));
+    let sums = [first, middle.checksum, former_db.pos().checksum].map(Checksum::get);
+    let mut known = sums.map(u64::to_be_bytes).concat();
+    known.extend(ltx::page_checksum(Pgno(1), &known).get().to_be_bytes());
+    let range =
+        contents(dirs[0].path()).into_keys().find(|name| name.contains("2-0000000000000003."));
+    let range = Path::new(&range.unwrap()).with_extension("positions");
+    fs::write(&range, &known).unwrap();
+    let of_another_history = Pos { checksum: first, ..middle };
+    assert!(matches!(former_db.next_after(of_another_history, Overlap::Accepted), Next::Snapshot));
+    known[12] ^= 1;
+    fs::write(&range, &known).unwrap();
+    assert!(matches!(former_db.next_after(middle, Overlap::Accepted), Next::Snapshot));
+    known[12] ^= 1;
+    fs::write(&range, &known).unwrap();
     let Next::Ltx { bytes, pos } = former_db.next_after(middle, Overlap::Accepted) else {
         panic!("no file that goes on from {middle}");
     };

@@ -12,8 +12,9 @@ use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use litefs::sqlite::wal_index::IndexHeader;
 use ltx::{PageSize, Pgno, Txid};
 
-use super::replica::NoCache;
 use super::{PAGE, VIA, asked, begin, commit, database, file, image, lock, primary, unlock_all};
+
+use crate::support::no_cache::NoCache;
 
 const SALTS: Salts = Salts(1, 2);
 

@@ -9,7 +9,9 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use script::{Chance, Setup, Step};
+use script::{Setup, Step};
+
+use crate::support::chance::Chance;
 
 /// An application.
 mod client;

@@ -4,35 +4,14 @@
 
 use std::fmt;
 
+use crate::support::chance::Chance;
+
 /// The databases; both have tables `t1` to `t3`.
 pub const NAMES: [&str; 2] = ["a.db", "b.db"];
 /// Applications at a time.
 pub const CLIENTS: usize = 3;
 const TABLES: u64 = 3;
 const MODES: [&str; 4] = ["delete", "truncate", "persist", "wal"];
-
-/// A generator that gives the same numbers for the same seed (SplitMix64).
-pub struct Chance(pub u64);
-
-impl Chance {
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-}
 
 /// How a script begins.
 #[derive(Debug, Clone, Copy)]

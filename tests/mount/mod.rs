@@ -15,6 +15,8 @@ mod calls;
 mod cost;
 /// A node that is killed while applications write.
 mod crash;
+/// What stays open.
+mod descriptors;
 /// What shells and scripts do to files.
 mod files;
 /// A disk that does not answer.

@@ -116,6 +116,8 @@ struct State {
     limit: AtomicU64,
     ended: AtomicBool,
     sockets: Mutex<Vec<TcpStream>>,
+    /// Connections so far.
+    accepted: AtomicU64,
 }
 
 impl Link {
@@ -128,6 +130,7 @@ impl Link {
             limit: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             sockets: Mutex::default(),
+            accepted: AtomicU64::new(0),
         });
         let (of_thread, target) = (state.clone(), target.to_owned());
         std::thread::spawn(move || {
@@ -135,6 +138,7 @@ impl Link {
                 if of_thread.ended.load(Ordering::SeqCst) {
                     return;
                 }
+                of_thread.accepted.fetch_add(1, Ordering::SeqCst);
                 let Ok(other) = TcpStream::connect(&target) else { continue };
                 pass(&of_thread, &socket, &other);
                 pass(&of_thread, &other, &socket);
@@ -147,6 +151,11 @@ impl Link {
     /// Where it listens, `HOST:PORT`.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// How many connections were made through it.
+    pub fn connections(&self) -> u64 {
+        self.state.accepted.load(Ordering::SeqCst)
     }
 
     /// Lets so many bytes a second through each connection and direction; zero for no limit.

@@ -4,12 +4,16 @@
 
 /// An authority, a certificate for a node, and a token.
 pub mod certificates;
+/// Chance that can be had again.
+pub mod chance;
 /// A real Consul agent in memory, and links that a test can cut.
 pub mod consul;
 /// A database as its pages, read past the mount, and as its chain of LTX files.
 pub mod image;
 /// A node in this process, whose role a test decides.
 pub mod local;
+/// A kernel without caches, for engines without a mount.
+pub mod no_cache;
 /// One `litefs mount` process in directories of its own.
 pub mod node;
 /// A process that makes the file calls it is told.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use litefs::os::fault::{self, Call, Verdict, Watch, Watching};
 
-use super::Chance;
+use crate::support::chance::Chance;
 
 /// What a disk writes whole.
 const SECTOR: usize = 512;

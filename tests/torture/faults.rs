@@ -14,7 +14,8 @@ use super::script::{
     Act, DB, Effect, Known, Mode, NotStarted, World, follow_up, key, open, receive, replica,
     replicate, restart,
 };
-use super::{Chance, each, is_whole, ram_dir, seed};
+use super::{each, is_whole, ram_dir, seed};
+use crate::support::chance::Chance;
 use crate::support::wait;
 
 /// What a run does.
@@ -266,7 +267,7 @@ pub fn report(what: &str, failures: &[String]) {
 
 #[test]
 fn every_call_may_fail() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
     let all: usize = calms.iter().map(|calm| calm.labels.len()).sum();
     let mut cases = Vec::new();
@@ -294,7 +295,7 @@ pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
 
 #[test]
 fn every_call_may_be_the_last() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
     let mut cases = Vec::new();
     let all: usize = calms.iter().map(|calm| calm.steps.len() + 1).sum();
@@ -465,7 +466,7 @@ fn feeds() -> Vec<(Script, bool)> {
 
 #[test]
 fn every_call_of_a_replica_may_fail() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let hits = Hits::default();
     let (mut failures, mut calls) = (Vec::new(), 0);
     for (script, passthrough) in feeds() {
@@ -506,7 +507,7 @@ fn a_wal_that_could_not_be_emptied_is_emptied_later() {
 
 #[test]
 fn every_moment_of_a_replica_may_be_the_last() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let (mut failures, mut moments, mut tried) = (Vec::new(), 0, 0);
     for (script, passthrough) in feeds() {
         let (primary, sent) = feed(&script);
@@ -529,9 +530,7 @@ fn every_moment_of_a_replica_may_be_the_last() {
         failures.extend(each(&cases, |&(end, loss, seed)| {
             let disk = match loss {
                 None => Disk::after_crash(&start, &steps, end),
-                Some(loss) => {
-                    Disk::after_power_loss(&start, &steps, end, loss, &mut Chance::new(seed))
-                }
+                Some(loss) => Disk::after_power_loss(&start, &steps, end, loss, &mut Chance(seed)),
             };
             let what = |error| format!("{} after step {end} {loss:?} {seed}: {error}", script.name);
             let (looked_at, crashed) = (ram_dir(), ram_dir());

@@ -10,7 +10,8 @@ use litefs::engine::Engine;
 use super::disk::{Content, Disk, Loss, Names, Recorder, Step};
 use super::faults::{Calm, Script, base, calm, chosen, feed, report, scripts, started};
 use super::script::{Act, DB, Known, Mode, World, data, key, receive, replica, replicate, restart};
-use super::{Chance, each, is_whole, ram_dir, seed};
+use super::{each, is_whole, ram_dir, seed};
+use crate::support::chance::Chance;
 use crate::support::{image, wait};
 
 /// What SQLite promises for a commit that it reported.
@@ -57,7 +58,7 @@ impl Case<'_> {
             )
         };
         let lost = ram_dir();
-        let mut chance = Chance::new(self.seed);
+        let mut chance = Chance(self.seed);
         Disk::after_power_loss(&self.calm.start, steps, self.end, self.loss, &mut chance)
             .store(lost.path());
         let known = Known::at(&self.calm.effects, base.effects.len(), &steps[..self.end]);
@@ -92,7 +93,7 @@ fn lossy() -> Vec<Script> {
 
 #[test]
 fn the_power_may_be_lost_at_any_moment() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let calms: Vec<Calm> = chosen(lossy()).iter().map(calm).collect();
     let moments: usize = calms.iter().map(|calm| calm.steps.len() + 1).sum();
     let (stride, images) = if is_whole() { (1, IMAGES) } else { ((moments / 300).max(1), 1) };
@@ -122,7 +123,7 @@ fn lost() -> Loss {
 /// What is left of what a world did, if everything is lost that can be.
 fn least(world: &World, end: usize) -> Disk {
     let steps = world.recorder.steps();
-    Disk::after_power_loss(&world.recorder.base, &steps, end, lost(), &mut Chance::new(1))
+    Disk::after_power_loss(&world.recorder.base, &steps, end, lost(), &mut Chance(1))
 }
 
 /// The name of the data directory itself, and those in it.
@@ -209,7 +210,7 @@ fn checksums_are_saved_only_of_pages_that_are_durable() {
     let is_synced = |step: &Step| matches!(step, Step::SyncDir(dir, _) if name.starts_with(dir));
     let saved = saved + 1 + steps[saved..].iter().position(is_synced).expect("for good");
     let whole = Disk::after_crash(&recorder.base, &steps, saved);
-    let left = Disk::after_power_loss(&recorder.base, &steps, saved, lost(), &mut Chance::new(1));
+    let left = Disk::after_power_loss(&recorder.base, &steps, saved, lost(), &mut Chance(1));
     let database = "data/dbs/db/database";
     assert!(whole.content(database).is_some());
     assert!(left.content(database) == whole.content(database));
@@ -230,7 +231,7 @@ fn no_ltx_file_is_removed_before_what_it_explains_is_durable() {
         &steps,
         steps.len(),
         Loss { names: Names::Kept, ..lost() },
-        &mut Chance::new(1),
+        &mut Chance(1),
     );
     let dies = ram_dir();
     left.store(dies.path());

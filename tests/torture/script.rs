@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use litefs::engine::db::DbState;
 use litefs::engine::layout::{DataDir, DbDir};
 use litefs::engine::{
-    self, Db, DbName, Engine, Event, EventWatch, LtxBytes, Next, Overlap, PageCache, PrimaryInfo,
-    Role,
+    self, Db, DbName, Engine, Event, EventWatch, LtxBytes, Next, Overlap, PrimaryInfo, Role,
 };
 use litefs::os::fault::Watching;
 use ltx::{Compression, NodeId, Pos};
@@ -24,6 +23,7 @@ use super::client::Client;
 use super::disk::{Disk, Ended, Recorder, Step, Trouble};
 use super::ram_dir;
 use crate::support::image::{self, Image};
+use crate::support::no_cache::NoCache;
 use crate::support::wait;
 
 pub const DB: &str = "db";
@@ -111,17 +111,6 @@ pub struct NotStarted {
     pub root: tempfile::TempDir,
     pub recorder: Arc<Recorder>,
     pub reason: String,
-}
-
-struct NoCache;
-
-impl PageCache for NoCache {
-    fn pages_changed(&self, _ino: u64, _offset: u64, _len: u64) {}
-    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
-    fn file_changed(&self, _ino: u64) {}
-    fn attr_changed(&self, _ino: u64) {}
-    fn name_changed(&self, _name: &str) {}
-    fn file_mistaken(&self, _ino: u64, _name: &str) {}
 }
 
 /// The data directory below the directory that is watched.

@@ -5,7 +5,9 @@ use super::disk::{Disk, Loss, Step, Trouble};
 use super::faults::{Calm, calm, chosen, report, scripts, started};
 use super::power::Promise;
 use super::script::{Known, NotStarted, World, restart};
-use super::{Chance, each, is_whole, ram_dir, seed};
+use super::{each, is_whole, ram_dir, seed};
+
+use crate::support::chance::Chance;
 
 /// What a start finds.
 struct Image<'a> {
@@ -21,7 +23,7 @@ impl Image<'_> {
         match self.loss {
             None => Disk::after_crash(start, steps, self.end),
             Some(loss) => {
-                Disk::after_power_loss(start, steps, self.end, loss, &mut Chance::new(self.seed))
+                Disk::after_power_loss(start, steps, self.end, loss, &mut Chance(self.seed))
             }
         }
     }
@@ -45,7 +47,7 @@ impl Image<'_> {
     }
 
     fn run(&self) -> Result<(), String> {
-        let mut chance = Chance::new(self.seed);
+        let mut chance = Chance(self.seed);
         let (disk, steps, labels) = self.start(&self.disk());
         let tries = if is_whole() { 60 } else { 4 };
         for number in 0..tries {
@@ -91,7 +93,7 @@ impl Image<'_> {
 
 #[test]
 fn every_call_of_a_start_may_fail_or_be_the_last() {
-    let mut chance = Chance::new(seed());
+    let mut chance = Chance(seed());
     let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
     let of_each = if is_whole() { 40 } else { 2 };
     let mut images = Vec::new();

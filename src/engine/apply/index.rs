@@ -116,6 +116,7 @@ impl Db {
         self.forget_strays(change);
         let had = [self.files.remove(FileKind::Wal)?, self.files.remove(FileKind::Shm)?];
         if had != [false, false] {
+            self.chain.forget_recent();
             self.shared.names_changed(self.name.as_str());
         }
         Ok(())

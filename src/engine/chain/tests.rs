@@ -65,3 +65,58 @@ fn what_was_written_is_read_from_its_file() {
     }
     assert!(matches!(chain.successor(after(4)), Ok(Successor::Gone)));
 }
+
+/// A chain with one file, of transactions 2 to 4.
+fn chain_of_a_range(dir: &Path) -> Chain {
+    let dir = DataDir::new(dir).database("db");
+    os::create_dirs("test:dir", &dir.ltx()).unwrap();
+    let chain = Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap();
+    let source = Arc::new(tempfile::tempfile().unwrap());
+    for txid in 2..=4 {
+        let mut transaction = Arc::into_inner(transaction(txid, 1)).unwrap();
+        transaction.source = source.clone();
+        chain.push(Arc::new(transaction));
+    }
+    chain.flush().unwrap();
+    chain
+}
+
+/// Whether the chain says that `pos` lies in its one file.
+#[track_caller]
+fn is_inside(chain: &Chain, pos: Pos) -> bool {
+    let found = chain.file_after(after(1));
+    let Ok(Successor::File(_, file)) = found else { panic!("no file") };
+    assert_eq!((file.min, file.max), (Txid(2), Txid(4)));
+    chain.is_inside(pos, &file, [after(1).checksum, after(4).checksum])
+}
+
+#[test]
+fn only_positions_of_its_own_history_are_inside_a_file() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain_of_a_range(temp.path());
+    let inside = (1..=4).map(|txid| is_inside(&chain, after(txid)));
+    assert_eq!(inside.collect::<Vec<_>>(), [false, true, true, false]);
+    assert!(!is_inside(&chain, Pos { txid: Txid(3), ..after(2) }));
+    // After a restart too.
+    let again = Chain::open(chain.db.clone(), chain.dir.clone(), Compression::None, Txid(4));
+    let again = again.unwrap();
+    assert!(is_inside(&again, after(3)) && !is_inside(&again, Pos { txid: Txid(3), ..after(2) }));
+}
+
+#[test]
+fn positions_go_with_their_file() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain_of_a_range(temp.path());
+    chain.sync().unwrap();
+    chain.push(transaction(5, 1));
+    chain.sync().unwrap();
+    let count = || fs::read_dir(chain.dir.ltx()).unwrap().count();
+    assert_eq!(count(), 3);
+    let old = chain.files_after(Txid(1), 1, 0);
+    assert_eq!(chain.remove(&old).unwrap(), 1);
+    assert_eq!(count(), 1);
+    let orphan = chain.dir.ltx_file(Txid(2), Txid(4)).with_extension("positions");
+    os::create_new("test:orphan", &orphan).unwrap();
+    Chain::open(chain.db.clone(), chain.dir.clone(), Compression::None, Txid(5)).unwrap();
+    assert_eq!(count(), 1);
+}

@@ -977,6 +977,24 @@ fn a_clean_start_reads_neither_files_nor_database() {
     assert!(!target.dir.checksums().exists(), "they are good for one start");
 }
 
+/// SQLite cuts the file after the commit that made the database smaller, and that may fail.
+#[test]
+fn a_file_that_was_not_cut_after_a_commit_is_cut() {
+    let mut source = Source::delete();
+    source.insert(5);
+    let last = source.last();
+    let target = Target::of(&source).with(&source, 1..=last);
+    let database = File::open(target.dir.database()).unwrap();
+    let len = database.metadata().unwrap().len();
+    let pages = len as u32 / PAGE_SIZE as u32;
+    let sums = checksum::scan(&database, PageSize::MIN, pages, &|_| ()).unwrap();
+    overwrite(&target.dir.database(), &[1; 3 * PAGE_SIZE], len as usize);
+    let saved = Saved { page_size: PageSize::MIN, pos: source.pos(last), sums };
+    checksum::save(&target.dir.checksums(), &database, &saved).unwrap();
+    target.check(&source, last, source.pos(last));
+    assert_eq!(database.metadata().unwrap().len(), len);
+}
+
 #[test]
 fn saved_checksums_of_an_earlier_position_are_still_those_of_the_file() {
     let mut source = Source::wal();

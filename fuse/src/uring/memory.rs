@@ -4,7 +4,6 @@
 //! none is. [`Memory`] does not know which; its caller does (`queue`), and that is what each
 //! `unsafe` rests on. Nothing is ever referenced across a submission.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
@@ -17,7 +16,7 @@ const PAGE: usize = 4096;
 /// Headers of all slots, then their payloads, each on pages of its own; untouched pages cost nothing.
 pub(super) struct Memory {
     base: NonNull<u8>,
-    layout: Layout,
+    size: usize,
     slots: usize,
     payload_len: usize,
 }
@@ -30,10 +29,17 @@ impl Memory {
     pub fn new(slots: usize, payload_len: usize) -> Result<Memory, Errno> {
         assert!(slots > 0 && payload_len.is_multiple_of(PAGE), "whole pages");
         let size = memory_len(slots, payload_len);
-        let layout = Layout::from_size_align(size, PAGE).expect("far below the address space");
-        // SAFETY: the size is not zero.
-        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Errno::ENOMEM)?;
-        Ok(Memory { base, layout, slots, payload_len })
+        let (access, kind) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // Not the allocator: for memory that is aligned to pages it writes the zeros, and all of it is
+        // resident from then on.
+        // SAFETY: a new mapping of no file, where the kernel likes it.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, access, kind, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        let base = NonNull::new(base.cast()).ok_or(Errno::ENOMEM)?;
+        Ok(Memory { base, size, slots, payload_len })
     }
 
     /// Where the header of a slot and its payload are, as the kernel wants to know them.
@@ -98,8 +104,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        // SAFETY: mapped with this size in `new`, and nobody uses it any more.
+        let failed = unsafe { libc::munmap(self.base.as_ptr().cast(), self.size) } != 0;
+        debug_assert!(!failed, "unmap what was mapped");
     }
 }
 
@@ -135,5 +142,21 @@ mod tests {
             assert_eq!(header.entry.commit_id, slot as u64);
             assert_eq!(payload, vec![slot as u8; PAGE]);
         }
+    }
+
+    #[test]
+    fn what_was_not_touched_is_not_resident() {
+        let memory = Memory::new(256, 1 << 17).unwrap();
+        let resident = || {
+            let mut pages = vec![0_u8; memory.size / PAGE];
+            let base = memory.base.as_ptr().cast();
+            // SAFETY: the whole mapping, and a byte for each of its pages.
+            assert_eq!(unsafe { libc::mincore(base, memory.size, pages.as_mut_ptr()) }, 0);
+            pages.iter().filter(|page| **page & 1 == 1).count()
+        };
+        assert_eq!(resident(), 0);
+        // SAFETY: there is no kernel here, and no slice lives.
+        unsafe { memory.write_payload(100, &[1]) };
+        assert_ne!(resident(), 0);
     }
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 
 use io_uring::squeue::Entry128;
-use io_uring::{IoUring, cqueue, opcode, types};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, types};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -241,8 +241,8 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         loop {
-            match self.io.submit_and_wait(1).map_err(|error| errno(&error)) {
-                Ok(_) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
+            match self.wait() {
+                Ok(()) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
                 Err(errno) => return Err(errno),
             }
             while let Some(completion) = self.next_completion() {
@@ -253,6 +253,18 @@ impl Runner {
                 }
             }
         }
+    }
+
+    /// Submits what there is and waits for a completion. Linux 6.15 and later can be told that it is no
+    /// disk that we wait for: before, an idle mount counts as pressure on one (`/proc/pressure/io`).
+    fn wait(&mut self) -> Result<(), Errno> {
+        let mut flags = EnterFlags::GETEVENTS;
+        flags.set(EnterFlags::NO_IOWAIT, self.io.params().is_feature_no_iowait());
+        let queued = self.io.submission().len() as u32;
+        // SAFETY: the queues are the ring's own, and no argument goes with the call.
+        let waited =
+            unsafe { self.io.submitter().enter::<libc::sigset_t>(queued, 1, flags.bits(), None) };
+        waited.map(drop).map_err(|error| errno(&error))
     }
 
     fn next_completion(&mut self) -> Option<cqueue::Entry> {

@@ -8,12 +8,13 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run wordpress test check quick bench chaos torture soak fuzz deny direction
+.PHONY: help run wordpress test test-transports check quick bench chaos torture soak fuzz deny direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
 	@echo "make wordpress  a WordPress site on two nodes of this machine"
 	@echo "make test   every test"
+	@echo "make test-transports  the tests with a mount, over each transport, with passthrough and without"
 	@echo "make check  format, lints, documentation, crate direction"
 	@echo "make quick  unit and engine tests only"
 	@echo "make bench  the numbers of docs/benchmarks.md"
@@ -43,6 +44,18 @@ test:
 	@before=$$(cat $(SWITCH) 2>/dev/null || true); \
 	trap '[ "$$before" != N ] || echo N 2>/dev/null >$(SWITCH) || true' EXIT; \
 	timeout --kill-after=30 $(TEST_MAX) cargo test --workspace
+
+# What a test does not choose itself is chosen here; the crate fuse tries every combination by itself.
+WITH_MOUNT := mount:: cluster:: model:: http:: proxy:: cli:: semantics:: apps::
+
+test-transports:
+	@.ci/packages test
+	cargo test -p fuse
+	for transport in uring dev; do for passthrough in auto off; do \
+	  echo "== $$transport, passthrough $$passthrough"; \
+	  LITEFS_TEST_TRANSPORT=$$transport LITEFS_TEST_PASSTHROUGH=$$passthrough \
+	    cargo test --test main -- $(WITH_MOUNT); \
+	done; done
 
 check: direction
 	@.ci/packages build

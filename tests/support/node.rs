@@ -20,6 +20,11 @@ use super::{image, wait};
 /// What a node says when it is ready and has nothing to run.
 const READY: &str = "waiting for signal";
 
+/// What `fuse.passthrough` and `fuse.transport` are where a test does not say; `make test-transports`
+/// tries all.
+const PASSTHROUGH: &str = "LITEFS_TEST_PASSTHROUGH";
+const TRANSPORT: &str = "LITEFS_TEST_TRANSPORT";
+
 /// How many lines of a log are shown when a test fails.
 const LOG_LINES: usize = 100;
 
@@ -131,8 +136,16 @@ impl Node {
             }
         };
         let (root, address) = (self.dir.path().display(), &self.address);
-        let or_auto = |word: &'static str| if word.is_empty() { "auto" } else { word };
-        let (passthrough, transport) = (or_auto(passthrough), or_auto(transport));
+        let chosen = |variable| std::env::var(variable).unwrap_or_else(|_| "auto".to_owned());
+        // Tests that name a passthrough are about it.
+        let passthrough = match *passthrough {
+            "" => chosen(PASSTHROUGH),
+            word => word.to_owned(),
+        };
+        let transport = match *transport {
+            "" | "auto" => chosen(TRANSPORT),
+            word => word.to_owned(),
+        };
         offer_uring();
         let config = format!(
             "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}}}\n\

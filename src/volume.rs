@@ -194,12 +194,16 @@ impl EngineVolume {
         id: locks::Handle,
         thread: Caller,
     ) -> Result<OpenMode, Errno> {
-        let shared = matches!(backing.kind, FileKind::Wal | FileKind::Shm);
-        if !shared || !self.engine.shared().is_passthrough() {
-            return Ok(OpenMode::Cached);
-        }
-        if backing.kind == FileKind::Wal && !self.past.admit(db, id, thread) {
-            return Ok(OpenMode::Direct);
+        let passthrough = self.engine.shared().is_passthrough();
+        match backing.kind {
+            // A WAL grows while its readers ask how long it is, and the kernel may keep an answer from
+            // before: a reader would find the end of the file where a frame is.
+            FileKind::Wal if !passthrough || !self.past.admit(db, id, thread) => {
+                return Ok(OpenMode::Direct);
+            }
+            FileKind::Wal => {}
+            FileKind::Shm if passthrough => {}
+            _ => return Ok(OpenMode::Cached),
         }
         let file = backing.file.try_clone().map_err(|error| os_errno(&error))?;
         Ok(OpenMode::Passthrough(file.into()))

@@ -175,8 +175,7 @@ impl Db {
         if hold == Hold::Taken {
             // Of what was a rollback-mode database they are held exclusively.
             self.try_take(Owner::APPLY, SHARED, LockKind::Shared);
-            let files = [FileKind::Wal, FileKind::Shm].map(|kind| self.files.get(kind));
-            stale.files.extend(files.into_iter().flatten().map(|file| file.ino));
+            stale.files.extend(self.files.get(FileKind::Shm).map(|file| file.ino));
         }
         Ok(hold)
     }
@@ -401,7 +400,7 @@ impl CheckpointLocks for ApplierLocks<'_> {
 /// no worker may wait for that on a followed database.
 struct FollowerCache<'a> {
     cache: Option<&'a dyn PageCache>,
-    /// The pages of the WAL and the wal-index that clients see are not ours.
+    /// The pages of the wal-index that clients see are not ours.
     blind: bool,
     files: &'a FollowedFiles,
 }
@@ -442,13 +441,6 @@ impl ReaderCache for FollowerCache<'_> {
         self.grown(&self.files.database);
         if let Some(cache) = self.cache {
             cache.attr_changed(self.files.database.ino);
-        }
-    }
-
-    fn log_written(&self, offset: u64, len: u64) {
-        if self.blind {
-            self.grown(&self.files.wal);
-            self.pages(&self.files.wal, offset, len);
         }
     }
 

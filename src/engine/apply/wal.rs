@@ -32,7 +32,6 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -89,14 +88,13 @@ pub trait CheckpointLocks {
     fn unlock(&mut self, set: LockSet);
 }
 
-/// What clients have cached of the files; a call returns when nothing stale is left.
+/// What clients have cached of the files; a call returns when nothing stale is left. Of the log they
+/// have nothing cached.
 pub trait ReaderCache {
     /// `len` bytes of the database file at `offset` are new.
     fn pages_changed(&self, offset: u64, len: u64);
     /// The database file may have another length.
     fn size_changed(&self);
-    /// `len` bytes of the log at `offset` are new, and it may be longer; nobody has a use for them yet.
-    fn log_written(&self, offset: u64, len: u64);
     /// `len` bytes of the wal-index at `offset` are new.
     fn index_written(&self, offset: u64, len: u64);
     /// The wal-index has become longer.
@@ -183,8 +181,6 @@ pub struct WalWriter {
     frames: Vec<u8>,
     /// The log was written up to this byte.
     written: u64,
-    /// The bytes of the log that were written since readers were told.
-    untold: Range<u64>,
 }
 
 impl WalWriter {
@@ -259,7 +255,6 @@ impl WalWriter {
             held_page: Vec::with_capacity(page_size.bytes()),
             frames: Vec::new(),
             written: 0,
-            untold: 0..0,
         };
         Ok((writer, log_header.is_some()))
     }
@@ -290,10 +285,6 @@ impl WalWriter {
 
     /// Tells readers of what they were not told, because it was not published.
     pub fn tell(&mut self, cache: &dyn ReaderCache) {
-        let Range { start, end } = std::mem::replace(&mut self.untold, 0..0);
-        if start < end {
-            cache.log_written(start, end - start);
-        }
         self.mirror.tell(cache);
     }
 
@@ -486,7 +477,6 @@ impl WalWriter {
     /// Writes the header of a new run. It is synced, so that after a power failure no frame of the
     /// former run follows from it.
     fn start_log(&mut self) -> io::Result<()> {
-        self.note(0, HEADER_SIZE as u64);
         os::write_at("apply:wal", &self.files.wal, &self.header.encode(), 0)?;
         os::sync("apply:wal", &self.files.wal)?;
         self.log = Log::Started;
@@ -498,17 +488,10 @@ impl WalWriter {
         // Even a write that fails may have written something.
         self.written = self.written.max(end);
         let start = end - self.frames.len() as u64;
-        self.note(start, self.frames.len() as u64);
         os::write_at("apply:wal", &self.files.wal, &self.frames, start)
             .map_err(io_error("write wal frames"))?;
         self.frames.clear();
         Ok(())
-    }
-
-    /// Bytes of the log are about to be written.
-    fn note(&mut self, at: u64, len: u64) {
-        let Range { start, end } = self.untold;
-        self.untold = if start < end { start.min(at)..end.max(at + len) } else { at..at + len };
     }
 
     /// Makes all appended transactions visible at once.
@@ -573,7 +556,6 @@ impl WalWriter {
         }
         // After a crash every commit frame counts that follows from those before it.
         let nothing = [0; FRAME_HEADER_SIZE];
-        self.note(end, FRAME_HEADER_SIZE as u64);
         os::write_at("apply:wal", &self.files.wal, &nothing, end)
             .map_err(io_error("take back wal frames"))?;
         self.written = end;

@@ -139,8 +139,6 @@ impl ReaderCache for Announced {
         self.sizes.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn log_written(&self, _offset: u64, _len: u64) {}
-
     fn index_written(&self, _offset: u64, _len: u64) {}
 
     fn index_grown(&self) {

@@ -1,31 +1,53 @@
 //! Who uses a directory that cannot be unmounted: looked up in `/proc` when it is asked for.
 //!
-//! Only links are read and nothing is opened below the directory, so that nobody waits for the file
-//! system there.
+//! Links are read and nothing is opened below the directory, so that nobody waits for the file system
+//! there. Only where no link tells are the mappings of processes read: the kernel lets nobody see those
+//! of a process that waits for a page, on this mount or any other, so that has a limit.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 /// How many are named.
 const USERS_MAX: usize = 5;
+
+/// How long the mappings of processes are waited for.
+const MAPPED_MAX: Duration = Duration::from_secs(2);
 
 /// The other processes that use something below `dir`, as a list for a message; empty if none is
 /// found.
 pub fn describe(dir: &Path) -> String {
     let dir = resolve(dir);
-    let ours = std::process::id();
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut users: Vec<_> = pids
-        .filter(|pid| *pid != ours)
-        .filter_map(|pid| use_of(Path::new("/proc").join(pid.to_string()).as_path(), &dir))
-        .collect();
+    let mut users = users(&dir, linked);
+    if users.is_empty() {
+        let (sender, found) = mpsc::channel();
+        // Given up with the process, if it waits for longer.
+        thread::spawn(move || sender.send(self::users(&dir, mapped)));
+        users = found.recv_timeout(MAPPED_MAX).unwrap_or_default();
+    }
     let more = users.len().saturating_sub(USERS_MAX);
     users.truncate(USERS_MAX);
     if more > 0 {
         users.push(format!("{more} more"));
     }
     users.join(", ")
+}
+
+/// Each process but this one of which `use_of` says, by its directory in `/proc`, how it uses `dir`.
+fn users(dir: &Path, use_of: fn(&Path, &Path) -> Option<String>) -> Vec<String> {
+    let ours = std::process::id();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let others = pids.filter(|pid| *pid != ours);
+    let described = others.filter_map(|pid| {
+        let process = Path::new("/proc").join(pid.to_string());
+        let used = use_of(&process, dir)?;
+        let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        Some(format!("{} (process {pid}) {used}", name.trim_end()))
+    });
+    described.collect()
 }
 
 /// The path without links, as `/proc` shows it. The last part is the mount itself and is not touched.
@@ -38,26 +60,24 @@ fn resolve(dir: &Path) -> PathBuf {
     }
 }
 
-/// How the process with this directory in `/proc` uses `dir`, if it does.
-fn use_of(process: &Path, dir: &Path) -> Option<String> {
+/// What the links of a process tell.
+fn linked(process: &Path, dir: &Path) -> Option<String> {
     let is_in = |path: &PathBuf| path.starts_with(dir);
     let link = |name: &str| fs::read_link(process.join(name)).ok().filter(is_in);
+    if link("cwd").or_else(|| link("root")).is_some() {
+        return Some("works in it".to_owned());
+    }
     let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
     let mut open = descriptors.filter_map(|fd| fs::read_link(fd.path()).ok()).filter(is_in);
-    let used = match (link("cwd").or_else(|| link("root")), open.next()) {
-        (Some(_), _) => "works in it".to_owned(),
-        (None, Some(path)) => format!("has {} open", shown(&path, dir)),
-        (None, None) => format!("has {} mapped", shown(&mapped(process, dir)?, dir)),
-    };
-    let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-    let pid = process.file_name()?.to_string_lossy().into_owned();
-    Some(format!("{} (process {pid}) {used}", name.trim_end()))
+    open.next().map(|path| format!("has {} open", shown(&path, dir)))
 }
 
-fn mapped(process: &Path, dir: &Path) -> Option<PathBuf> {
+/// What the mappings of a process tell.
+fn mapped(process: &Path, dir: &Path) -> Option<String> {
     let maps = fs::read_to_string(process.join("maps")).ok()?;
     let mut paths = maps.lines().filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
-    paths.find(|path| path.starts_with(dir))
+    let path = paths.find(|path| path.starts_with(dir))?;
+    Some(format!("has {} mapped", shown(&path, dir)))
 }
 
 fn shown(path: &Path, dir: &Path) -> String {

@@ -12,7 +12,9 @@
 //! * A power loss may have taken WAL frames and pages that nobody had synced. Then the chain is ahead
 //!   and is applied.
 //!
-//! Which of these it is, checksums decide: first all is read and decided, then files change. Changed
+//! Which of these it is, checksums decide. That of a database is the XOR of CRCs, which are linear: two
+//! equal pages that are both lost alike, such as those of two empty tables, leave it as it was. So what
+//! recent LTX files say of single pages must be true too. First all is read and decided, then files change. Changed
 //! in this order: what is unusable moves to `lost+found/`, LTX files are written, the database file
 //! is written (from the WAL, then from LTX files), the WAL goes as soon as it is not needed. A crash after any step leaves what the next start needs to come to the
 //! same end. (Only a hot journal is rolled back before anything is decided, as SQLite does; it stays
@@ -26,7 +28,7 @@ use std::time::SystemTime;
 
 use ltx::{Checksum, Compression, NodeId, PageSize, Pgno, Pos, Txid};
 
-use self::chain::{End, Files, LtxFile};
+use self::chain::{End, Files, LtxFile, Reach};
 use self::image::Image;
 use self::log::{Latest, Log};
 use self::repair::{NewFile, Source, Sources, Stamp};
@@ -398,11 +400,22 @@ impl Recovery<'_> {
             return Ok(None);
         }
         let states = States::walk(end, found)?;
-        if states.wal_is_older(end, found) {
+        let (is_older, known) =
+            (states.wal_is_older(end, found), states.commits_in_chain(end, found));
+        let at_end = match is_older {
+            true => Some(&states.bare),
+            false => (known == Some(states.commits())).then_some(&states.last),
+        };
+        if let Some(image) = at_end
+            && !self.files.agree(end, image, &HashSet::new(), Reach::Recent)?
+        {
+            return self.follow_chain(end, found, states);
+        }
+        if is_older {
             let plan = Plan::keep(end, states.bare);
             return Ok(Some(Plan { wal: WalUse::SetAside, ..plan }));
         }
-        if let Some(known) = states.commits_in_chain(end, found) {
+        if let Some(known) = known {
             return Ok(Some(self.continue_from_wal(end, found, known)?));
         }
         let hint = states.commits_by_place(end, found).filter(|&known| known < states.commits());
@@ -613,13 +626,14 @@ impl Recovery<'_> {
             return Ok(Some(self.continue_in_one(end, found, 0)?));
         }
         let set_aside = suffix.base != 0 || (suffix.bare_fits && !explained);
+        let (database, apply) = match suffix.whole && found.header.is_err() {
+            true => (DatabaseUse::SetAside, suffix.files),
+            false => (DatabaseUse::Keep, suffix.files[suffix.unneeded..].to_vec()),
+        };
         Ok(Some(Plan {
             wal: if set_aside { WalUse::SetAside } else { WalUse::Checkpoint },
-            database: match suffix.whole && found.header.is_err() {
-                true => DatabaseUse::SetAside,
-                false => DatabaseUse::Keep,
-            },
-            apply: suffix.files,
+            database,
+            apply,
             ..Plan::keep(end, suffix.image)
         }))
     }

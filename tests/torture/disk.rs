@@ -68,7 +68,12 @@ pub struct Disk {
     dirs: BTreeSet<PathBuf>,
     /// When each file was changed last, in steps.
     changed: Vec<usize>,
+    /// So many steps are one moment to the clock; 0 is 1.
+    tick: usize,
 }
+
+/// Clocks of file systems move with the timer of the kernel: much may happen in one tick.
+const TICKS: [usize; 3] = [1, 10, usize::MAX];
 
 impl Disk {
     /// What stands below `root` now.
@@ -104,7 +109,7 @@ impl Disk {
                 continue; // The name of its directory is lost.
             }
             fs::write(&path, &self.files[*file]).unwrap();
-            let time = Duration::from_secs(1_700_000_000 + self.changed[*file] as u64);
+            let time = Duration::from_secs(1_700_000_000 + self.time_of(*file));
             File::options()
                 .write(true)
                 .open(&path)
@@ -112,6 +117,15 @@ impl Disk {
                 .set_modified(SystemTime::UNIX_EPOCH + time)
                 .unwrap();
         }
+    }
+
+    /// All of it happened in one moment of the clock.
+    pub fn in_one_tick(self) -> Disk {
+        Disk { tick: usize::MAX, ..self }
+    }
+
+    fn time_of(&self, file: usize) -> u64 {
+        (self.changed[file] / self.tick.max(1)) as u64
     }
 
     /// What a file holds.
@@ -170,9 +184,9 @@ impl Disk {
         let whole = Disk::after_crash(base, steps, end);
         let mut disk = base.clone();
         disk.make(whole.files.len().saturating_sub(1));
-        disk.changed.clone_from(&whole.changed);
+        disk.tick = TICKS[chance.below(TICKS.len() as u64) as usize];
         for file in 0..whole.files.len() {
-            disk.files[file] = content_left(base, steps, file, loss, chance);
+            (disk.files[file], disk.changed[file]) = file_left(base, steps, file, loss, chance);
         }
         disk.keep_names(steps, loss, chance);
         disk
@@ -289,14 +303,15 @@ fn apply(content: &mut Vec<u8>, step: &Step) {
     }
 }
 
-fn content_left(
+/// The content of a file, and when it was changed last.
+fn file_left(
     base: &Disk,
     steps: &[Step],
     file: usize,
     loss: Loss,
     chance: &mut Chance,
-) -> Vec<u8> {
-    let is_its = |step: &&Step| match step {
+) -> (Vec<u8>, usize) {
+    let is_its = |(_, step): &(usize, &Step)| match step {
         Step::Write(of, ..) | Step::Truncate(of, _) => *of == file,
         _ => false,
     };
@@ -307,40 +322,75 @@ fn content_left(
     });
     let durable = synced.max().unwrap_or(0);
     let mut content = base.files.get(file).cloned().unwrap_or_default();
-    steps[..durable].iter().filter(is_its).for_each(|step| apply(&mut content, step));
-    let rest: Vec<&Step> = steps[durable..].iter().filter(is_its).collect();
+    let mut changed = base.changed.get(file).copied().unwrap_or(0);
+    let mut play = |content: &mut Vec<u8>, steps: &[(usize, &Step)]| {
+        steps.iter().for_each(|(_, step)| apply(content, step));
+        changed = steps.last().map_or(changed, |(at, _)| at + 1);
+        changed
+    };
+    let its: Vec<(usize, &Step)> = steps.iter().enumerate().filter(is_its).collect();
+    let (before, rest) = its.split_at(its.partition_point(|(at, _)| *at < durable));
+    let changed = play(&mut content, before);
     match loss.content {
-        Content::Lost => content,
+        Content::Lost => (content, changed),
         Content::Kept => {
-            rest.iter().for_each(|step| apply(&mut content, step));
-            content
+            let changed = play(&mut content, rest);
+            (content, changed)
         }
         Content::InOrder => {
             let count = chance.below(rest.len() as u64 + 1) as usize;
-            rest[..count].iter().for_each(|step| apply(&mut content, step));
-            if let Some(Step::Write(_, offset, data)) = rest.get(count) {
+            let changed = play(&mut content, &rest[..count]);
+            if let Some((_, Step::Write(_, offset, data))) = rest.get(count) {
                 let sectors = data.len().div_ceil(SECTOR) as u64;
                 let end = (chance.below(sectors + 1) as usize * SECTOR).min(data.len());
                 apply(&mut content, &Step::Write(file, *offset, data[..end].to_vec()));
             }
-            content
+            (content, changed)
         }
-        Content::Any => any_part(content, &rest, chance),
+        Content::Any => {
+            let (content, last) = any_part(content, rest, chance);
+            (content, last.map_or(changed, |last| rest[last].0 + 1))
+        }
     }
 }
 
-/// Each sector as it was after some of the steps, and a length of any time.
-fn any_part(content: Vec<u8>, rest: &[&Step], chance: &mut Chance) -> Vec<u8> {
-    let steps = rest.len() as u64;
-    let draw = |chance: &mut Chance| match chance.below(4) {
-        0 => 0,
-        1 => steps,
-        _ => chance.below(steps + 1),
+/// Length and time of any moment, as they stand in one inode, and each sector as it was after some of
+/// the steps; the number of the last step that the inode knows of. What the inode knows to be cut off
+/// is gone, and what was written after a cut that it does not know of has no place in it.
+fn any_part(
+    mut now: Vec<u8>,
+    rest: &[(usize, &Step)],
+    chance: &mut Chance,
+) -> (Vec<u8>, Option<usize>) {
+    let steps = rest.len();
+    let draw = |chance: &mut Chance, from: usize, upto: usize| match chance.below(4) {
+        0 => from,
+        1 => upto,
+        _ => from + chance.below((upto - from) as u64 + 1) as usize,
     };
-    let end_len = draw(chance);
-    let mut until: HashMap<usize, u64> = HashMap::new();
-    let (mut now, mut out, mut len) = (content.clone(), content.clone(), content.len());
-    for (number, step) in (1..).zip(rest) {
+    let inode = draw(chance, 0, steps);
+    // Which cuts the inode knows of, and which sectors of what states there may be.
+    let mut lens = vec![now.len()];
+    let mut cuts = Vec::new();
+    for (number, (_, step)) in (1..).zip(rest) {
+        let before = lens[number - 1];
+        let len = match step {
+            Step::Write(_, offset, data) => before.max(*offset as usize + data.len()),
+            Step::Truncate(_, len) => *len as usize,
+            _ => before,
+        };
+        if len < before {
+            cuts.push((number, len / SECTOR));
+        }
+        lens.push(len);
+    }
+    let states_of = |sector: usize| {
+        let of_it = || cuts.iter().filter(|(_, from)| *from <= sector).map(|(number, _)| *number);
+        let from = of_it().filter(|number| *number <= inode).max().unwrap_or(0);
+        (from, of_it().find(|number| *number > inode).map_or(steps, |number| number - 1))
+    };
+    let (mut out, mut until) = (now.clone(), HashMap::new());
+    for (number, (_, step)) in (1..).zip(rest) {
         let before = now.len();
         apply(&mut now, step);
         let touched = match step {
@@ -350,11 +400,12 @@ fn any_part(content: Vec<u8>, rest: &[&Step], chance: &mut Chance) -> Vec<u8> {
             }
             _ => now.len().min(before) / SECTOR..now.len().max(before).div_ceil(SECTOR),
         };
-        if number <= end_len {
-            len = now.len();
-        }
         for sector in touched {
-            if number > *until.entry(sector).or_insert_with(|| draw(chance)) {
+            let state = until.entry(sector).or_insert_with(|| {
+                let (from, upto) = states_of(sector);
+                draw(chance, from, upto)
+            });
+            if number > *state {
                 continue;
             }
             let (start, end) = (sector * SECTOR, (sector + 1) * SECTOR);
@@ -368,8 +419,8 @@ fn any_part(content: Vec<u8>, rest: &[&Step], chance: &mut Chance) -> Vec<u8> {
             }
         }
     }
-    out.resize(len, 0);
-    out
+    out.resize(lens[inode], 0);
+    (out, inode.checked_sub(1))
 }
 
 /// Records what happens below a directory, and makes trouble.

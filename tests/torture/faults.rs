@@ -9,7 +9,7 @@ use std::time::Duration;
 use litefs::engine::{DbState, Engine, Role};
 use litefs::os::fault::{self, Fault};
 
-use super::disk::{Disk, Loss, Recorder, Step, Trouble};
+use super::disk::{Content, Disk, Loss, Names, Recorder, Step, Trouble};
 use super::script::{
     Act, DB, Effect, Known, Mode, NotStarted, World, follow_up, key, open, receive, replica,
     replicate, restart,
@@ -542,6 +542,28 @@ fn every_moment_of_a_replica_may_be_the_last() {
     }
     println!("{moments} moments, {tried} images");
     report("a replica that dies", &failures);
+}
+
+/// A WAL that is moved into the database file under all locks may be lost but for its beginning, which
+/// must not look like something new on top of that.
+#[test]
+fn the_beginning_of_a_wal_is_not_taken_for_its_end() {
+    let (script, passthrough) = feeds().remove(0);
+    let (primary, sent) = feed(&script);
+    let hits = Hits::default();
+    let Applied { start, steps, .. } =
+        apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
+    let is_sync = |end: &usize| matches!(steps[*end - 1], Step::Sync(..));
+    let ends: Vec<usize> = (1..=steps.len()).filter(is_sync).collect();
+    assert!(ends.len() > 10, "{ends:?}");
+    let failures = each(&ends, |end| {
+        let lost = Loss { content: Content::Lost, names: Names::Kept };
+        let disk = Disk::after_power_loss(&start, &steps, *end, lost, &mut Chance(1)).in_one_tick();
+        let root = ram_dir();
+        disk.store(root.path());
+        restart(root.path()).map(drop).map_err(|error| format!("after step {end}: {error}"))
+    });
+    report("a checkpoint", &failures);
 }
 
 /// Where the wal-index is out of sight, the frames of a commit that was refused would be taken for

@@ -129,6 +129,9 @@ impl Db {
 
     /// Copies what the WAL holds into the database file, durably. Everybody is locked out, and the
     /// chain holds all of it. The WAL stays as it is.
+    ///
+    /// As with every checkpoint it is durable first. Else a power loss could leave its beginning beside
+    /// pages of its end, which at the next start would look like new transactions on top of them.
     pub(in crate::engine) fn checkpoint_fully(&self, change: &mut Change) -> Result<()> {
         let (Some(wal), Some(database)) =
             (self.files.get(FileKind::Wal), self.files.get(FileKind::Database))
@@ -139,6 +142,8 @@ impl Db {
         let Some(map) = self.wal_map(&wal.file, Some(frame))?.filter(|_| frame > 0) else {
             return Ok(());
         };
+        os::sync("checkpoint:wal", &wal.file)
+            .map_err(Error::io("sync wal", &self.files.path(FileKind::Wal)))?;
         let path = self.files.path(FileKind::Database);
         let page_size = map.cursor.page_size();
         let mut page = vec![0; page_size.bytes()];

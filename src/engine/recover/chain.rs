@@ -95,7 +95,7 @@ impl Files {
     pub(super) fn broken_link(&self, end: &End) -> Result<Option<&LtxFile>, Error> {
         let mut next = end.clone();
         while let Some(file) = self.before(next.header.min_txid) {
-            if modified(file)? + WRITTEN_BACK < modified(&end.file)? {
+            if !is_recent(file, end)? {
                 break;
             }
             match peek(file)? {
@@ -107,8 +107,9 @@ impl Files {
     }
 
     /// Lays the pages of ever more files, from `end` back, over each of `bases`, until one has the
-    /// checksum that `end` promises. `unexplained` are pages of the WAL; those that are in a file are
-    /// taken out, and files are read on until none is left.
+    /// checksum that `end` promises, and on through the recent files: equal checksums are no proof of
+    /// equal pages ([`super`]). `unexplained` are pages of the WAL; those that are in a file are taken
+    /// out, and files are read on until none is left.
     pub(super) fn search(
         &self,
         end: &End,
@@ -118,8 +119,10 @@ impl Files {
         for base in &mut bases {
             base.resize(end.header.commit)?;
         }
-        let mut found: Option<Suffix> = None;
-        let (mut covered, mut files) = (HashSet::new(), Vec::new());
+        let wanted = end.trailer.post_apply;
+        // So many files, from the newest, change something in each base.
+        let mut needed = vec![0; bases.len()];
+        let (mut newest, mut files) = (Newest::of(end), Vec::new());
         let mut next: Option<End> = None;
         let mut file = &end.file;
         while let Some((this, pages)) = load(file)? {
@@ -128,30 +131,32 @@ impl Files {
                 break;
             }
             pages.iter().for_each(|page| _ = unexplained.remove(page));
-            if found.is_none() {
-                let within = pages.into_iter().filter(|(pgno, _)| pgno.0 <= end.header.commit);
-                for (pgno, sum) in within.filter(|(pgno, _)| covered.insert(*pgno)) {
-                    bases.iter_mut().try_for_each(|base| base.set(pgno, sum))?;
+            files.push(file.clone());
+            for (pgno, sum) in newest.take(&this, pages) {
+                for (base, needed) in bases.iter_mut().zip(&mut needed) {
+                    if base.get(pgno) != sum {
+                        base.set(pgno, sum)?;
+                        *needed = files.len();
+                    }
                 }
-                files.push(file.clone());
-                let wanted = end.trailer.post_apply;
-                let fits = |base: &Image| base.rolling() == wanted;
-                found = bases.iter().position(fits).map(|base| Suffix {
-                    base,
-                    bare_fits: bases.last().is_some_and(fits),
-                    image: bases[base].clone(),
-                    whole: bases[base].page_numbers().all(|pgno| covered.contains(&pgno)),
-                    files: files.iter().rev().cloned().collect(),
-                });
             }
-            let enough = found.is_some() && unexplained.is_empty();
+            let fits = bases.iter().any(|base| base.rolling() == wanted);
+            let enough = fits && unexplained.is_empty() && !is_recent(file, end)?;
             let Some(previous) = self.before(file.min).filter(|_| !enough) else {
                 break;
             };
             next = Some(this);
             file = previous;
         }
-        Ok(found)
+        let fits = |base: &Image| base.rolling() == wanted;
+        let Some(base) = bases.iter().position(fits) else { return Ok(None) };
+        let bare_fits = bases.last().is_some_and(fits);
+        let whole = bases[base].page_numbers().all(|pgno| newest.seen.contains(&pgno));
+        let fitting = bases.iter().zip(&needed).filter(|(base, _)| fits(base));
+        let needed = fitting.map(|(_, needed)| *needed).max().unwrap_or(0);
+        let unneeded = files.len() - needed;
+        files.reverse();
+        Ok(Some(Suffix { base, bare_fits, image: bases.swap_remove(base), whole, files, unneeded }))
     }
 
     /// Whether the files that lead to `end` say of no page of `image` but those of `except` that it was
@@ -161,24 +166,56 @@ impl Files {
         end: &End,
         image: &Image,
         except: &HashSet<Pgno>,
+        reach: Reach,
     ) -> Result<bool, Error> {
-        let mut seen = HashSet::new();
+        let mut newest = Newest::of(end);
         let mut next: Option<End> = None;
         let mut file = Some(&end.file);
         while let Some((this, pages)) = file.map(load).transpose()?.flatten() {
             if next.as_ref().is_some_and(|next| !leads_to(&this, next)) {
                 break;
             }
-            for (pgno, sum) in pages {
-                let counts = pgno.0 <= end.header.commit && seen.insert(pgno);
-                if counts && !except.contains(&pgno) && image.get(pgno) != sum {
-                    return Ok(false);
-                }
+            let differs = |(pgno, sum)| !except.contains(&pgno) && image.get(pgno) != sum;
+            if newest.take(&this, pages).any(differs) {
+                return Ok(false);
             }
             file = self.before(this.header.min_txid);
+            if let (Reach::Recent, Some(older)) = (reach, file)
+                && !is_recent(older, end)?
+            {
+                break;
+            }
             next = Some(this);
         }
         Ok(true)
+    }
+}
+
+/// How far back files are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// As far as they lead to each other.
+    All,
+    /// Those whose pages may not have reached the disk.
+    Recent,
+}
+
+/// The newest image of each page, of files that are read from the newest to the oldest.
+struct Newest {
+    seen: HashSet<Pgno>,
+    /// The database was never larger since, in pages: what stood behind has gone.
+    pages: u32,
+}
+
+impl Newest {
+    fn of(end: &End) -> Newest {
+        Newest { seen: HashSet::new(), pages: end.header.commit }
+    }
+
+    /// The pages of a file that no file after it has, or cuts off.
+    fn take(&mut self, file: &End, pages: Pages) -> impl Iterator<Item = (Pgno, Checksum)> {
+        self.pages = self.pages.min(file.header.commit);
+        pages.into_iter().filter(|(pgno, _)| pgno.0 <= self.pages && self.seen.insert(*pgno))
     }
 }
 
@@ -195,6 +232,8 @@ pub(super) struct Suffix {
     pub(super) whole: bool,
     /// Oldest first.
     pub(super) files: Vec<LtxFile>,
+    /// So many of them, the oldest, change nothing.
+    pub(super) unneeded: usize,
 }
 
 fn leads_to(previous: &End, next: &End) -> bool {
@@ -213,6 +252,11 @@ pub(super) fn names(dir: &Path) -> Result<Vec<String>, Error> {
         names.extend(entry.file_name().into_string());
     }
     Ok(names)
+}
+
+/// Whether a file may not have reached the disk when `end` was written.
+fn is_recent(file: &LtxFile, end: &End) -> Result<bool, Error> {
+    Ok(modified(file)? + WRITTEN_BACK >= modified(&end.file)?)
 }
 
 fn modified(file: &LtxFile) -> Result<SystemTime, Error> {

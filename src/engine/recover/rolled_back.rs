@@ -10,7 +10,7 @@ use std::io;
 
 use ltx::{PageSize, Pgno};
 
-use super::chain::End;
+use super::chain::{End, Reach};
 use super::{Error, Found, Recovered, Recovery, io_error, repair};
 use crate::engine::checksum::read_zero_extended;
 use crate::sqlite::freelist;
@@ -54,7 +54,7 @@ impl Recovery<'_> {
         }
         let free = free_leaves(database, header.page_size, found.base.pages())
             .map_err(io_error("read database", &self.dir.database()))?;
-        Ok(!free.is_empty() && self.files.agree(newest, &found.base, &free)?)
+        Ok(!free.is_empty() && self.files.agree(newest, &found.base, &free, Reach::All)?)
     }
 }
 

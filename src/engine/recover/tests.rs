@@ -523,6 +523,23 @@ fn a_chain_that_is_ahead_is_applied() {
     }
 }
 
+/// The checksum of a database is the same if two equal pages are both zeros.
+#[test]
+fn lost_pages_are_found_where_the_checksum_is_right() {
+    let mut source = Source::delete();
+    source.run("create table u (id integer primary key, x blob)");
+    source.run("create table v (id integer primary key, x blob)");
+    let last = source.last();
+    for missing in [0, 1] {
+        let target = Target::of(&source).with(&source, 1..=last);
+        let mut database = source.states[(last - missing) as usize].clone();
+        assert_eq!(database[PAGE_SIZE..2 * PAGE_SIZE], database[2 * PAGE_SIZE..3 * PAGE_SIZE]);
+        database[PAGE_SIZE..3 * PAGE_SIZE].fill(0);
+        fs::write(target.dir.database(), database).unwrap();
+        target.check_crashes(&source, last, source.pos(last));
+    }
+}
+
 #[test]
 fn a_chain_that_is_ahead_of_a_cut_wal_is_applied() {
     let mut source = Source::wal();

@@ -93,6 +93,7 @@ torture:
 	LITEFS_TEST_MINUTES=$(MINUTES) cargo test --test main -- model:: --nocapture
 	LITEFS_TEST_TCL=all cargo test --test main -- tcl:: --nocapture --test-threads 1
 	LITEFS_TEST_ALL=1 cargo test --test main -- torture:: --nocapture
+	LITEFS_TEST_ORDERS=15000 cargo test -p litefs --lib -- orders:: --nocapture
 
 # Nodes of this test may run longer than those of others.
 soak: MINUTES = 60

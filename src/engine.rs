@@ -41,6 +41,7 @@ pub mod recover;
 pub mod role;
 pub mod shared;
 pub mod snapshot;
+mod sync;
 pub mod times;
 pub mod transaction;
 

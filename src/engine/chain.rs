@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
@@ -22,11 +22,14 @@ use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
 use super::error::{Error, Result, chain_text};
 use super::layout::DbDir;
 use super::name::DbName;
+use super::sync::Mutex;
 use super::transaction::Transaction;
 use crate::{limits, os};
 
 pub use writer::{Waker, Writer};
 
+#[cfg(test)]
+mod orders;
 mod positions;
 #[cfg(test)]
 mod tests;

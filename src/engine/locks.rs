@@ -478,4 +478,6 @@ impl<W> LockTable<W> {
 }
 
 #[cfg(test)]
+mod orders;
+#[cfg(test)]
 mod tests;

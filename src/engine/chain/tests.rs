@@ -9,7 +9,7 @@ use ltx::{Checksum, PageSize, Pgno};
 const MANY: u32 = 3000;
 
 /// A transaction of so many pages of zeros.
-fn transaction(txid: u64, pages: u32) -> Arc<Transaction> {
+pub(super) fn transaction(txid: u64, pages: u32) -> Arc<Transaction> {
     let page_size = PageSize::new(4096).unwrap();
     let sum = |pgno| ltx::page_checksum(pgno, &[0; 4096]);
     let page = |pgno| PageRef { pgno, sum: sum(pgno), offset: ZERO_PAGE };
@@ -31,11 +31,16 @@ fn after(txid: u64) -> Pos {
     Pos { txid: Txid(txid), checksum: Checksum::flagged(txid + 1) }
 }
 
-/// A chain of files up to transaction 1, then two large transactions and a small one.
-fn chain(dir: &Path) -> Chain {
+/// A chain of files up to transaction 1.
+pub(super) fn open(dir: &Path) -> Chain {
     let dir = DataDir::new(dir).database("db");
     os::create_dirs("test:dir", &dir.ltx()).unwrap();
-    let chain = Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap();
+    Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap()
+}
+
+/// Of [`open`], then two large transactions and a small one.
+fn chain(dir: &Path) -> Chain {
+    let chain = open(dir);
     for (txid, pages) in [(2, MANY), (3, MANY), (4, 1)] {
         chain.push(transaction(txid, pages));
     }
@@ -68,9 +73,7 @@ fn what_was_written_is_read_from_its_file() {
 
 /// A chain with one file, of transactions 2 to 4.
 fn chain_of_a_range(dir: &Path) -> Chain {
-    let dir = DataDir::new(dir).database("db");
-    os::create_dirs("test:dir", &dir.ltx()).unwrap();
-    let chain = Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap();
+    let chain = open(dir);
     let source = Arc::new(tempfile::tempfile().unwrap());
     for txid in 2..=4 {
         let mut transaction = Arc::into_inner(transaction(txid, 1)).unwrap();

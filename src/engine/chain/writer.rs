@@ -3,15 +3,16 @@
 //! It does not wake once per commit: after a round it rests for [`limits::WRITER_REST`], in which
 //! only somebody who waits for durability wakes it. A commit on a quiet node wakes it at once.
 
-use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::Chain;
 use crate::engine::error::chain_text;
+use crate::engine::sync::{self, Condvar, JoinHandle, Mutex};
 use crate::limits;
 
-/// The writer thread; dropped, it writes and syncs what is queued and ends.
+/// The writer thread; dropped, it writes what is queued and ends. Durable is then what was synced
+/// before, as each database is when it is closed.
 pub struct Writer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -52,9 +53,7 @@ impl Writer {
     pub fn start() -> Writer {
         let shared = Arc::new(Shared { state: Mutex::default(), wake: Condvar::new() });
         let run = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("litefs-ltx".into())
-            .spawn(move || run.run())
+        let thread = sync::spawn("litefs-ltx", move || run.run())
             .expect("a thread can be started at start-up");
         Writer { shared, thread: Some(thread) }
     }
@@ -143,10 +142,11 @@ impl Shared {
         state.mood = Mood::Resting;
         while !state.urgent && !state.stop {
             let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let (woken, waited) = self.wake.wait_timeout(state, left).unwrap();
+            state = woken;
+            if waited.timed_out() {
                 break;
             }
-            state = self.wake.wait_timeout(state, left).unwrap().0;
         }
         state.mood = Mood::Busy;
     }

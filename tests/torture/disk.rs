@@ -109,7 +109,8 @@ impl Disk {
                 continue; // The name of its directory is lost.
             }
             fs::write(&path, &self.files[*file]).unwrap();
-            let time = Duration::from_secs(1_700_000_000 + self.time_of(*file));
+            let time =
+                Duration::from_secs(1_700_000_000) + Duration::from_millis(self.time_of(*file));
             File::options()
                 .write(true)
                 .open(&path)
@@ -322,7 +323,9 @@ fn file_left(
     });
     let durable = synced.max().unwrap_or(0);
     let mut content = base.files.get(file).cloned().unwrap_or_default();
-    let mut changed = base.changed.get(file).copied().unwrap_or(0);
+    let is_made = |step: &Step| matches!(step, Step::Make(of, _) if *of == file);
+    let made = steps.iter().position(is_made).map_or(0, |at| at + 1);
+    let mut changed = base.changed.get(file).copied().unwrap_or(made);
     let mut play = |content: &mut Vec<u8>, steps: &[(usize, &Step)]| {
         steps.iter().for_each(|(_, step)| apply(content, step));
         changed = steps.last().map_or(changed, |(at, _)| at + 1);

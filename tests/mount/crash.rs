@@ -195,7 +195,9 @@ impl Drop for Disk {
 /// A primary whose data is on a file system of this kind, and an application in the middle of a
 /// transaction, with one row committed.
 fn in_a_transaction(kind: &str) -> (Node, Disk, Shell) {
-    let mut node = Node::new(&Settings::default(), Member::Primary);
+    // Without passthrough nobody could commit while no process is there.
+    let settings = Settings { passthrough: "auto", ..Settings::default() };
+    let mut node = Node::new(&settings, Member::Primary);
     let disk = Disk::mount(&node, kind);
     node.start();
     let mut shell = Shell::open(&node.file(DB));

@@ -71,12 +71,16 @@ fn stale_mounts(dir: &Path) -> Result<usize, Error> {
     }
 }
 
-/// Takes away what is mounted there without a process.
-fn free(dir: &Path) -> Result<(), Error> {
+/// Takes away what is mounted there without a process, but for the last `left`.
+fn free(dir: &Path, left: usize) -> Result<(), Error> {
     for _ in 0..STALE_MAX {
         let count = stale_mounts(dir)?;
         if count == 0 {
             return usable(dir);
+        }
+        if count == left {
+            tracing::info!(dir = %dir.display(), "mount over stale mount");
+            return Ok(());
         }
         tracing::info!(dir = %dir.display(), "unmount stale mount");
         match detach(dir) {
@@ -185,7 +189,8 @@ fn mount_directly(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
         data.push_str(",allow_other");
     }
     let kind = format!("fuse.{NAME}");
-    free(dir)?;
+    // A stale mount stays below until we unmount: at no moment is the plain directory in sight.
+    free(dir, 1)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     nix::mount::mount(Some(NAME), dir, Some(kind.as_str()), flags, Some(data.as_str()))
         .map_err(|source| Error::Mount { dir: dir.to_owned(), source })?;
@@ -198,7 +203,8 @@ fn mount_by_helper(dir: &Path, allow_other: bool) -> Result<OwnedFd, Error> {
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|error| failed(error.to_string()))?;
     let mut options = format!("fsname={NAME},subtype={NAME},nosuid,nodev");
-    free(dir)?;
+    // The helper mounts on nothing that it cannot look into.
+    free(dir, 0)?;
     if allow_other {
         options.push_str(",allow_other");
     }
@@ -234,10 +240,12 @@ fn receive_device(socket: &OwnedFd) -> Result<OwnedFd, Errno> {
 /// Unmounts what nobody uses.
 pub(crate) fn unmount(dir: &Path) -> Result<(), Error> {
     if geteuid().is_root() {
-        return umount2(dir, MntFlags::empty()).map_err(|source| match source {
+        umount2(dir, MntFlags::empty()).map_err(|source| match source {
             Errno::EBUSY => Error::Busy { dir: dir.to_owned() },
             source => Error::Unmount { dir: dir.to_owned(), source },
-        });
+        })?;
+        // The stale mount in whose place this one was.
+        return detach_if_gone(dir);
     }
     unmount_by_helper(dir, &["-u"])
 }

@@ -2,10 +2,13 @@
 //! the next start, one transaction a commit.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ltx::Txid;
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use test_case::test_case;
 
 use super::{DB, Node, check_chain, check_integrity, check_stopped, sqlite, strict};
@@ -266,8 +269,33 @@ fn nothing_is_made_in_the_place_of_a_mount_that_is_in_use() {
             .then_some(failed)
     });
     assert_eq!(late, Some(nix::libc::ENOTCONN));
+    // Looked at all the time while another mount takes the place of the dead one.
+    let (dir, over) = (node.mount(), Arc::new(AtomicBool::new(false)));
+    let (watched, ended) = (dir.clone(), over.clone());
+    let watcher = std::thread::spawn(move || {
+        let mut looks = 0;
+        while !ended.load(Ordering::SeqCst) {
+            assert!(is_covered(&watched), "the plain directory was in sight");
+            looks += 1;
+        }
+        looks
+    });
     node.start();
+    over.store(true, Ordering::SeqCst);
+    assert!(watcher.join().unwrap() > 0);
     assert_eq!(sqlite::run(&node.file(DB), "insert into t values (2); select sum(x) from t"), "3");
+    // And again over the one that is in its place now, however often that happens.
+    for _ in 0..2 {
+        node.kill();
+        assert!(is_covered(&dir));
+        node.start();
+    }
     drop(opened);
     assert!(node.stop().success());
+    assert!(!is_covered(&dir), "a dead mount is left");
+}
+
+/// Whether a mount is in sight, dead or alive; a plain directory is of another file system.
+fn is_covered(dir: &Path) -> bool {
+    statfs(dir).map_or(true, |found| found.filesystem_type() == FUSE_SUPER_MAGIC)
 }

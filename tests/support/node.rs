@@ -361,8 +361,11 @@ impl Drop for Node {
     fn drop(&mut self) {
         self.kill();
         let mount = self.mount();
-        if is_mounted(&mount) {
-            let _ = Command::new("umount").arg("-l").arg(&mount).status();
+        // A dead one may be below.
+        for _ in 0..3 {
+            if is_mounted(&mount) {
+                let _ = Command::new("umount").arg("-l").arg(&mount).status();
+            }
         }
         if std::thread::panicking() {
             let log = self.whole_log();

@@ -7,6 +7,7 @@ pub mod freelist;
 pub mod header;
 pub mod journal;
 pub mod lock_byte;
+pub mod schema;
 pub mod wal;
 pub mod wal_index;
 

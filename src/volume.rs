@@ -84,6 +84,12 @@ pub enum Node {
     Plain(Arc<plain::PlainFile>),
 }
 
+impl Node {
+    fn is_turned_out(&self) -> bool {
+        matches!(self, Node::File(_, backing) if backing.is_turned_out())
+    }
+}
+
 /// An open file.
 pub struct OpenFile {
     id: locks::Handle,
@@ -98,6 +104,11 @@ impl OpenFile {
     /// Whether its file was removed: what its name stands for now is another file, or none.
     fn is_stale(&self) -> bool {
         matches!(&self.node, Node::File(db, backing) if !db.files().is_current(backing))
+    }
+
+    /// Whether it belongs to a connection that must not go on.
+    fn is_turned_out(&self) -> bool {
+        self.node.is_turned_out()
     }
 }
 
@@ -248,6 +259,9 @@ impl EngineVolume {
     }
 
     fn truncate(&self, node: &Node, size: u64, done: Done) {
+        if node.is_turned_out() {
+            return done(Err(Errno::ESTALE));
+        }
         let result = match node {
             Node::File(db, backing) => match backing.kind {
                 FileKind::Database => db.truncate_database(backing, size),
@@ -424,6 +438,10 @@ impl fuse::Volume for EngineVolume {
         let Write { offset, data, .. } = write;
         let len = data.len() as u32;
         let done: Done = Box::new(move |result| reply.send(result.map(|()| len)));
+        if handle.is_turned_out() {
+            // Of a wal-index the kernel writes back what it still has.
+            return done(Err(Errno::ESTALE));
+        }
         let result = match &handle.node {
             Node::File(db, backing) => match backing.kind {
                 FileKind::Database => db.write_database(backing, offset, data),
@@ -508,7 +526,8 @@ impl fuse::Volume for EngineVolume {
             Err(errno) => return reply.send(Err(errno)),
         };
         if handle.is_stale() {
-            return reply.send(stale_lock(&call));
+            let may_go_on = kind == LockKind::Unlock || !handle.is_turned_out();
+            return reply.send(if may_go_on { stale_lock(&call) } else { Err(Errno::ESTALE) });
         }
         if kind == LockKind::Unlock {
             return db.unlock(call.owner, call.set, move || reply.send(Ok(())));
@@ -593,7 +612,10 @@ fn lock_file(kind: FileKind) -> Option<LockFile> {
 /// A lock on a removed file: nobody else can have one on it. What would be committed to a removed WAL
 /// would be lost, so nobody may write one; of a removed database file SQLite finds out by itself.
 fn stale_lock(call: &Request) -> Result<(), Errno> {
-    let writes = call.set.contains(Lock::Write) && call.kind == locks::LockKind::Exclusive;
+    // With the whole database locked SQLite checkpoints, and then removes by their names a WAL and a
+    // wal-index that may be those of another database by now.
+    let all = call.set.contains(Lock::Write) || call.set.contains(Lock::Shared);
+    let writes = all && call.kind == locks::LockKind::Exclusive;
     if writes { Err(Errno::EAGAIN) } else { Ok(()) }
 }
 

@@ -27,6 +27,7 @@ use crate::{limits, os};
 mod exclusive;
 mod follow;
 mod index;
+mod remembered;
 mod rollback;
 pub mod wal;
 

@@ -44,6 +44,9 @@ pub struct Change {
     pub journal: journal::JournalState,
     /// The next capture compares every page.
     pub needs_resync: bool,
+    /// The highest change counter with which somebody may have read the database without a WAL since
+    /// this process began; none if nobody has.
+    pub counted: Option<u32>,
     /// The state that clients see of the WAL, if it has strays.
     pub strays: Option<Box<Change>>,
 }
@@ -69,6 +72,7 @@ impl Change {
             wal: wal::WalState::default(),
             journal: journal::JournalState::default(),
             needs_resync: false,
+            counted: None,
             strays: None,
         }
     }
@@ -84,6 +88,7 @@ impl Change {
             wal: self.wal.fork(),
             journal: journal::JournalState::default(),
             needs_resync: self.needs_resync,
+            counted: self.counted,
             strays: None,
         }
     }

@@ -60,6 +60,24 @@ pub struct Backing {
     pub kind: FileKind,
     /// The open file in the data directory.
     pub file: Arc<File>,
+    /// Nobody may use it any more, whatever else has the file.
+    turned_out: AtomicBool,
+}
+
+impl Backing {
+    fn new(kind: FileKind, file: Arc<File>) -> Arc<Backing> {
+        Arc::new(Backing { ino: next_ino(), kind, file, turned_out: AtomicBool::new(false) })
+    }
+
+    /// Refuses everything to who has it open.
+    pub fn turn_out(&self) {
+        self.turned_out.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether everything is refused to who has it open.
+    pub fn is_turned_out(&self) -> bool {
+        self.turned_out.load(Ordering::SeqCst)
+    }
 }
 
 /// Hands out inode numbers; 1 is the root.
@@ -188,6 +206,18 @@ impl Files {
         Ok(())
     }
 
+    /// Gives a file that exists another inode, and refuses everything to who has it open as the old
+    /// one; that inode.
+    pub fn renew(&self, kind: FileKind) -> Option<u64> {
+        let _naming = self.naming.lock().unwrap();
+        let mut slots = self.slots.lock().unwrap();
+        let slot = &mut slots[kind as usize];
+        let old = slot.clone()?;
+        *slot = Some(Backing::new(kind, old.file.clone()));
+        old.turn_out();
+        Some(old.ino)
+    }
+
     /// Makes the names durable, if any changed: what SQLite asks for by a sync of the directory once
     /// it has made a journal or a WAL.
     pub fn sync_names(&self) -> Result<()> {
@@ -206,8 +236,7 @@ impl Files {
     }
 
     fn set(&self, kind: FileKind, file: Option<File>) -> Option<Arc<Backing>> {
-        let backing =
-            file.map(|file| Arc::new(Backing { ino: next_ino(), kind, file: Arc::new(file) }));
+        let backing = file.map(|file| Backing::new(kind, Arc::new(file)));
         self.slots.lock().unwrap()[kind as usize].clone_from(&backing);
         backing
     }

@@ -321,13 +321,21 @@ impl Db {
     /// A change counter and a schema cookie that the database had never before: SQLite only counts
     /// them up. By chance where nothing tells of the former ones.
     fn next_counters(&self, change: &Change) -> Result<(u32, u32)> {
-        let database = self.files.get(FileKind::Database).filter(|_| !self.is_lost());
-        let (Some(database), Some(_)) = (database, change.page_size) else {
+        if self.is_lost() || change.page_size.is_none() {
+            return Ok((random_u32(), random_u32()));
+        }
+        let Some(header) = self.first_page(change.wal.frame())? else {
             return Ok((random_u32(), random_u32()));
         };
+        Ok((header.change_counter.wrapping_add(1), header.schema_cookie.wrapping_add(1)))
+    }
+
+    /// The header of page 1, as it is with the WAL up to `frame`; none without a database file.
+    pub(super) fn first_page(&self, frame: u32) -> Result<Option<DatabaseHeader>> {
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(None) };
         let mut page = [0; HEADER_SIZE];
-        let wal = self.files.get(FileKind::Wal).filter(|_| change.wal.frame() > 0);
-        let map = wal.as_ref().map(|wal| self.wal_map(&wal.file, Some(change.wal.frame())));
+        let wal = self.files.get(FileKind::Wal).filter(|_| frame > 0);
+        let map = wal.as_ref().map(|wal| self.wal_map(&wal.file, Some(frame)));
         let in_wal = map.transpose()?.flatten().and_then(|map| map.pages.get(&Pgno(1)).copied());
         let (kind, file, at) = match (&wal, in_wal) {
             (Some(wal), Some(at)) => (FileKind::Wal, wal, at),
@@ -335,9 +343,9 @@ impl Db {
         };
         os::read_up_to(&file.file, &mut page, at)
             .map_err(Error::io("read page 1", &self.files.path(kind)))?;
-        let header = DatabaseHeader::parse(&page)
-            .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
-        Ok((header.change_counter.wrapping_add(1), header.schema_cookie.wrapping_add(1)))
+        DatabaseHeader::parse(&page)
+            .map(Some)
+            .map_err(|error| self.corrupt("read page 1", &error.to_string()))
     }
 
     /// The header of a snapshot of a database at `pos`, but for its size.

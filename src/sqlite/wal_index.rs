@@ -127,6 +127,24 @@ impl IndexHeader {
         })
     }
 
+    /// Both copies of a header that is whole, but of a version that SQLite does not know: it opens no
+    /// database with that (SQLITE_CANTOPEN).
+    pub fn unknown() -> [u8; CKPT_AT] {
+        let mut copy = [0; HEADER_COPY_SIZE];
+        put_ne_u32(&mut copy, 0, VERSION + 1);
+        copy[IS_INIT_AT] = 1;
+        IndexHeader::seal(&mut copy);
+        let mut copies = [0; CKPT_AT];
+        copies.as_chunks_mut().0.fill(copy);
+        copies
+    }
+
+    fn seal(copy: &mut [u8; HEADER_COPY_SIZE]) {
+        let checksum = checksum_of(copy);
+        put_ne_u32(copy, CHECKSUM_AT, checksum.0);
+        put_ne_u32(copy, CHECKSUM_AT + 4, checksum.1);
+    }
+
     /// The bytes of one copy.
     pub fn encode(&self) -> [u8; HEADER_COPY_SIZE] {
         let mut copy = [0; HEADER_COPY_SIZE];
@@ -141,9 +159,7 @@ impl IndexHeader {
         put_ne_u32(&mut copy, FRAME_CHECKSUM_AT, self.frame_checksum.0);
         put_ne_u32(&mut copy, FRAME_CHECKSUM_AT + 4, self.frame_checksum.1);
         self.salts.write(&mut copy, SALTS_AT);
-        let checksum = checksum_of(&copy);
-        put_ne_u32(&mut copy, CHECKSUM_AT, checksum.0);
-        put_ne_u32(&mut copy, CHECKSUM_AT + 4, checksum.1);
+        IndexHeader::seal(&mut copy);
         copy
     }
 }

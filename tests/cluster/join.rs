@@ -16,7 +16,7 @@ use crate::support::{sqlite, wait};
 const ROWS: &str = "with recursive n(i) as (select 1 union all select i + 1 from n where i < 200)
                     insert into t select randomblob(300) from n";
 
-fn create(node: &Node, name: &str, mode: &str) {
+pub fn create(node: &Node, name: &str, mode: &str) {
     let setup = format!("pragma journal_mode = {mode}; create table t(x); {ROWS}");
     sqlite::run(&node.file(name), &setup);
 }
@@ -100,7 +100,26 @@ fn a_replica_away_for_longer_than_the_retention_gets_a_snapshot(mode: &str) {
     cluster.check();
 }
 
-fn copy(from: &Path, to: &Path) {
+#[test]
+fn an_old_file_that_cannot_be_removed_is_named_in_the_log() {
+    let data = ", retention: 300ms, retention-monitor-interval: 50ms";
+    let cluster = Cluster::with(1, &Settings { data, ..Settings::default() });
+    create(cluster.primary(), "app.db", "wal");
+    let ltx = cluster.primary().db_dir("app.db").ltx();
+    // A directory in its place cannot be removed as a file is, by nobody.
+    let file = wait::until("an ltx file", || fs::read_dir(&ltx).unwrap().next()).unwrap().path();
+    let _ = fs::remove_file(&file);
+    fs::create_dir(&file).unwrap();
+    let mut row = 0;
+    wait::until_true("a line in the log", || {
+        write(cluster.primary(), "app.db", row..row + 1);
+        row += 1;
+        cluster.primary().log_count("remove old ltx files") > 0
+    });
+    fs::remove_dir(&file).unwrap();
+}
+
+pub fn copy(from: &Path, to: &Path) {
     let _ = fs::remove_dir_all(to);
     assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
 }

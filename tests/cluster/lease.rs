@@ -10,8 +10,10 @@ use test_case::test_matrix;
 
 use super::check_node;
 use super::halt::{Halt, is_held};
+use crate::support::certificates::{Certificates, leak};
 use crate::support::consul::{Consul, Link};
 use crate::support::node::{Lease, Member, Node, Settings};
+use crate::support::shell::Shell;
 use crate::support::{sqlite, wait};
 
 const DB: &str = "app.db";
@@ -179,10 +181,12 @@ fn another_node_takes_over_from_one_that_was_killed() {
 fn a_restarted_primary_takes_up_its_own_lease() {
     let mut cluster = Cluster::of(1, TTL);
     create(&cluster.nodes[0], "wal");
+    let began = Instant::now();
     cluster.nodes[0].kill();
     cluster.nodes[0].start();
-    cluster.nodes[0].wait_for_log("took up the lease of before");
     insert(&cluster.nodes[0], 1);
+    println!("writable again {} ms after the kill", began.elapsed().as_millis());
+    cluster.nodes[0].wait_for_log("took up the lease of before");
     assert!(is_primary(&cluster.nodes[0]));
 }
 
@@ -602,4 +606,150 @@ fn a_replica_behind_a_cut_link_says_how_old_it_is_and_catches_up() {
     cluster.check();
     wait::until_true("no lag", || lag(&cluster.nodes[0]) < 2000);
     assert_eq!(rows(&cluster.nodes[0]), "1,2,3");
+}
+
+/// What a node must know of a Consul with TLS and tokens.
+fn consul_files(certificates: &Certificates, more: &[(&'static str, &str)]) -> Settings {
+    let file = |name| leak(certificates.file(name).display().to_string());
+    let mut environment = vec![
+        ("CONSUL_CACERT", file("ca")),
+        ("CONSUL_CLIENT_CERT", file("cert")),
+        ("CONSUL_CLIENT_KEY", file("key")),
+    ];
+    environment.extend(more.iter().map(|(name, value)| (*name, leak((*value).to_owned()))));
+    Settings { environment: Box::leak(environment.into()), ..Settings::default() }
+}
+
+fn secured(settings: &Settings, url: &str, hostname: &str) -> Node {
+    let lease = Lease { url, hostname, advertise: "", candidate: true, ttl: TTL };
+    Node::new(settings, Member::Consul(lease))
+}
+
+/// Elected, handed over, killed: all of it through TLS with both certificates, under a token that may no
+/// more than it must.
+#[test]
+fn a_lease_is_kept_in_a_consul_with_tls_and_tokens() {
+    let certificates = Certificates::new();
+    let (consul, token) = Consul::secure(&certificates);
+    let address = consul.secure_address().to_owned();
+    let plain = format!("https://{address}");
+    let by_variable = consul_files(&certificates, &[("CONSUL_HTTP_TOKEN", &token)]);
+    let by_url = consul_files(&certificates, &[]);
+    let first = secured(&by_variable, &plain, "node0");
+    let second = secured(&by_url, &format!("https://:{token}@{address}"), "node1");
+    let mut cluster = Cluster { consul, nodes: vec![first, second] };
+    cluster.nodes.iter_mut().for_each(Node::start);
+    assert_eq!(cluster.settle(), 0);
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    assert!(cluster.nodes[1].litefs("promote", &[]).status.success());
+    assert_eq!(cluster.settle(), 1);
+    insert(&cluster.nodes[1], 2);
+    cluster.check();
+    cluster.nodes[1].kill();
+    wait_writable(&cluster.nodes[0], 3);
+    cluster.nodes[1].start();
+    assert_eq!(cluster.settle(), 0);
+    cluster.check();
+    assert_eq!(rows(&cluster.nodes[1]), "1,2,3");
+    for node in &cluster.nodes {
+        assert!(!node.whole_log().contains(&token), "the token is in the log");
+    }
+}
+
+/// Each says what is wrong, and does not lead.
+#[test]
+fn a_consul_that_does_not_know_a_node_is_named_with_its_reason() {
+    let certificates = Certificates::new();
+    let (consul, token) = Consul::secure(&certificates);
+    let url = format!("https://{}", consul.secure_address());
+    let no_token = consul_files(&certificates, &[]);
+    let wrong = "00000000-1111-4222-8333-444444444444";
+    let wrong_token = consul_files(&certificates, &[("CONSUL_HTTP_TOKEN", wrong)]);
+    let strangers = Certificates::new();
+    let ca = strangers.file("ca").display().to_string();
+    let variables = [("CONSUL_CACERT", ca.as_str()), ("CONSUL_HTTP_TOKEN", token.as_str())];
+    let other_authority = consul_files(&certificates, &variables);
+    let nodes = [
+        (no_token, "403"),
+        (wrong_token, "ACL not found"),
+        (other_authority, "invalid peer certificate"),
+    ];
+    let nodes = nodes.map(|(settings, reason)| {
+        let mut node = secured(&settings, &url, "stranger");
+        node.spawn();
+        (node, reason)
+    });
+    for (node, reason) in &nodes {
+        node.wait_for_log(reason);
+        node.wait_for_log(&url);
+        assert!(!is_primary(node));
+        assert!(!node.whole_log().contains(wrong) && !node.whole_log().contains(&token));
+    }
+    assert_eq!(consul.value("test/lease"), None);
+}
+
+fn write_to(node: &Node, db: &str, sql: &str) {
+    sqlite::run(&node.file(db), sql);
+}
+
+/// Decision 0019 with everything real: the last primary is gone, and of its two replicas each lacks
+/// something of another database. Both say what; who has more leads, and what only the other one has is
+/// kept.
+#[test]
+fn of_two_stale_candidates_the_one_with_more_leads_and_nothing_is_thrown_away() {
+    let mut cluster = Cluster::of(3, SHORT_TTL);
+    for db in ["a.db", "b.db"] {
+        write_to(&cluster.nodes[0], db, "create table t(x); insert into t values ('common')");
+        let pos = cluster.nodes[0].pos(db);
+        cluster.nodes[1..].iter().for_each(|node| node.wait_for_pos(db, pos));
+    }
+    // Without a WAL a reader keeps its database where it is, and others go on.
+    let readers = [(1, "a.db"), (2, "b.db")].map(|(node, db)| {
+        let mut reader = Shell::open(&cluster.nodes[node].file(db));
+        reader.run("begin; select * from t");
+        reader
+    });
+    for n in 0..3 {
+        write_to(&cluster.nodes[0], "a.db", &format!("insert into t values ('a{n}')"));
+    }
+    write_to(&cluster.nodes[0], "b.db", "insert into t values ('b')");
+    let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
+    cluster.nodes[2].wait_for_pos("a.db", a);
+    cluster.nodes[1].wait_for_pos("b.db", b);
+    let consul = &cluster.consul;
+    wait::until_true("both positions beside the lease", || {
+        let positions = consul.value("test/lease/positions").unwrap_or_default();
+        [a, b].iter().all(|pos| positions.contains(&pos.txid.to_string()))
+    });
+    for node in &mut cluster.nodes {
+        node.kill();
+    }
+    readers.into_iter().for_each(Shell::kill);
+    for node in &mut cluster.nodes[1..] {
+        node.spawn();
+    }
+    assert_eq!(cluster.settle(), 2);
+    let [one, two] = [&cluster.nodes[1], &cluster.nodes[2]];
+    // Of a.db it has two, of b.db three.
+    one.wait_for_log("has 7 transactions in term 1, this node 5");
+    two.wait_for_log("had 8 transactions in term 1, this node has 7");
+    two.wait_for_log("taking the lease although transactions are missing");
+    write_to(two, "b.db", "insert into t values ('later')");
+    for db in ["a.db", "b.db"] {
+        one.wait_for_pos(db, two.pos(db));
+        let [ours, theirs] = [one, two].map(|node| check_node(node, db, two.pos(db)).unwrap().0);
+        assert!(ours == theirs, "{db}: pages differ");
+    }
+    let kept = std::fs::read_dir(one.db_dir("b.db").lost_found()).into_iter().flatten().count();
+    assert!(kept > 0, "what only this node had is gone");
+    assert!(!one.db_dir("a.db").lost_found().exists(), "nothing of it was lost");
+    // The former primary had everything, and comes too late.
+    cluster.nodes[0].start();
+    assert_eq!(cluster.settle(), 2);
+    let former = &cluster.nodes[0];
+    former.wait_for_pos("b.db", cluster.nodes[2].pos("b.db"));
+    assert!(std::fs::read_dir(former.db_dir("b.db").lost_found()).unwrap().count() > 0);
+    assert_eq!(sqlite::run(&former.file("a.db"), "select count(*) from t"), "4");
 }

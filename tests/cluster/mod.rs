@@ -21,6 +21,8 @@ mod crash;
 mod damage;
 /// What an application does on the primary, and what its replica has then.
 mod follow;
+/// A primary that is LiteFS.
+mod foreign;
 /// What is lost between a replica that writes and its primary, or must not be taken.
 mod forward;
 /// A replica that writes under a HALT lock.
@@ -39,6 +41,8 @@ mod random;
 mod readers;
 /// Writes on a replica.
 mod refuse;
+/// Connections that stay open while transactions that they have seen go.
+mod remembered;
 /// Nodes that want a token and speak TLS.
 mod secure;
 /// Nodes for long, and what they use.

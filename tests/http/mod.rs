@@ -4,7 +4,7 @@
 mod node;
 
 // A client against peers that send recordings, nonsense, half of everything, or nothing.
-mod peers;
+pub mod peers;
 // The replica against primaries that are recorded or broken.
 mod replicas;
 // Each route: what it answers, and what it refuses.

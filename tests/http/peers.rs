@@ -18,6 +18,7 @@ use ltx::NodeId;
 
 use super::node::identity;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 const RAW_FROM_3: &[u8] = include_bytes!("../fixtures/stream/raw-from-3.response");
 const LZ4_FROM_ZERO: &[u8] = include_bytes!("../fixtures/stream/lz4-from-zero.response");
@@ -92,6 +93,25 @@ fn client(address: SocketAddr) -> Client {
 pub fn script(data: impl Into<Bytes>, then: Then) -> Answer {
     let body = Script { data: Some(data.into()), then };
     Response::new(body.boxed_unsync())
+}
+
+/// What comes through a channel, until that ends.
+struct Live(UnboundedReceiver<Bytes>);
+
+impl Body for Live {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<BodyFrame<Bytes>, std::io::Error>>> {
+        self.0.poll_recv(context).map(|data| data.map(|data| Ok(BodyFrame::data(data))))
+    }
+}
+
+pub fn live(data: UnboundedReceiver<Bytes>) -> Answer {
+    Response::new(Live(data).boxed_unsync())
 }
 
 /// Every event of a stream with no positions, or the error that ended it.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::certificates::Certificates;
 use super::node::free_address;
 use super::wait;
 
@@ -17,6 +18,10 @@ use super::wait;
 pub struct Consul {
     child: Child,
     address: String,
+    /// Where it answers with TLS.
+    secure: String,
+    /// What it wants from everybody.
+    token: String,
     _dir: tempfile::TempDir,
 }
 
@@ -24,6 +29,44 @@ impl Consul {
     /// An agent that answers.
     #[track_caller]
     pub fn start() -> Consul {
+        Consul::with(String::new(), &[])
+    }
+
+    /// An agent that wants a certificate, on its secure port, and a token; and such a token, for the keys
+    /// of the tests and sessions alone.
+    #[track_caller]
+    pub fn secure(certificates: &Certificates) -> (Consul, String) {
+        const ROOT: &str = "7a1d2e52-0000-4000-8000-c0ffee000001";
+        let [ca, cert, key] = ["ca", "cert", "key"].map(|name| certificates.file(name));
+        let files = format!("ca_file = {ca:?}, cert_file = {cert:?}, key_file = {key:?}");
+        let files = files.replace(", ", "\n");
+        let acl = format!(
+            "acl {{ enabled = true\ndefault_policy = \"deny\"\ntokens {{ master = \"{ROOT}\"\nagent = \"{ROOT}\" }} }}"
+        );
+        let secure = free_address();
+        let port = secure.rsplit_once(':').unwrap().1;
+        let ports = format!("ports {{ https = {port} }}\nverify_incoming_https = true");
+        let mut consul = Consul::with(ROOT.to_owned(), &[&files, &acl, &ports]);
+        consul.secure = secure;
+        let rules = "key_prefix \\\"test/lease\\\" {policy = \\\"write\\\"} \
+                     session_prefix \\\"\\\" {policy = \\\"write\\\"}";
+        let policy = format!("{{\"Name\": \"litefs\", \"Rules\": \"{rules}\"}}");
+        let token = "{\"Policies\": [{\"Name\": \"litefs\"}]}";
+        let put = |path: &str, body: &str| consul.request("PUT", path, body);
+        wait::until("a policy", || put("/v1/acl/policy", &policy));
+        let made = wait::until("a token", || put("/v1/acl/token", token));
+        let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+        let token = made["SecretID"].as_str().expect("a secret").to_owned();
+        (consul, token)
+    }
+
+    /// Where it answers with TLS.
+    pub fn secure_address(&self) -> &str {
+        &self.secure
+    }
+
+    #[track_caller]
+    fn with(token: String, more: &[&str]) -> Consul {
         let [http, serf, wan, server] = [(); 4].map(|()| free_address());
         let port = |address: &str| address.rsplit_once(':').unwrap().1.to_owned();
         let dir = tempfile::tempdir().unwrap();
@@ -31,13 +74,14 @@ impl Consul {
         let mut command = Command::new("consul");
         command.args(["agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1"]);
         command.args(["-dns-port=-1", "-grpc-port=-1", "-hcl=session_ttl_min = \"500ms\""]);
+        command.args(more.iter().map(|hcl| format!("-hcl={hcl}")));
         command.arg(format!("-http-port={}", port(&http)));
         command.arg(format!("-serf-lan-port={}", port(&serf)));
         command.arg(format!("-serf-wan-port={}", port(&wan)));
         command.arg(format!("-server-port={}", port(&server)));
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = command.spawn().expect("consul is installed (.ci/packages test)");
-        let consul = Consul { child, address: http, _dir: dir };
+        let consul = Consul { child, address: http, secure: String::new(), token, _dir: dir };
         wait::until_true("a leader of consul", || {
             consul.try_get("/v1/status/leader").is_some_and(|leader| leader.contains(':'))
         });
@@ -85,7 +129,9 @@ impl Consul {
         let len = body.len();
         write!(
             socket,
-            "{method} {path} HTTP/1.0\r\nHost: consul\r\nContent-Length: {len}\r\n\r\n{body}"
+            "{method} {path} HTTP/1.0\r\nHost: consul\r\nX-Consul-Token: {}\r\n\
+             Content-Length: {len}\r\n\r\n{body}",
+            self.token
         )
         .ok()?;
         let mut answer = String::new();

@@ -24,7 +24,7 @@ use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
-use crate::sqlite::header::JournalMode;
+use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::{limits, os};
 
@@ -149,7 +149,12 @@ impl Db {
         }
         // Before the LTX file is there, so that a WAL found beside it is never older than it.
         self.retire_wal(change, stale)?;
-        self.store(change, received)?;
+        let replaced = self.replaces(change, received)?;
+        // An import or a restore on the primary sees to SQLite's counters itself.
+        if received.header.is_snapshot() && !self.shared.is_writable() {
+            self.forget_for(change, received, stale)?;
+        }
+        self.store(change, received, replaced)?;
         self.write_pages(change, received, stale).inspect_err(|_| locks.leave())?;
         self.finish_apply(change, received);
         self.verify_if_strict(change)
@@ -216,8 +221,22 @@ impl Db {
         Ok(guard)
     }
 
+    /// What becomes of the chain in whose place the LTX file comes, if it is a snapshot.
+    fn replaces(&self, change: &Change, received: &Received) -> Result<Replaced> {
+        let Some(txid) = received.snapshot_of() else { return Ok(Replaced::Remove) };
+        // A page size that a replica changed under a HALT lock; it is the next transaction.
+        if self.is_lent() {
+            return Ok(Replaced::Remove);
+        }
+        let keeps = change.pos.txid >= txid
+            || self.is_lost()
+            || (!change.pos.is_zero() && !self.shared.is_same_line())
+            || self.chain.has_own(&self.shared.own_nodes)?;
+        Ok(if keeps { Replaced::Keep } else { Replaced::Remove })
+    }
+
     /// Puts the LTX file into the chain, durable.
-    fn store(&self, change: &Change, received: &Arc<Received>) -> Result<()> {
+    fn store(&self, change: &Change, received: &Arc<Received>, replaced: Replaced) -> Result<()> {
         let header = &received.header;
         let stored = self.chain.contains(header.max_txid);
         let path = match &received.body {
@@ -230,30 +249,18 @@ impl Db {
             }
             Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
         };
-        let lost = self.is_lost();
-        let replaced = match received.snapshot_of() {
-            // A page size that a replica changed under a HALT lock; it is the next transaction.
-            Some(_) if self.is_lent() => Replaced::Remove,
-            Some(txid)
-                if change.pos.txid >= txid
-                    || lost
-                    || (!change.pos.is_zero() && !self.shared.is_same_line())
-                    || self.chain.has_own(&self.shared.own_nodes)? =>
-            {
-                tracing::warn!(
-                    db = %self.name, pos = %change.pos, snapshot = %received.pos(),
-                    "snapshot replaces transactions that the primary may not have: kept in lost+found"
-                );
-                if lost {
-                    self.keep_files()?;
-                } else if change.pages() > 0 && !self.chain.contains(Txid(1)) {
-                    // Its files begin somewhere in the middle: what they go on from is only here.
-                    self.keep_state(change)?;
-                }
-                Replaced::Keep
+        if replaced == Replaced::Keep {
+            tracing::warn!(
+                db = %self.name, pos = %change.pos, snapshot = %received.pos(),
+                "snapshot replaces transactions that the primary may not have: kept in lost+found"
+            );
+            if self.is_lost() {
+                self.keep_files()?;
+            } else if change.pages() > 0 && !self.chain.contains(Txid(1)) {
+                // Its files begin somewhere in the middle: what they go on from is only here.
+                self.keep_state(change)?;
             }
-            _ => Replaced::Remove,
-        };
+        }
         self.chain.adopt(path, header.min_txid, header.max_txid, replaced)
     }
 
@@ -325,6 +332,10 @@ impl Db {
             JournalMode::Rollback
         } else {
             let found = self.write_database_pages(received, stale)?;
+            if change.mode == JournalMode::Rollback {
+                change.counted = change.counted.max(Some(found.change_counter));
+            }
+            let found = found.journal_mode;
             // SQLite takes a WAL that is there for the journal mode, whatever page 1 says. So who has
             // it open goes on with it, until nobody has.
             let mode = match change.mode {
@@ -377,9 +388,13 @@ impl Db {
             .map_err(Error::io("truncate wal", &path))
     }
 
-    /// Writes the pages to the database file and drops what the kernel cached of them; the journal
-    /// mode that the file says now.
-    fn write_database_pages(&self, received: &Received, stale: &mut Stale) -> Result<JournalMode> {
+    /// Writes the pages to the database file and drops what the kernel cached of them; what
+    /// its header says now.
+    fn write_database_pages(
+        &self,
+        received: &Received,
+        stale: &mut Stale,
+    ) -> Result<DatabaseHeader> {
         let header = &received.header;
         if self.files.get(FileKind::Database).is_none() {
             self.shared.names_changed(self.name.as_str());
@@ -412,7 +427,8 @@ impl Db {
             stale.files.push(database.ino);
         }
         let found = self.read_header(&database.file)?;
-        Ok(found.map_or(JournalMode::Rollback, |(header, _)| header.journal_mode))
+        let (header, _) = found.ok_or_else(|| self.corrupt("write database", "it is empty"))?;
+        Ok(header)
     }
 
     fn sync_database(&self) -> Result<()> {

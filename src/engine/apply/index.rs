@@ -31,6 +31,7 @@ impl Db {
             self.forget_strays(change);
             return Ok(());
         };
+        self.forget_strays_of(change, stale)?;
         if let Some(database) = self.files.get(FileKind::Database) {
             stale.files.push(database.ino);
         }

@@ -46,7 +46,7 @@ pub struct JournalState {
 /// A commit whose journal is not ended yet.
 pub(in crate::engine) struct Pending {
     transaction: Transaction,
-    mode: JournalMode,
+    header: DatabaseHeader,
     durability: Durability,
     /// When the application asked for the end of its journal.
     start: Instant,
@@ -77,7 +77,7 @@ type Left = Option<Box<Forwarded>>;
 /// What the database file holds that the chain does not.
 struct Found {
     draft: Draft,
-    mode: JournalMode,
+    header: DatabaseHeader,
 }
 
 impl Db {
@@ -246,7 +246,7 @@ impl Db {
             true => Durability::Synced,
             false => Durability::Unsynced,
         };
-        Ok(Some(Pending { transaction, mode: found.mode, durability, start }))
+        Ok(Some(Pending { transaction, header: found.header, durability, start }))
     }
 
     /// Stores the transaction, then ends the journal, which makes it count. If that fails SQLite rolls
@@ -262,7 +262,7 @@ impl Db {
         pending: Pending,
         end: &JournalEnd,
     ) -> Result<(), Refusal> {
-        let Pending { transaction, mode, durability, start } = pending;
+        let Pending { transaction, header, durability, start } = pending;
         let streamed = self.shared.feed.subscriber_count() > 0;
         if streamed && transaction.size_hint() <= limits::ENCODE_IN_MEMORY {
             let encoded = transaction.encoded(self.shared.compression);
@@ -280,7 +280,8 @@ impl Db {
         if change.page_size != Some(transaction.page_size) {
             change.sums = PageSums::default();
         }
-        change.mode = mode;
+        change.mode = header.journal_mode;
+        change.counted = change.counted.max(Some(header.change_counter));
         change.needs_resync = false;
         change.advance(&transaction);
         let transaction = Arc::new(transaction);
@@ -340,7 +341,7 @@ impl Db {
             node_id: self.shared.node_id,
             wal: WalSpan::default(),
         };
-        Ok(Some(Found { draft, mode: header.journal_mode }))
+        Ok(Some(Found { draft, header }))
     }
 
     /// The header of the database file and the file's length in bytes; none if it is empty.
@@ -445,6 +446,7 @@ impl Change {
             pos: change.pos,
             page_size: None,
             mode: change.mode,
+            counted: change.counted,
             sums: PageSums::default(),
             timestamp_ms: change.timestamp_ms,
             wal: super::wal::WalState::default(),

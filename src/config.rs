@@ -82,8 +82,15 @@ pub enum Error {
         message: String,
     },
     /// The values contradict each other or one that is required is missing.
-    #[error(transparent)]
-    Invalid(#[from] Invalid),
+    #[error("{}:{line}: {}", path.display(), invalid.with_key())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The line of the key, or of what it belongs into, counted from 1.
+        line: u64,
+        /// What is wrong.
+        invalid: Invalid,
+    },
 }
 
 /// A configuration that cannot work.
@@ -182,8 +189,13 @@ fn load_text(
     };
     let mut config = parse(&path, &expanded)?;
     config.backup.heed(environment);
-    config.check()?;
-    Ok(Loaded { config, path })
+    match config.check() {
+        Ok(()) => Ok(Loaded { config, path }),
+        Err(invalid) => {
+            let line = line_of(&expanded, invalid.key());
+            Err(Error::Invalid { path, line, invalid })
+        }
+    }
 }
 
 /// Parses the text of a file; `path` is for messages only. Checks types and keys, not sense.
@@ -224,6 +236,60 @@ fn key_at(text: &str, line: u64) -> String {
     let line = text.lines().nth(index).unwrap_or_default().trim();
     let key = line.strip_prefix("- ").unwrap_or(line).split(':').next().unwrap_or_default();
     key.trim().to_owned()
+}
+
+/// The line (counted from 1) of a key such as `proxy.addr`; where it does not stand, or not on a line of
+/// its own, that of the innermost section around it.
+fn line_of(text: &str, key: &str) -> u64 {
+    let is_content = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    let lines: Vec<(u64, &str)> = (1..).zip(text.lines()).filter(|(_, l)| is_content(l)).collect();
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let (mut block, mut found) = (&lines[..], 1);
+    for word in key.split('.') {
+        let Some(level) = block.first().map(|(_, line)| indent(line)) else { break };
+        let is_key = |(_, line): &(u64, &str)| {
+            let name = line.split(':').next().unwrap_or_default();
+            indent(line) == level && name.trim() == word
+        };
+        let Some(at) = block.iter().position(is_key) else { break };
+        found = block[at].0;
+        let inside = block[at + 1..].iter().take_while(|(_, line)| indent(line) > level).count();
+        block = &block[at + 1..at + 1 + inside];
+    }
+    found
+}
+
+impl Invalid {
+    /// The key that is wrong, or that is to be set.
+    fn key(&self) -> &'static str {
+        match self {
+            Invalid::FuseDir | Invalid::SameDir => "fuse.dir",
+            Invalid::DataDir | Invalid::DataInMount => "data.dir",
+            Invalid::LeaseType(_) => "lease.type",
+            Invalid::FilterOnCandidate => "lease.databases",
+            Invalid::ConsulKey => "lease.consul.key",
+            Invalid::LogFormat(_) => "log.format",
+            Invalid::AuthToken => "http.auth-token",
+            Invalid::TlsFiles => "http.tls",
+            Invalid::InsecureUrl(_) => "lease.advertise-url",
+            Invalid::BackupType(_) => "backup.type",
+            Invalid::BackupPath | Invalid::BackupInMount => "backup.path",
+            Invalid::BackupInterval => "backup.full-sync-interval",
+            Invalid::BackupToken => "backup.auth-token",
+            Invalid::BackupUrl(..) => "backup.url",
+            Invalid::ProxyDb => "proxy.db",
+            Invalid::ProxyAddr | Invalid::SameAddress(_) => "proxy.addr",
+            Invalid::ProxyTarget(_) => "proxy.target",
+            Invalid::Address(key, _) => key,
+            Invalid::BothPatterns(_) => "proxy.always-forward",
+        }
+    }
+
+    /// The message, with the key in it.
+    fn with_key(&self) -> String {
+        let (key, text) = (self.key(), self.to_string());
+        if text.contains(key) { text } else { format!("{key}: {text}") }
+    }
 }
 
 impl Config {

@@ -49,23 +49,130 @@ fn the_example_file_shows_every_key_with_its_default() {
         ..Lease::default()
     };
     assert_eq!(config, Config { lease, ..Config::default() });
-    for key in example_keys() {
-        assert!(text.contains(&format!("{key}:")), "{key} is missing in the example");
+    let example: serde_json::Value = serde_saphyr::from_str(text).unwrap();
+    let mut lines = text.lines();
+    for key in keys() {
+        let pointer = format!("/{}", key.replace('.', "/"));
+        assert!(example.pointer(&pointer).is_some(), "{key} is missing in the example");
+        // In their order.
+        let name = format!("{}:", key.rsplit('.').next().unwrap());
+        let found = lines.any(|line| line.trim_start().starts_with(&name));
+        assert!(found, "{key} does not stand in the order of the reader");
     }
 }
 
-/// Every key of every section, taken from the reader's own refusal.
-fn example_keys() -> Vec<String> {
-    let sections = ["", "data", "fuse", "http", "proxy", "lease", "backup", "log", "tracing"];
-    let mut keys = Vec::new();
-    for section in sections {
-        let text =
-            if section.is_empty() { "x: 1\n".to_owned() } else { format!("{section}: {{x: 1}}\n") };
-        let message = read(&text).unwrap_err().to_string();
-        let (_, list) = message.split_once("expected one of: ").unwrap();
-        keys.extend(list.split(", ").map(str::to_owned));
+/// The page about the configuration has each key.
+#[test]
+fn the_documentation_names_every_key() {
+    let page = include_str!("../../docs/configuration.md");
+    for key in keys() {
+        assert!(page.contains(&format!("\n| `{key}` | ")), "{key} is missing");
     }
+}
+
+/// Every key with a value, taken from the reader's own refusals.
+fn keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    add_keys(&mut keys, "");
     keys
+}
+
+fn add_keys(keys: &mut Vec<String>, section: &str) {
+    let text = nested(section, "x: 1");
+    let message = read(&text).unwrap_err().to_string();
+    let (_, list) = message.split_once("expected one of: ").unwrap();
+    for name in list.split(", ") {
+        let key = if section.is_empty() { name.to_owned() } else { format!("{section}.{name}") };
+        let inside = read(&nested(&key, "x: 1")).unwrap_err().to_string();
+        if key != "exec" && inside.contains("expected one of: ") {
+            add_keys(keys, &key);
+        } else {
+            keys.push(key);
+        }
+    }
+}
+
+/// A file in which `inside` stands in a section such as `lease.consul`.
+fn nested(section: &str, inside: &str) -> String {
+    let words = section.split('.').filter(|word| !word.is_empty()).rev();
+    words.fold(inside.to_owned(), |inside, word| format!("{word}: {{{inside}}}")) + "\n"
+}
+
+/// The keys of LiteFS 0.5.14 with what they are where the file is silent.
+#[test]
+fn keys_and_defaults_are_those_of_litefs() {
+    let table = "
+exit-on-error true, skip-sync false, strict-verify false, exec ~,
+data.dir /var/lib/litefs, data.compress true, data.retention 10m, data.retention-monitor-interval 1m,
+fuse.dir /litefs, fuse.allow-other false, fuse.debug false,
+http.addr :20202, http.snapshot-timeout 0s,
+proxy.addr ~, proxy.target ~, proxy.db ~, proxy.max-lag 10s, proxy.debug false, proxy.passthrough [],
+proxy.always-forward [], proxy.primary-redirect-timeout 5s, proxy.read-timeout 0s,
+proxy.read-header-timeout 10s, proxy.write-timeout 0s, proxy.idle-timeout 30s,
+lease.type ~, lease.hostname ~, lease.advertise-url ~, lease.candidate true, lease.promote false,
+lease.reconnect-delay 1s, lease.demote-delay 10s, lease.databases [],
+lease.consul.url ~, lease.consul.key ~, lease.consul.ttl 10s, lease.consul.lock-delay 1s,
+backup.type ~, backup.path ~, backup.url https://litefs.fly.io, backup.cluster ~, backup.auth-token ~,
+log.format text, log.timestamp false, log.debug false,
+tracing.enabled true, tracing.path ~, tracing.max-size 64, tracing.max-count 8, tracing.compress true";
+    let rows = table.split(',').map(|row| row.trim().split_once(' ').unwrap());
+    let known = keys();
+    for (key, default) in rows {
+        assert!(known.iter().any(|known| known == key), "{key}");
+        let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let quoted =
+            if default.contains(':') { format!("'{default}'") } else { default.to_owned() };
+        let config = read(&nested(section, &format!("{name}: {quoted}"))).unwrap();
+        assert_eq!(config, Config::default(), "{key}");
+    }
+    // Where `~`, which is nothing, stands for it: the texts are empty, and nothing is run.
+    let Config { exec, proxy, lease, backup, tracing, .. } = Config::default();
+    let texts = [&proxy.addr, &proxy.target, &proxy.db, &lease.hostname, &lease.advertise_url];
+    let more = [&lease.consul.url, &lease.consul.key, &backup.cluster, &backup.auth_token];
+    assert!(texts.into_iter().chain(more).all(String::is_empty));
+    assert!([&backup.path, &tracing.path].iter().all(|path| path.as_os_str().is_empty()));
+    assert_eq!((exec.len(), lease.kind, backup.kind), (0, None, BackupKind::None));
+}
+
+/// YAML 1.1 has more of them than 1.2.
+#[test]
+fn booleans_are_read_as_in_yaml_1_1() {
+    for word in ["yes", "Yes", "on", "true", "True", "y"] {
+        assert!(read(&format!("skip-sync: {word}\n")).unwrap().skip_sync, "{word}");
+    }
+    for word in ["no", "off", "OFF", "false", "n"] {
+        assert!(!read(&format!("exit-on-error: {word}\n")).unwrap().exit_on_error, "{word}");
+    }
+}
+
+/// The message of a file whose values contradict each other.
+#[track_caller]
+fn contradicts(text: &str, message: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("litefs.yml");
+    crate::os::write_atomic("test", &file, text.as_bytes()).unwrap();
+    let error = load(Some(&file), Expansion::On, &Environment::default()).unwrap_err();
+    assert_eq!(error.to_string().replace(file.to_str().unwrap(), "FILE"), message);
+}
+
+#[test]
+fn contradictions_name_file_line_and_key() {
+    let same = "fuse.dir: fuse directory and data directory cannot be the same path";
+    contradicts(
+        "data:\n  dir: /a\n\n# b\nfuse:\n  debug: true\n  dir: /a\n",
+        &format!("FILE:7: {same}"),
+    );
+    contradicts("data: {dir: /a}\nfuse: {dir: /a}\n", &format!("FILE:2: {same}"));
+    let key = "lease.consul.key: consul lease key required";
+    contradicts(
+        "lease:\n  type: consul\n  consul:\n    url: x\n  candidate: true\n",
+        &format!("FILE:3: {key}"),
+    );
+    let missing = "lease.type: invalid lease type, must be either 'consul' or 'static', got: ''";
+    contradicts("skip-sync: true\n", &format!("FILE:1: {missing}"));
+    let address = "proxy.addr must be HOST:PORT or :PORT, got \"8080\"";
+    let proxy = "proxy:\n  target: ':1'\n  db: d\n  addr: '8080'\nlease: {type: static}\n";
+    contradicts(proxy, &format!("FILE:4: {address}"));
 }
 
 #[test]

@@ -42,8 +42,9 @@ fn an_unknown_key_is_named_with_file_and_line() {
 #[test]
 fn values_that_cannot_work_are_named() {
     refused("", "config file is empty: FILE");
-    refused("{}\n", "invalid lease type, must be either 'consul' or 'static', got: ''");
-    refused("fuse: {dir: ''}\n", "fuse directory required");
+    let kind = "invalid lease type, must be either 'consul' or 'static', got: ''";
+    refused("{}\n", &format!("FILE:1: lease.type: {kind}"));
+    refused("log: {}\nfuse: {dir: ''}\n", "FILE:2: fuse.dir: fuse directory required");
     refused(
         "exec: a && b\n",
         "FILE:1: exec: cannot parse exec command: '&' is a shell operator and there is no shell: \
@@ -106,8 +107,9 @@ fn a_file_is_checked_without_a_mount() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).starts_with(&stderr));
     let same = "fuse: {dir: /a}\ndata: {dir: /a}\n";
-    let stderr = "ERROR: fuse directory and data directory cannot be the same path\n";
-    check_file(same, Expected { code: 2, stdout: "", stderr });
+    let text = "fuse.dir: fuse directory and data directory cannot be the same path";
+    let stderr = format!("ERROR: {text_path}:1: {text}\n");
+    check_file(same, Expected { code: 2, stdout: "", stderr: &stderr });
     let stderr = "ERROR: litefs config frob: unknown command\n";
     check(&["config", "frob"], Expected { code: 2, stdout: "", stderr });
     let stderr = "ERROR: config file not found\n";

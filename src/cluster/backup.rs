@@ -33,6 +33,11 @@ mod directory;
 use cloud::Cloud;
 use directory::Directory;
 
+/// Why a server is sent nothing more of a database: it merges files, which have one page size, and no call
+/// of its protocol begins a database anew.
+const OTHER_PAGE_SIZE: &str = "the page size has changed, and a server cannot merge the two: \
+     remove the database there or set another backup.cluster, and it is sent as a whole";
+
 /// Why something could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -352,8 +357,7 @@ impl Backup {
                     session.positions.insert(name.to_string(), pos);
                 }
                 Need::Upload(upload) if upload.resized && !self.store.takes_other_page_sizes() => {
-                    let why = "the page size has changed, which this backup cannot follow";
-                    return Ok(self.settle(name, Some(why.to_owned())));
+                    return Ok(self.settle(name, Some(OTHER_PAGE_SIZE.to_owned())));
                 }
                 Need::Upload(upload) => {
                     let (pos, page_size) = (upload.pos, upload.header.page_size);

@@ -284,8 +284,20 @@ fn a_page_size_change_reaches_the_backup_or_stops_it(kind: Kind) {
             check_node(&node, DB, pos);
         }
         Kind::Cloud => {
-            node.wait_for_log("the page size has changed, which this backup cannot follow");
+            node.wait_for_log("the page size has changed, and a server cannot merge the two");
             assert_eq!(backup.vault.pos(DB), before);
+            let stalled = format!("litefs_db_backup_stalled{{db=\"{DB}\"}}");
+            assert_eq!(node.metric(&stalled), 1.0);
+            let status = node.litefs("status", &[]).stdout;
+            assert!(String::from_utf8_lossy(&status).contains("set another backup.cluster"));
+            run(&node, "insert into t values (2)");
+            // Somebody does one of the two: it goes on, without a restart, and all of it is there.
+            fs::rename(backup.vault.dir(DB), node.scratch("removed there")).unwrap();
+            let pos = backup.check(&node, DB);
+            wait::until_true("a backup that goes on", || node.metric(&stalled) == 0.0);
+            run(&node, "insert into t values (3)");
+            assert_eq!(backup.check(&node, DB).txid, pos.txid.next());
+            assert_eq!(count(&node), "3");
         }
     }
 }

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run wordpress test test-transports check quick bench chaos torture soak fuzz deny direction
+.PHONY: help run wordpress test test-transports check quick bench reads chaos torture soak fuzz deny prove direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
@@ -18,11 +18,13 @@ help:
 	@echo "make check  format, lints, documentation, crate direction"
 	@echo "make quick  unit and engine tests only"
 	@echo "make bench  the numbers of docs/benchmarks.md"
+	@echo "make reads  10,000 writes, each read through another node under lag"
 	@echo "make chaos  ten minutes of three nodes with faults by chance"
 	@echo "make torture  what docs/testing.md describes, for long"
 	@echo "make soak   three nodes for MINUTES=60, and what they use in target/soak"
 	@echo "make fuzz   each fuzz target for 60 s"
 	@echo "make deny   licences and sources of the dependencies"
+	@echo "make prove  the Dockerfile's steps, in a Debian root"
 
 run:
 	@.ci/packages build
@@ -41,6 +43,7 @@ TEST_MAX := 45m
 
 test:
 	@.ci/packages test
+	@.ci/better-sqlite3 >/dev/null
 	@before=$$(cat $(SWITCH) 2>/dev/null || true); \
 	trap '[ "$$before" != N ] || echo N 2>/dev/null >$(SWITCH) || true' EXIT; \
 	timeout --kill-after=30 $(TEST_MAX) cargo test --workspace
@@ -79,6 +82,11 @@ bench:
 	@.ci/packages build
 	LIBSQLITE3_FLAGS=-DHAVE_FDATASYNC cargo bench -p litefs --bench numbers
 
+# As in `make test`, ten times as often; LITEFS_TEST_SEED=N for the lag of another run.
+reads:
+	@.ci/packages test
+	LITEFS_TEST_READS=10000 cargo test --test main -- proxy::reads::who_writes --nocapture
+
 # MINUTES=10, and LITEFS_TEST_SEED=N for the faults of another run.
 MINUTES ?= 10
 
@@ -115,3 +123,7 @@ fuzz:
 deny:
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 	cargo deny --all-features check
+
+prove:
+	@.ci/packages build
+	packaging/prove

@@ -369,6 +369,8 @@ mod tests {
         let db = metrics.database("app.db");
         db.txid.set(1);
         metrics.set_transport("dev");
+        metrics.proxy.count("read", "local");
+        metrics.proxy.wait("txid").end(true);
         let times = crate::engine::times::Times::default().noted();
         metrics.set_times("app.db", times, times);
         let text = String::from_utf8(metrics.encode().unwrap()).unwrap();

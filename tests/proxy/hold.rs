@@ -11,7 +11,8 @@ use crate::support::consul::Consul;
 use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::wait;
 
-const PATIENT: Plan = Plan { proxy: ", primary-redirect-timeout: 25s", http: "", environment: &[] };
+const PATIENT: Plan =
+    Plan { proxy: ", primary-redirect-timeout: 25s", http: "", environment: &[], lines: "" };
 
 #[test]
 fn a_write_waits_for_a_primary_that_comes_back() {

@@ -17,6 +17,8 @@ mod bodies;
 mod decisions;
 /// A primary that is not there when a write comes.
 mod hold;
+/// What dashboards ask for.
+mod metrics;
 /// Health, and reading one's own writes.
 mod reads;
 
@@ -37,6 +39,8 @@ struct Plan {
     /// More keys of the section `http`, each with a leading comma.
     http: &'static str,
     environment: &'static [(&'static str, &'static str)],
+    /// More lines.
+    lines: &'static str,
 }
 
 impl Site {
@@ -66,8 +70,10 @@ impl Site {
     /// Adds a node that is not started.
     fn add(&mut self, plan: &Plan, member: Member<'_>) {
         let (proxy, app) = (free_address(), free_address());
-        let lines =
-            format!("proxy: {{addr: '{proxy}', target: '{app}', db: app.db{}}}", plan.proxy);
+        let lines = format!(
+            "proxy: {{addr: '{proxy}', target: '{app}', db: app.db{}}}\n{}",
+            plan.proxy, plan.lines
+        );
         let settings = Settings {
             // A few lines for each node of a test.
             lines: Box::leak(lines.into_boxed_str()),

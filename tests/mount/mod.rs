@@ -33,6 +33,8 @@ mod roles;
 mod small_disk;
 /// Every journal mode, page size and way of the bytes, through the life of a database.
 mod table;
+/// Other users, and a mount of a user without rights.
+mod users;
 
 /// The database of most tests.
 const DB: &str = "app.db";

@@ -35,6 +35,8 @@ pub struct Settings {
     pub passthrough: &'static str,
     /// `fuse.transport`; empty for the default.
     pub transport: &'static str,
+    /// More keys of the section `fuse`, each with a leading comma.
+    pub fuse: &'static str,
     /// More keys of the section `data`, each with a leading comma.
     pub data: &'static str,
     /// More keys of the section `http`, each with a leading comma; with `tls` the URL is `https`.
@@ -117,7 +119,7 @@ impl Node {
 
     /// Writes the configuration, for the next start.
     pub fn configure(&self, settings: &Settings, member: Member<'_>) {
-        let Settings { passthrough, transport, data, http, lease, lines, .. } = settings;
+        let Settings { passthrough, transport, fuse, data, http, lease, lines, .. } = settings;
         let fixed = |candidate: bool, primary: &str| {
             format!(
                 "type: static, hostname: primary, advertise-url: '{primary}', candidate: {candidate}"
@@ -148,7 +150,7 @@ impl Node {
         };
         offer_uring();
         let config = format!(
-            "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}}}\n\
+            "fuse: {{dir: {root}/mnt, passthrough: {passthrough}, transport: {transport}{fuse}}}\n\
              data: {{dir: {root}/data{data}}}\n\
              http: {{addr: '{address}'{http}}}\n\
              lease: {{{member}, reconnect-delay: 100ms{lease}}}\n\

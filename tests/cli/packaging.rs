@@ -170,8 +170,9 @@ fn the_service_starts_what_is_there() {
 /// All scripts that people or other scripts call can be read by their shell.
 #[test]
 fn scripts_can_be_read_by_their_shell() {
-    let scripts: [PathBuf; 2] =
-        ["packaging/wordpress/try", ".ci/wordpress"].map(|path| root().join(path));
+    let scripts =
+        ["packaging/wordpress/try", "packaging/prove", ".ci/wordpress", ".ci/better-sqlite3"];
+    let scripts: [PathBuf; 4] = scripts.map(|path| root().join(path));
     for script in scripts {
         let output = program::output(Command::new("bash").arg("-n").arg(&script)).unwrap();
         assert!(output.status.success(), "{}", script.display());

@@ -71,6 +71,30 @@ fn a_signal_is_handed_on_and_ends_with_code_0() {
 }
 
 #[test]
+fn other_signals_are_handed_on_and_end_nothing() {
+    let names = ["HUP", "QUIT", "USR1", "USR2"];
+    let traps = names.map(|name| format!("trap 'echo {name} >>got' {name}; ")).concat();
+    let script = format!("{traps} trap 'exit 0' TERM; touch up got; while :; do :; done");
+    let mut node = Node::start("", &["--", "bash", "-c", &script]);
+    wait_for_file(&node.path("up"));
+    let signals = [Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
+    for (signal, name) in signals.into_iter().zip(names) {
+        node.signal(signal);
+        wait::until_true(name, || fs::read_to_string(node.path("got")).unwrap().contains(name));
+    }
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
+/// There is no restart: who wants one has a service manager, which sees the exit code.
+#[test]
+fn a_process_that_ended_is_not_started_again() {
+    let mut node = Node::start("", &["--", "sh", "-c", "echo run >>runs; exit 42"]);
+    assert_eq!(node.end().code(), Some(42));
+    assert_eq!(fs::read_to_string(node.path("runs")).unwrap(), "run\n");
+}
+
+#[test]
 fn a_child_that_fails_on_the_signal_still_gets_a_clean_close() {
     let script = "trap 'exit 9' TERM; touch up; while :; do :; done";
     let mut node = Node::start("", &["--", "sh", "-c", script]);
@@ -151,10 +175,14 @@ fn a_port_in_use_is_named_before_anything_is_mounted() {
 
 #[test]
 fn a_replica_without_the_primarys_url_does_not_start() {
-    let lease = "lease: {type: static, candidate: false, advertise-url: 'a:20202'}\n";
+    let lease =
+        "lease: {type: static, candidate: false, advertise-url: 'a:20202', demote-delay: 1s}\n";
     let mut node = Node::start_by(&[], free_port(), lease, &["--"]);
     assert_eq!(node.end().code(), Some(1));
     assert!(!node.path("data").exists());
+    let stderr = node.stderr();
+    assert!(stderr.contains("lease.advertise-url must be the primary's URL, got"), "{stderr}");
+    assert!(stderr.contains("lease.demote-delay has no effect"), "{stderr}");
 }
 
 /// In a process namespace of its own, litefs is process 1 and inherits what others leave behind.
@@ -185,6 +213,10 @@ fn what_the_application_left_behind_is_not_signalled() {
     let left = fs::read_to_string(node.path("left")).unwrap();
     let left = Path::new("/proc").join(left.trim());
     assert!(left.exists(), "it was not killed either");
+    let (stderr, pid) = (node.stderr(), left.file_name().unwrap().to_str().unwrap());
+    let user = format!(": bash (process {pid}) has app.db open\n");
+    let complaint = stderr.lines().last().unwrap_or_default().to_owned() + "\n";
+    assert!(complaint.starts_with("ERROR: unmount: ") && complaint.ends_with(&user), "{stderr}");
     fs::write(node.path("end"), "").unwrap();
     wait::until_true("its end", || !left.exists());
 }

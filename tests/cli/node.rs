@@ -41,7 +41,8 @@ impl Node {
         let words = [by, &[env!("CARGO_BIN_EXE_litefs"), "mount"], command].concat();
         let mut process = Command::new(words[0]);
         process.args(&words[1..]).current_dir(dir.path());
-        let mut child = process.stdout(Stdio::piped()).spawn().unwrap();
+        let log = fs::File::create(dir.path().join("stderr")).unwrap();
+        let mut child = process.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         Node { dir, port, _limit: Limit::new(&child), child, stdout }
     }
@@ -53,6 +54,11 @@ impl Node {
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// What it said on stderr so far.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.path("stderr")).unwrap()
     }
 
     /// Reads stdout up to a line that begins so.
@@ -85,6 +91,9 @@ impl Drop for Node {
         // After a failed test; after a good one there is nothing left.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- stderr of {}\n{}", self.url(), self.stderr());
+        }
         if is_mounted(&self.path("mnt")) {
             let _ = Command::new("umount").arg("-l").arg(self.path("mnt")).status();
         }

@@ -409,6 +409,18 @@ impl Chain {
         inner.files.values().take_while(expired).copied().collect()
     }
 
+    /// Makes durable what is written, if some of it is older than `retention`: then it can expire.
+    pub fn sync_overdue(&self, retention: Duration) -> Result<()> {
+        let now = SystemTime::now();
+        let overdue = {
+            let inner = self.inner.lock().unwrap();
+            let old =
+                |file: &LtxFile| now.duration_since(file.mtime).is_ok_and(|age| age > retention);
+            inner.files.values().any(|file| file.max > inner.synced && old(file))
+        };
+        if overdue { self.sync_files() } else { Ok(()) }
+    }
+
     /// Removes files that [`Chain::expired`] found; how many.
     pub fn remove(&self, old: &[LtxFile]) -> Result<usize> {
         let _files = self.files.lock().unwrap();
@@ -594,7 +606,10 @@ impl Chain {
         match &result {
             Ok(()) => {
                 inner.synced = written;
-                inner.error = None;
+                // Whether more can be written, the next flush tells.
+                if inner.queue.is_empty() {
+                    inner.error = None;
+                }
             }
             Err(error) => {
                 inner.error = Some(chain_text(error));

@@ -1,7 +1,7 @@
 //! The locks and threads of the hand-over from a commit to its LTX file: those of the standard library.
 //!
 //! In unit tests they are those of a scheduler that plays other orders of the threads with each run
-//! ([`model`]), where a thread of that scheduler makes them.
+//! (`model.rs`), where a thread of that scheduler makes them.
 
 #[cfg(not(test))]
 pub use std::sync::{Condvar, Mutex};

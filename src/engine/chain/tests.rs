@@ -71,6 +71,22 @@ fn what_was_written_is_read_from_its_file() {
     assert!(matches!(chain.successor(after(4)), Ok(Successor::Gone)));
 }
 
+#[test]
+fn files_that_nobody_synced_expire_too() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain(temp.path());
+    chain.flush().unwrap();
+    let expired = |retention| chain.expired(retention, None).len();
+    assert_eq!(expired(Duration::ZERO), 0, "none is durable");
+    chain.sync_overdue(Duration::from_secs(3600)).unwrap();
+    assert_eq!(expired(Duration::ZERO), 0, "none is overdue");
+    chain.sync_overdue(Duration::ZERO).unwrap();
+    let old = chain.expired(Duration::ZERO, None);
+    assert_eq!(old.last().map(|file| file.max), Some(Txid(3)), "all but the newest");
+    chain.remove(&old).unwrap();
+    assert!(matches!(chain.successor(after(3)), Ok(Successor::Recent(_))));
+}
+
 /// A chain with one file, of transactions 2 to 4.
 fn chain_of_a_range(dir: &Path) -> Chain {
     let chain = open(dir);

@@ -72,7 +72,10 @@ impl Db {
     ///
     /// [`Chain::expired`]: crate::engine::chain::Chain::expired
     pub fn retain(&self, retention: Duration, keep_from: Option<Txid>) -> Result<usize> {
+        // Few commits are never synced for their number. Where that fails, what is durable may go.
+        let synced = self.chain.sync_overdue(retention);
         let old = self.chain.expired(retention, keep_from);
+        synced?;
         if old.is_empty() {
             return Ok(0);
         }

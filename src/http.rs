@@ -47,6 +47,12 @@ pub const HOSTNAME: &str = "litefs-hostname";
 /// The header of a stream's answer with the number of the primaryship, in decimal digits.
 pub const TERM: &str = "litefs-term";
 
+/// The header of a stream's answer with the databases of which the replica has another history than the
+/// primary: names separated by commas, escaped as in a query, or `*` for more than fit.
+pub const CONTRADICTED: &str = "litefs-contradicted";
+/// The longest such header, in bytes.
+pub const CONTRADICTED_MAX: usize = 4096;
+
 /// Says when to stop: once the sender is dropped.
 pub type Stop = tokio::sync::watch::Receiver<()>;
 

@@ -156,6 +156,9 @@ impl Replica<'_> {
         let source = Source::of(&stream);
         // A static primary is always the same node.
         self.engine.shared().set_same_line(view.is_static() || self.lineage.is(source));
+        for db in self.engine.databases() {
+            db.set_contradicted(stream.contradicts(db.name().as_str()));
+        }
         let open = Open::new(self.link, &stream);
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));

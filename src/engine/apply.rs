@@ -65,6 +65,8 @@ pub struct Inbox {
     queued: AtomicUsize,
     /// How many readers of frozen states there are.
     pins: AtomicUsize,
+    /// The primary says that what is here is not of its history.
+    contradicted: AtomicBool,
 }
 
 /// What belongs to whoever has the turn. No FUSE worker takes it.
@@ -322,6 +324,7 @@ impl Inbox {
             kept_out: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             pins: AtomicUsize::new(0),
+            contradicted: AtomicBool::new(false),
         }
     }
 
@@ -387,6 +390,11 @@ impl Db {
     }
 
     /// Whether nothing but a snapshot can be applied.
+    /// Whether the primary says that what is here is not of its history.
+    pub fn set_contradicted(&self, is: bool) {
+        self.inbox.contradicted.store(is, Ordering::SeqCst);
+    }
+
     fn needs_snapshot(&self) -> bool {
         self.inbox.state.lock().unwrap().needs_snapshot
     }

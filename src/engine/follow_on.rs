@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::sync::Arc;
 
-use ltx::{Pos, Txid};
+use ltx::{Header, Pos, Trailer, Txid};
 
 use super::chain::{LtxFile, Successor};
 use super::db::Db;
@@ -94,19 +94,41 @@ impl Db {
         }
     }
 
+    /// Whether the chain tells that a peer at `pos` has a history of its own: it holds what came after that
+    /// transaction, and it does not come after that state. Of what is too old it tells nothing. Blocks as
+    /// [`Db::next_after`].
+    pub fn contradicts(&self, pos: Pos) -> bool {
+        let present = self.pos();
+        if pos.is_zero() || pos.txid >= present.txid {
+            return !pos.is_zero() && pos.txid == present.txid && pos != present;
+        }
+        match self.successor(pos) {
+            Ok(Successor::Recent(transaction)) => transaction.pre != pos.checksum,
+            Ok(Successor::File(file, info)) if info.min > Txid(1) => {
+                self.verified(&file, info).is_some_and(|(header, trailer)| {
+                    let ends = [header.pre_apply, trailer.post_apply];
+                    header.pre_pos() != pos && !self.chain.is_inside(pos, &info, ends)
+                })
+            }
+            _ => false,
+        }
+    }
+
+    /// The ends of an LTX file that is whole.
+    fn verified(&self, file: &File, info: LtxFile) -> Option<(Header, Trailer)> {
+        let reader = BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(file));
+        let damaged = |error| {
+            let path = self.dir.ltx_file(info.min, info.max);
+            tracing::error!(db = %self.name, path = %path.display(), error = chain_text(&error), "ltx file is damaged: sending a snapshot instead");
+        };
+        ltx::verify(reader).map_err(damaged).ok()
+    }
+
     fn filed(&self, pos: Pos, file: File, info: LtxFile, overlap: Overlap) -> Next {
         if info.min == Txid(1) {
             return Next::Snapshot;
         }
-        let reader = BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(&file));
-        let (header, trailer) = match ltx::verify(reader) {
-            Ok(verified) => verified,
-            Err(error) => {
-                let path = self.dir.ltx_file(info.min, info.max);
-                tracing::error!(db = %self.name, path = %path.display(), error = chain_text(&error), "ltx file is damaged: sending a snapshot instead");
-                return Next::Snapshot;
-            }
-        };
+        let Some((header, trailer)) = self.verified(&file, info) else { return Next::Snapshot };
         let exact = header.pre_pos() == pos;
         let ends = [header.pre_apply, trailer.post_apply];
         let inside =

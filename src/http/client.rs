@@ -25,10 +25,14 @@ use tokio::time::timeout;
 
 use super::body::{self, Body};
 use super::frame::{self, Decoder, Event};
+use super::query::decode_path;
 use super::report::{HaltLock, Info, Status};
 use super::security::Security;
 use super::url::{self, Url};
-use super::{CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, TERM};
+use super::{
+    CANDIDATE, CLUSTER_ID, CONTRADICTED, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL,
+    TERM,
+};
 use crate::cluster::election::Force;
 use crate::cluster::node::Candidacy;
 use crate::cluster::peers::Identity;
@@ -341,6 +345,7 @@ impl Client {
             cluster_id: answer.cluster_id.clone(),
             proxy_url: answer.proxy_url.clone(),
             term: answer.term,
+            contradicted: answer.contradicted.clone(),
             decoder: Decoder::new(),
             is_ready: false,
             answer,
@@ -536,6 +541,7 @@ struct Answer {
     cluster_id: Option<String>,
     proxy_url: Option<String>,
     term: Option<u64>,
+    contradicted: Option<String>,
     body: Incoming,
     _connection: Arc<Connection>,
 }
@@ -549,6 +555,7 @@ impl Answer {
             cluster_id: header(CLUSTER_ID).map(str::to_owned),
             proxy_url: header(PROXY_URL).map(str::to_owned),
             term: header(TERM).and_then(|term| term.parse().ok()),
+            contradicted: header(CONTRADICTED).map(str::to_owned),
             body: response.into_body(),
             _connection: connection,
         }
@@ -614,12 +621,20 @@ pub struct Stream {
     pub proxy_url: Option<String>,
     /// The number of its primaryship, if it counts them.
     pub term: Option<u64>,
+    /// The header [`CONTRADICTED`].
+    contradicted: Option<String>,
     decoder: Decoder,
     is_ready: bool,
     answer: Answer,
 }
 
 impl Stream {
+    /// Whether the primary says that the replica's database has another history than its own.
+    pub fn contradicts(&self, db: &str) -> bool {
+        let mut names = self.contradicted.iter().flat_map(|names| names.split(','));
+        names.any(|name| name == "*" || decode_path(name) == db)
+    }
+
     /// The next event; `None` if the stream ended cleanly. Silence is an error: of five heartbeats on
     /// an idle stream, of a minute where LiteFS sends none.
     pub async fn next(&mut self) -> Result<Option<Event>, Error> {

@@ -31,21 +31,23 @@ use hyper::service::service_fn;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use ltx::NodeId;
+use ltx::{NodeId, Pos};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
 use super::body::{self, Body};
+use super::client::encode_query;
 use super::peers::{Address, Peers};
 use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::security::Security;
 use super::socket::Socket;
 use super::{
-    CANDIDATE, CLUSTER_ID, HOSTNAME, NODE_ID, OVERLAP, OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM,
-    events, frame, gauges, halt, page, spool, stopped, stream, transfer,
+    CANDIDATE, CLUSTER_ID, CONTRADICTED, CONTRADICTED_MAX, HOSTNAME, NODE_ID, OVERLAP,
+    OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM, events, frame, gauges, halt, page, spool, stopped,
+    stream, transfer,
 };
 use crate::cluster::control::{Control, HandoffError, PromoteError};
 use crate::cluster::election::Force;
@@ -453,6 +455,16 @@ impl Api {
         if let Some(term) = term {
             response.headers_mut().insert(TERM, term.into());
         }
+        let (api, told) = (self.clone(), positions);
+        let (positions, names) = spawn_blocking(move || {
+            let names = api.contradicted(&told);
+            (told, names)
+        })
+        .await
+        .map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "compare positions"))?;
+        if let Some(names) = names.and_then(|names| HeaderValue::from_str(&names).ok()) {
+            response.headers_mut().insert(CONTRADICTED, names);
+        }
         tokio::spawn(async move {
             let _open = self.peers.add(peer, address);
             tracing::info!(%peer, hostname = identity.hostname, "stream connected");
@@ -463,6 +475,19 @@ impl Api {
             tracing::info!(%peer, "stream disconnected");
         });
         Ok(response)
+    }
+
+    /// The header [`CONTRADICTED`] for a replica that stands there; blocking.
+    fn contradicted(&self, positions: &[(String, Pos)]) -> Option<String> {
+        let is = |name: &str, pos| self.engine.database(name).is_some_and(|db| db.contradicts(pos));
+        let found = positions.iter().filter(|(name, pos)| is(name, *pos));
+        let names: Vec<_> = found.map(|(name, _)| encode_query(name)).collect();
+        let names = names.join(",");
+        match names.len() {
+            0 => None,
+            len if len > CONTRADICTED_MAX => Some("*".to_owned()),
+            _ => Some(names),
+        }
     }
 
     /// Why there is no primaryship here, and who has it.

@@ -85,6 +85,10 @@ fn go_another_way(
     way.mend();
     open.way = Some(way);
     cluster.sync("app.db");
+    // Whichever of the two is ahead by now.
+    cluster.replica().wait_for_log("kept in lost+found");
+    let kept = fs::read_dir(cluster.replica().db_dir("app.db").lost_found()).unwrap();
+    assert!(kept.count() > 0);
     (cluster, open)
 }
 

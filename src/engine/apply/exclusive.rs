@@ -155,6 +155,7 @@ impl Db {
             self.forget_for(change, received, stale)?;
         }
         self.store(change, received, replaced)?;
+        self.set_contradicted(false);
         self.write_pages(change, received, stale).inspect_err(|_| locks.leave())?;
         self.finish_apply(change, received);
         self.verify_if_strict(change)
@@ -230,6 +231,7 @@ impl Db {
         }
         let keeps = change.pos.txid >= txid
             || self.is_lost()
+            || self.inbox.contradicted.load(Ordering::SeqCst)
             || (!change.pos.is_zero() && !self.shared.is_same_line())
             || self.chain.has_own(&self.shared.own_nodes)?;
         Ok(if keeps { Replaced::Keep } else { Replaced::Remove })

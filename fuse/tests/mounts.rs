@@ -58,7 +58,8 @@ fn abort(dir: &Path) {
     nix::mount::mount(None::<&str>, control.path(), kind, no_flags, None::<&str>).unwrap();
     let abort = control.path().join(device.to_string()).join("abort");
     let written = OpenOptions::new().write(true).open(abort).unwrap().write_all(b"1");
-    nix::mount::umount(control.path()).unwrap();
+    // A process that another test is just starting may have the file open until its exec.
+    nix::mount::umount2(control.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
     written.unwrap();
 }
 

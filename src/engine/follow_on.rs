@@ -105,7 +105,7 @@ impl Db {
         match self.successor(pos) {
             Ok(Successor::Recent(transaction)) => transaction.pre != pos.checksum,
             Ok(Successor::File(file, info)) if info.min > Txid(1) => {
-                self.verified(&file, info).is_some_and(|(header, trailer)| {
+                verified(&file).is_ok_and(|(header, trailer)| {
                     let ends = [header.pre_apply, trailer.post_apply];
                     header.pre_pos() != pos && !self.chain.is_inside(pos, &info, ends)
                 })
@@ -114,21 +114,18 @@ impl Db {
         }
     }
 
-    /// The ends of an LTX file that is whole.
-    fn verified(&self, file: &File, info: LtxFile) -> Option<(Header, Trailer)> {
-        let reader = BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(file));
-        let damaged = |error| {
-            let path = self.dir.ltx_file(info.min, info.max);
-            tracing::error!(db = %self.name, path = %path.display(), error = chain_text(&error), "ltx file is damaged: sending a snapshot instead");
-        };
-        ltx::verify(reader).map_err(damaged).ok()
-    }
-
     fn filed(&self, pos: Pos, file: File, info: LtxFile, overlap: Overlap) -> Next {
         if info.min == Txid(1) {
             return Next::Snapshot;
         }
-        let Some((header, trailer)) = self.verified(&file, info) else { return Next::Snapshot };
+        let (header, trailer) = match verified(&file) {
+            Ok(verified) => verified,
+            Err(error) => {
+                let path = self.dir.ltx_file(info.min, info.max);
+                tracing::error!(db = %self.name, path = %path.display(), error = chain_text(&error), "ltx file is damaged: sending a snapshot instead");
+                return Next::Snapshot;
+            }
+        };
         let exact = header.pre_pos() == pos;
         let ends = [header.pre_apply, trailer.post_apply];
         let inside =
@@ -139,4 +136,9 @@ impl Db {
         let pos = Pos { txid: header.max_txid, checksum: trailer.post_apply };
         Next::Ltx { bytes: LtxBytes::File(file, info.size), pos }
     }
+}
+
+/// The ends of an LTX file, if it is whole.
+fn verified(file: &File) -> Result<(Header, Trailer), ltx::Error> {
+    ltx::verify(BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(file)))
 }

@@ -59,7 +59,7 @@ fn abort(dir: &Path) {
     let abort = control.path().join(device.to_string()).join("abort");
     let written = OpenOptions::new().write(true).open(abort).unwrap().write_all(b"1");
     // A process that another test is just starting may have the file open until its exec.
-    nix::mount::umount2(control.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    wait_for("the control directory", || nix::mount::umount(control.path()).is_ok());
     written.unwrap();
 }
 

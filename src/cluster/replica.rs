@@ -156,9 +156,6 @@ impl Replica<'_> {
         let source = Source::of(&stream);
         // A static primary is always the same node.
         self.engine.shared().set_same_line(view.is_static() || self.lineage.is(source));
-        for db in self.engine.databases() {
-            db.set_contradicted(stream.contradicts(db.name().as_str()));
-        }
         let open = Open::new(self.link, &stream);
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));
@@ -211,6 +208,11 @@ impl Replica<'_> {
             return Err(Error::Myself);
         }
         self.join_cluster(stream.cluster_id.as_deref()).await?;
+        for (name, pos) in positions.into_iter().filter(|(name, _)| stream.contradicts(name)) {
+            if let Some(db) = self.engine.database(name) {
+                db.set_contradicted(pos);
+            }
+        }
         Ok(stream)
     }
 

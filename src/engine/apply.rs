@@ -65,8 +65,6 @@ pub struct Inbox {
     queued: AtomicUsize,
     /// How many readers of frozen states there are.
     pins: AtomicUsize,
-    /// The primary says that what is here is not of its history.
-    contradicted: AtomicBool,
 }
 
 /// What belongs to whoever has the turn. No FUSE worker takes it.
@@ -81,6 +79,9 @@ struct State {
     received: Pos,
     /// Nothing but a snapshot can be applied.
     needs_snapshot: bool,
+    /// Where the database stood, with the queue, when the primary said that this is not of its history;
+    /// until a snapshot has taken the place of that.
+    contradicted: Option<Pos>,
     queue: VecDeque<Arc<Received>>,
     queue_bytes: usize,
     /// A thread works on the queue.
@@ -308,6 +309,7 @@ impl Inbox {
         let state = State {
             received: Pos::ZERO,
             needs_snapshot: false,
+            contradicted: None,
             queue: VecDeque::new(),
             queue_bytes: 0,
             running: false,
@@ -324,7 +326,6 @@ impl Inbox {
             kept_out: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             pins: AtomicUsize::new(0),
-            contradicted: AtomicBool::new(false),
         }
     }
 
@@ -389,12 +390,25 @@ impl Db {
         }
     }
 
-    /// Whether nothing but a snapshot can be applied.
-    /// Whether the primary says that what is here is not of its history.
-    pub fn set_contradicted(&self, is: bool) {
-        self.inbox.contradicted.store(is, Ordering::SeqCst);
+    /// The primary says that `pos`, to which the queue leads, is not of its history: the snapshot that it
+    /// sends takes nothing away for good. A later word of a primary that knows nothing of this state, or is
+    /// told none, does not undo that.
+    pub fn set_contradicted(&self, pos: Pos) {
+        self.inbox.state.lock().unwrap().contradicted = Some(pos);
     }
 
+    /// Whether the primary said that of a state that is here, or on its way.
+    fn is_contradicted(&self) -> bool {
+        self.inbox.state.lock().unwrap().contradicted.is_some()
+    }
+
+    /// A snapshot has taken the place of the state at `pos`.
+    fn replaced(&self, pos: Pos) {
+        let mut state = self.inbox.state.lock().unwrap();
+        state.contradicted = state.contradicted.filter(|contradicted| *contradicted != pos);
+    }
+
+    /// Whether nothing but a snapshot can be applied.
     fn needs_snapshot(&self) -> bool {
         self.inbox.state.lock().unwrap().needs_snapshot
     }

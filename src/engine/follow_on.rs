@@ -94,13 +94,16 @@ impl Db {
         }
     }
 
-    /// Whether the chain tells that a peer at `pos` has a history of its own: it holds what came after that
-    /// transaction, and it does not come after that state. Of what is too old it tells nothing. Blocks as
-    /// [`Db::next_after`].
+    /// Whether a peer at `pos` certainly has a history of its own: it is ahead of this database, or the chain
+    /// has the transaction after `pos`, and that does not follow on `pos`. Of what is too old, or lies within
+    /// a snapshot, nothing is known. Blocks as [`Db::next_after`].
     pub fn contradicts(&self, pos: Pos) -> bool {
         let present = self.pos();
-        if pos.is_zero() || pos.txid >= present.txid {
-            return !pos.is_zero() && pos.txid == present.txid && pos != present;
+        if pos.is_zero() || pos == present {
+            return false;
+        }
+        if pos.txid >= present.txid {
+            return true;
         }
         match self.successor(pos) {
             Ok(Successor::Recent(transaction)) => transaction.pre != pos.checksum,

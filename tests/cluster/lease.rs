@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use test_case::test_matrix;
+use test_case::{test_case, test_matrix};
 
 use super::check_node;
 use super::halt::{Halt, is_held};
@@ -37,8 +37,17 @@ fn node(url: &str, hostname: &str, candidate: bool, ttl: &str) -> Node {
 impl Cluster {
     /// So many candidates, ready; the first one leads.
     fn of(count: usize, ttl: &str) -> Cluster {
+        Cluster::with(&Settings::default(), count, ttl)
+    }
+
+    fn with(settings: &Settings, count: usize, ttl: &str) -> Cluster {
         let consul = Consul::start();
-        let of = |n: usize| node(&consul.url(), &format!("node{n}"), true, ttl);
+        let url = consul.url();
+        let of = |n: usize| {
+            let lease =
+                Lease { url: &url, hostname: &name(n), advertise: "", candidate: true, ttl };
+            Node::new(settings, Member::Consul(lease))
+        };
         let mut nodes: Vec<Node> = (0..count).map(of).collect();
         nodes.iter_mut().for_each(Node::start);
         Cluster { consul, nodes }
@@ -190,9 +199,15 @@ fn a_restarted_primary_takes_up_its_own_lease() {
     assert!(is_primary(&cluster.nodes[0]));
 }
 
-#[test]
-fn a_primary_without_consul_refuses_writes_and_resumes_with_it() {
-    let cluster = Cluster::of(2, TTL);
+/// Without passthrough it is the commit that is refused.
+#[test_case("auto", "database is locked")]
+#[test_case("off", "disk I/O error")]
+fn a_primary_without_consul_refuses_writes_and_resumes_with_it(
+    passthrough: &'static str,
+    refusal: &str,
+) {
+    let settings = Settings { passthrough, ..Settings::default() };
+    let cluster = Cluster::with(&settings, 2, TTL);
     create(&cluster.nodes[0], "wal");
     insert(&cluster.nodes[0], 1);
     cluster.check();
@@ -200,9 +215,7 @@ fn a_primary_without_consul_refuses_writes_and_resumes_with_it() {
     cluster.nodes[0].wait_for_log("writes are refused: the lease could not be confirmed");
     let sql = ".timeout 0\ninsert into t values (9)";
     let refused = sqlite::refused(&cluster.nodes[0].file(DB), sql);
-    // Without passthrough it is the commit that is refused.
-    let is_refused = refused.contains("locked") || refused.contains("disk I/O error");
-    assert!(is_refused, "{refused}");
+    assert!(refused.contains(refusal), "{refused}");
     assert_eq!(rows(&cluster.nodes[0]), "1");
     assert_eq!(rows(&cluster.nodes[1]), "1");
     cluster.consul.signal(Signal::SIGCONT);

@@ -360,6 +360,18 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     assert!(matches!(former_db.next_after(middle, Overlap::Accepted), Next::Snapshot));
     known[12] ^= 1;
     fs::write(&range, &known).unwrap();
+    let ahead = Pos { txid: former_db.pos().txid.next(), ..middle };
+    let beside = Pos { checksum: first, ..former_db.pos() };
+    for (pos, is) in [
+        (middle, false),
+        (former_db.pos(), false),
+        (Pos::ZERO, false),
+        (of_another_history, true),
+        (beside, true),
+        (ahead, true),
+    ] {
+        assert_eq!(former_db.contradicts(pos), is, "{pos}");
+    }
     let Next::Ltx { bytes, pos } = former_db.next_after(middle, Overlap::Accepted) else {
         panic!("no file that goes on from {middle}");
     };

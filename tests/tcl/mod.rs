@@ -23,10 +23,10 @@ use crate::support::node::{Node, Settings};
 use crate::support::program;
 
 /// The longest that one file may take, in seconds; on a slow machine most take one.
-const FILE_MAX: &str = "240";
+const FILE_MAX: &str = "120";
 
 /// How long a node is used: with one such file more it is still within the limit of a node.
-const NODE_MAX: Duration = Duration::from_secs(50);
+const NODE_MAX: Duration = Duration::from_secs(120);
 
 /// A longer chain is not applied to nothing each time: a database that each file of the suite removes and
 /// makes again has one chain.

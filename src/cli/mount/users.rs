@@ -23,8 +23,9 @@ pub fn describe(dir: &Path) -> String {
     let mut users = users(&dir, linked);
     if users.is_empty() {
         let (sender, found) = mpsc::channel();
-        // Given up with the process, if it waits for longer.
-        thread::spawn(move || sender.send(self::users(&dir, mapped)));
+        // Given up with this process, if it waits for longer; without a thread nobody is found.
+        let look = move || _ = sender.send(self::users(&dir, mapped));
+        let _ = thread::Builder::new().name("litefs-users".into()).spawn(look);
         users = found.recv_timeout(MAPPED_MAX).unwrap_or_default();
     }
     let more = users.len().saturating_sub(USERS_MAX);

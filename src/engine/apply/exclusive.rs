@@ -155,7 +155,9 @@ impl Db {
             self.forget_for(change, received, stale)?;
         }
         self.store(change, received, replaced)?;
-        self.set_contradicted(false);
+        if received.header.is_snapshot() {
+            self.replaced(change.pos);
+        }
         self.write_pages(change, received, stale).inspect_err(|_| locks.leave())?;
         self.finish_apply(change, received);
         self.verify_if_strict(change)
@@ -231,7 +233,7 @@ impl Db {
         }
         let keeps = change.pos.txid >= txid
             || self.is_lost()
-            || self.inbox.contradicted.load(Ordering::SeqCst)
+            || self.is_contradicted()
             || (!change.pos.is_zero() && !self.shared.is_same_line())
             || self.chain.has_own(&self.shared.own_nodes)?;
         Ok(if keeps { Replaced::Keep } else { Replaced::Remove })

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::tests::{open, transaction};
 use super::*;
-use crate::engine::sync::{Condvar, model, spawn};
+use crate::engine::sync::{Condvar, JoinHandle, model, spawn};
 
 /// So many commits.
 const COMMITS: u64 = 3;
@@ -25,6 +25,23 @@ fn check(run: impl Fn() + Send + Sync + 'static) {
         run();
     });
     assert_eq!(played.load(Ordering::Relaxed), orders);
+}
+
+/// A thread that commits, and does more `after` each transaction.
+fn commits(
+    chain: &Arc<Chain>,
+    waker: Waker,
+    after: impl Fn(&Chain, u64) + Send + 'static,
+) -> JoinHandle<()> {
+    let chain = chain.clone();
+    let run = move || {
+        for txid in 2..2 + COMMITS {
+            chain.push(transaction(txid, 1));
+            waker.queued(&chain);
+            after(&chain, txid);
+        }
+    };
+    spawn("commits", run).unwrap()
 }
 
 /// Who waits until a transaction is durable.
@@ -88,15 +105,7 @@ fn whoever_waits_for_a_commit_is_answered_in_every_order() {
         let temp = tempfile::tempdir_in(memory()).unwrap();
         let chain = Arc::new(open(temp.path()));
         let writer = Writer::start();
-        let committer = {
-            let (chain, waker) = (chain.clone(), writer.waker());
-            spawn("commits", move || {
-                for txid in 2..2 + COMMITS {
-                    chain.push(transaction(txid, 1));
-                    waker.queued(&chain);
-                }
-            })
-        };
+        let committer = commits(&chain, writer.waker(), |_, _| ());
         // A checkpoint waits for what is there by then; somebody else syncs in between.
         let waiter = {
             let (chain, waker) = (chain.clone(), writer.waker());
@@ -111,7 +120,7 @@ fn whoever_waits_for_a_commit_is_answered_in_every_order() {
             let chain = chain.clone();
             spawn("syncs", move || chain.sync().unwrap())
         };
-        committer.unwrap().join().unwrap();
+        committer.join().unwrap();
         waiter.unwrap().join().unwrap();
         other.unwrap().join().unwrap();
         wait_durable(&chain, &writer.waker(), Txid(1 + COMMITS));
@@ -146,18 +155,11 @@ fn a_stream_finds_each_commit_in_every_order() {
         let temp = tempfile::tempdir_in(memory()).unwrap();
         let chain = Arc::new(open(temp.path()));
         let writer = Writer::start();
-        let committer = {
-            let (chain, waker) = (chain.clone(), writer.waker());
-            spawn("commits", move || {
-                for txid in 2..2 + COMMITS {
-                    chain.push(transaction(txid, 1));
-                    waker.queued(&chain);
-                    if txid == 3 {
-                        chain.forget_recent();
-                    }
-                }
-            })
-        };
+        let committer = commits(&chain, writer.waker(), |chain, txid| {
+            if txid == 3 {
+                chain.forget_recent();
+            }
+        });
         let stream = {
             let chain = chain.clone();
             spawn("streams", move || {
@@ -174,7 +176,7 @@ fn a_stream_finds_each_commit_in_every_order() {
                 }
             })
         };
-        committer.unwrap().join().unwrap();
+        committer.join().unwrap();
         stream.unwrap().join().unwrap();
     });
 }

@@ -74,7 +74,7 @@ fn a_signal_is_handed_on_and_ends_with_code_0() {
 fn other_signals_are_handed_on_and_end_nothing() {
     let names = ["HUP", "QUIT", "USR1", "USR2"];
     let traps = names.map(|name| format!("trap 'echo {name} >>got' {name}; ")).concat();
-    let script = format!("{traps} trap 'exit 0' TERM; touch up got; while :; do :; done");
+    let script = format!("{traps} trap 'exit 0' TERM; touch got up; while :; do :; done");
     let mut node = Node::start("", &["--", "bash", "-c", &script]);
     wait_for_file(&node.path("up"));
     let signals = [Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];

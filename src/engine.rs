@@ -522,8 +522,27 @@ fn remember_own_id(dir: &DataDir, id: NodeId) -> Result<HashSet<NodeId>> {
     let mut ids: Vec<NodeId> = text.lines().filter_map(|line| line.parse().ok()).collect();
     ids.push(id);
     let skip = ids.len().saturating_sub(OWN_IDS_MAX);
-    let text: String = ids[skip..].iter().map(|id| format!("{id}\n")).collect();
-    os::write_atomic("engine:node-ids", &path, text.as_bytes())
+    let new: String = ids[skip..].iter().map(|id| format!("{id}\n")).collect();
+    os::write_atomic("engine:node-ids", &path, new.as_bytes())
+        .or_else(|error| match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                write_own_id_in_place(&path, &text, skip > 0, id)
+            }
+            _ => Err(error),
+        })
         .map_err(Error::io("write node ids", &path))?;
     Ok(ids.into_iter().collect())
+}
+
+/// Puts an id where the file of ids, which holds `text`, has room already: behind the others, or, if
+/// there are enough, over the first one. A start on a full disk must not fail.
+fn write_own_id_in_place(path: &Path, text: &str, enough: bool, id: NodeId) -> io::Result<()> {
+    let line = match text.is_empty() || text.ends_with('\n') {
+        true => format!("{id}\n"),
+        false => format!("\n{id}\n"),
+    };
+    let offset = if enough { 0 } else { text.len() as u64 };
+    let file = os::open("engine:node-ids", path)?;
+    os::write_at("engine:node-ids", &file, line.as_bytes(), offset)?;
+    os::sync("engine:node-ids", &file)
 }

@@ -641,7 +641,7 @@ impl Recovery<'_> {
     /// Changes the files as planned.
     fn execute(mut self, end: &End, plan: Plan, found: Found) -> Result<Recovered, Error> {
         let unusable: Vec<_> = self.files.after(end.pos().txid).cloned().collect();
-        let broken = self.files.broken_link(end)?.cloned();
+        let broken: Vec<_> = self.files.broken(end)?.into_iter().cloned().collect();
         for file in unusable.iter().chain(&broken) {
             self.move_aside(&file.path)?;
         }

@@ -94,3 +94,39 @@ fn a_full_disk_loses_nothing_and_keeps_nobody_from_reading(mode: &str, passthrou
     assert_eq!(count(&node, DB), acknowledged + 1);
     node.stop();
 }
+
+/// Who cannot start cannot be mended either: people look at a node's databases to find what to remove.
+#[test_matrix(["delete", "wal"])]
+fn a_node_starts_on_a_full_disk(mode: &str) {
+    let mut node = Node::new(&Settings::default(), Member::Primary);
+    let disk = Disk::mount(node.data(), "20m");
+    node.start();
+    let setup = format!("pragma journal_mode={mode}; create table t(x);");
+    sqlite::run(&node.file(DB), &format!("{setup} insert into t values (randomblob(300000))"));
+    let pos = node.pos(DB);
+    let filler = node.data().join("filler");
+    for starts in 2..4 {
+        node.kill();
+        run(&["sh", "-c", "cat /dev/zero > \"$0\" 2>/dev/null || true"], &filler);
+        node.start();
+        assert_eq!(node.pos(DB), pos);
+        if mode == "delete" {
+            // In WAL mode SQLite makes a wal-index first, which needs room on any file system.
+            assert_eq!(count(&node, DB), 1);
+        }
+        let refused = sqlite::try_run(&node.file(DB), "insert into t values (2)");
+        assert!(refused.is_err(), "there is no room");
+        let ids = std::fs::read_to_string(node.data().join("node-ids")).unwrap();
+        assert_eq!(ids.lines().filter(|line| line.len() == 16).count(), starts);
+    }
+    disk.grow("200m");
+    wait::until_true("a writer to be let in", || {
+        sqlite::try_run(&node.file(DB), "insert into t values (2)").is_ok()
+    });
+    check_chain(&node.db_dir(DB), node.pos(DB));
+    node.stop();
+    node.start();
+    check_integrity(&sqlite::open(&node.file(DB)));
+    assert_eq!(count(&node, DB), 2);
+    node.stop();
+}

@@ -90,20 +90,27 @@ impl Files {
         Ok(next.header.min_txid)
     }
 
-    /// A file among the recent ones that does not lead to the one after it: torn, most likely, and
-    /// the chain only begins after it.
-    pub(super) fn broken_link(&self, end: &End) -> Result<Option<&LtxFile>, Error> {
-        let mut next = end.clone();
-        while let Some(file) = self.before(next.header.min_txid) {
+    /// Those of the recent files before `end` that are damaged, or that stand where they should lead to
+    /// the next one and do not: the chain begins after the last of them.
+    pub(super) fn broken(&self, end: &End) -> Result<Vec<&LtxFile>, Error> {
+        let mut broken = Vec::new();
+        // None behind a gap: what stands there leads nowhere, and is only to be whole.
+        let mut next = Some(end.clone());
+        for file in self.newest_first().filter(|file| file.max < end.header.min_txid) {
             if !is_recent(file, end)? {
                 break;
             }
-            match peek(file)? {
-                Some(previous) if leads_to(&previous, &next) => next = previous,
-                _ => return Ok(Some(file)),
+            let follows = next.as_ref().is_some_and(|next| file.max.next() == next.header.min_txid);
+            let this = load(file)?.map(|(this, _)| this);
+            let leads = |this: &End| next.as_ref().is_some_and(|next| leads_to(this, next));
+            if this.is_none() || (follows && !this.as_ref().is_some_and(leads)) {
+                broken.push(file);
+                next = next.filter(|_| !follows);
+            } else if follows {
+                next = this;
             }
         }
-        Ok(None)
+        Ok(broken)
     }
 
     /// Lays the pages of ever more files, from `end` back, over each of `bases`, until one has the

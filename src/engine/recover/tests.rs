@@ -421,6 +421,27 @@ fn a_torn_file_inside_the_chain_ends_its_history() {
     assert_eq!(target.lost(), [ltx::file_name(Txid(last - 1), Txid(last - 1))]);
 }
 
+/// A power loss takes any part of what was not synced: of several files, and out of the middle of one.
+#[test]
+fn all_torn_files_inside_the_chain_are_set_aside() {
+    let mut source = Source::wal();
+    source.insert(6);
+    let last = source.last();
+    let target = Target::of(&source).with(&source, 1..=last);
+    let mut file = fs::read(target.ltx(last - 1, last - 1)).unwrap();
+    let middle = file.len() / 2;
+    file[middle..middle + 100].fill(0);
+    fs::write(target.ltx(last - 1, last - 1), file).unwrap();
+    for torn in [last - 2, last - 4] {
+        fs::write(target.ltx(torn, torn), [0; 200]).unwrap();
+    }
+    let recovered = target.recover().unwrap();
+    assert_eq!(recovered.pos, source.pos(last));
+    assert!(fs::read(target.dir.database()).unwrap() == source.states[last as usize]);
+    let torn = [last - 4, last - 2, last - 1].map(|txid| ltx::file_name(Txid(txid), Txid(txid)));
+    assert_eq!(target.lost(), torn);
+}
+
 #[test]
 fn what_is_set_aside_never_replaces_what_was() {
     let source = Source::wal();

@@ -3,15 +3,17 @@
 #![allow(clippy::disallowed_methods, reason = "tests make files in directories of their own")]
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Cursor;
 use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
 
 use ltx::{Encoder, Header};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
 use super::*;
+use crate::engine::checksum::{self, Saved};
 use crate::os::fault;
 
 const PAGE_SIZE: usize = 512;

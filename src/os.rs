@@ -194,6 +194,12 @@ pub fn rename(label: &str, from: &Path, to: &Path) -> io::Result<()> {
     change(label, Call::Rename(from, to), || fs::rename(from, to))
 }
 
+/// Gives a file another name, which nothing has, beside the one that it has.
+#[expect(clippy::disallowed_methods, reason = "this is the module that may")]
+pub fn link(label: &str, from: &Path, to: &Path) -> io::Result<()> {
+    change(label, Call::Link(from, to), || fs::hard_link(from, to))
+}
+
 /// Copies a file to a new one, durably, with what the kernel has for that (shared blocks, where the
 /// file system can).
 pub fn copy(label: &str, from: &Path, to: &Path) -> io::Result<()> {

@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -243,16 +244,21 @@ impl Chain {
         removed
     }
 
-    /// Takes a written, verified, synced LTX file into the chain under its name. Files that it
-    /// replaces (a snapshot replaces all) are moved to `lost+found/` or removed as `replaced` says.
+    /// Takes a written, verified, synced LTX file into the chain under its name, which it may have already
+    /// from an attempt that failed. Files that it replaces (a snapshot replaces all) are kept in
+    /// `lost+found/` or removed as `replaced` says.
     pub fn adopt(&self, file: PathBuf, min: Txid, max: Txid, replaced: Replaced) -> Result<()> {
         self.sync()?;
         let _files = self.files.lock().unwrap();
         let target = self.dir.ltx_file(min, max);
+        if replaced == Replaced::Keep {
+            self.keep_files()?;
+        }
         os::rename("chain:adopt", &file, &target).map_err(Error::io("rename ltx file", &target))?;
+        self.inner.lock().unwrap().files.retain(|_, file| (file.min, file.max) != (min, max));
         self.sync_dir()?;
         if min == Txid(1) {
-            self.clear(&target, replaced)?;
+            self.clear(&target)?;
         }
         let size = fs::metadata(&target).map_or(0, |meta| meta.len());
         let mut inner = self.inner.lock().unwrap();
@@ -684,32 +690,36 @@ impl Chain {
     /// Removes what the durable snapshot `keep` replaces. What cannot be removed is only room lost.
     fn forget_all_but(&self, keep: &Path) {
         let _files = self.files.lock().unwrap();
-        if let Err(error) = self.clear(keep, Replaced::Remove) {
+        if let Err(error) = self.clear(keep) {
             tracing::warn!(db = %self.db, error = chain_text(&error), "remove old ltx files");
         }
         let mut inner = self.inner.lock().unwrap();
+        inner.files.clear();
         // The first transaction of a database is one too, and not always durable yet.
         inner.unsynced.retain(|file| file.path(&self.dir) == keep);
         inner.forget_recent();
     }
 
-    /// Empties the directory of the chain, but for the snapshot `keep`.
-    fn clear(&self, keep: &Path, replaced: Replaced) -> Result<()> {
-        let old = std::mem::take(&mut self.inner.lock().unwrap().files);
-        for file in old.values() {
+    /// Puts all files of the chain into `lost+found/` too. Until there is another chain they stay this one:
+    /// a crash leaves a whole one.
+    fn keep_files(&self) -> Result<()> {
+        let files: Vec<LtxFile> = self.inner.lock().unwrap().files.values().copied().collect();
+        let paths = files.iter().map(|file| self.dir.ltx_file(file.min, file.max));
+        paths.filter(|path| path.exists()).try_for_each(|path| set_aside_too(&self.dir, &path))
+    }
+
+    /// Empties the directory of the chain, but for the snapshot `keep`. What an error leaves there is
+    /// still listed.
+    fn clear(&self, keep: &Path) -> Result<()> {
+        let old: Vec<LtxFile> = self.inner.lock().unwrap().files.values().copied().collect();
+        for file in old {
             let path = self.dir.ltx_file(file.min, file.max);
-            match replaced {
-                _ if path == keep => {}
-                Replaced::Remove => os::remove_if_present("chain:clear", &path)
-                    .map_err(Error::io("remove ltx file", &path))?,
-                Replaced::Keep => {
-                    set_aside(&self.dir, &path)?;
-                }
-            }
             if path != keep {
-                positions::remove(&self.dir, file.min, file.max)
+                os::remove_if_present("chain:clear", &path)
+                    .and_then(|()| positions::remove(&self.dir, file.min, file.max))
                     .map_err(Error::io("remove ltx file", &path))?;
             }
+            self.inner.lock().unwrap().files.remove(&file.min);
         }
         Ok(())
     }
@@ -729,7 +739,7 @@ pub enum Durability {
 pub enum Replaced {
     /// They hold nothing that the snapshot does not: removed.
     Remove,
-    /// They may hold transactions that nobody else has: moved to `lost+found/`.
+    /// They may hold transactions that nobody else has: kept in `lost+found/`.
     Keep,
 }
 
@@ -748,21 +758,39 @@ pub fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf> {
     set_aside_as(dir, path, &name)
 }
 
-/// Copies `path` to `lost+found/`, durably, under a name that is not taken; the new path.
-pub fn set_aside_copy(dir: &DbDir, path: &Path) -> Result<PathBuf> {
+/// Copies `path` to `lost+found/`, durably, under a name that is not taken, unless it is there already.
+pub fn set_aside_copy(dir: &DbDir, path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let (lost, target) = free_name(dir, &name)?;
+    let Place::Free(target) = place(dir, path, &name)? else { return sync_lost_found(dir) };
     if let Err(error) = os::copy("lost:copy", path, &target) {
         // Half of it would only take up room.
         let _ = os::remove_if_present("lost:copy", &target);
         return Err(Error::io("copy to lost+found", path)(error));
     }
-    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
-    Ok(target)
+    sync_lost_found(dir)
 }
 
-/// `lost+found/`, made if it is missing, and a name there like this one that is not taken.
-fn free_name(dir: &DbDir, name: &str) -> Result<(PathBuf, PathBuf)> {
+/// As [`set_aside_copy`], without taking more room where the file system has hard links. `path` is not
+/// written any more.
+fn set_aside_too(dir: &DbDir, path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let Place::Free(target) = place(dir, path, &name)? else { return sync_lost_found(dir) };
+    match os::link("lost:link", path, &target) {
+        Ok(()) => sync_lost_found(dir),
+        Err(_) => set_aside_copy(dir, path),
+    }
+}
+
+/// A place for a file in `lost+found/`.
+enum Place {
+    /// Nothing has this name.
+    Free(PathBuf),
+    /// It is there already, from an attempt that was not finished.
+    Taken(PathBuf),
+}
+
+/// Where in `lost+found/`, made if it is missing, `file` can stand under `name` or one like it.
+fn place(dir: &DbDir, file: &Path, name: &str) -> Result<Place> {
     let lost = dir.lost_found();
     os::create_dirs("lost:dir", &lost)
         .and_then(|()| os::sync_dir("lost:dir", dir.path()))
@@ -770,17 +798,63 @@ fn free_name(dir: &DbDir, name: &str) -> Result<(PathBuf, PathBuf)> {
     let mut target = lost.join(name);
     let mut n = 1;
     while target.exists() {
+        let same = is_same(file, &target).and_then(|same| {
+            // Who wrote it may have ended before it was durable.
+            if same {
+                os::sync("lost:copy", &File::open(&target)?)?
+            }
+            Ok(same)
+        });
+        if same.map_err(Error::io("compare with lost+found", &target))? {
+            return Ok(Place::Taken(target));
+        }
         target = lost.join(format!("{name}.{n}"));
         n += 1;
     }
-    Ok((lost, target))
+    Ok(Place::Free(target))
+}
+
+/// Whether two files hold the same.
+fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
+    let (one, other) = (File::open(one)?, File::open(other)?);
+    let (meta, other_meta) = (one.metadata()?, other.metadata()?);
+    if meta.len() != other_meta.len() || meta.ino() == other_meta.ino() {
+        return Ok(meta.ino() == other_meta.ino());
+    }
+    let mut buffers = [vec![0; limits::IO_BUFFER], vec![0; limits::IO_BUFFER]];
+    let mut at = 0;
+    while at < meta.len() {
+        let [ours, theirs] = &mut buffers;
+        let read = os::read_up_to(&one, ours, at)?;
+        if read == 0
+            || os::read_up_to(&other, theirs, at)? != read
+            || ours[..read] != theirs[..read]
+        {
+            return Ok(false);
+        }
+        at += read as u64;
+    }
+    Ok(true)
+}
+
+fn sync_lost_found(dir: &DbDir) -> Result<()> {
+    let lost = dir.lost_found();
+    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))
 }
 
 /// Moves `path` to `lost+found/` under this name, or one like it that is not taken; the new path.
 fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
-    let (lost, target) = free_name(dir, name)?;
-    os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
-    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))?;
+    let target = match place(dir, path, name)? {
+        Place::Free(target) => {
+            os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
+            target
+        }
+        Place::Taken(target) => {
+            os::remove("lost:rename", path).map_err(Error::io("set aside", path))?;
+            target
+        }
+    };
+    sync_lost_found(dir)?;
     Ok(target)
 }
 

@@ -33,6 +33,8 @@ pub enum Call<'a> {
     SyncDir(&'a Path),
     /// A file gets another name.
     Rename(&'a Path, &'a Path),
+    /// A file gets another name too.
+    Link(&'a Path, &'a Path),
     /// A name goes.
     Remove(&'a Path),
     /// A directory and its parents, where they are missing.
@@ -50,7 +52,9 @@ impl Call<'_> {
             Call::Open(path) | Call::Make(_, path, _) | Call::SyncFs(path) => {
                 Some(path.to_path_buf())
             }
-            Call::SyncDir(path) | Call::Rename(path, _) => Some(path.to_path_buf()),
+            Call::SyncDir(path) | Call::Rename(path, _) | Call::Link(path, _) => {
+                Some(path.to_path_buf())
+            }
             Call::Remove(path) | Call::MakeDirs(path) | Call::Mark(path) => {
                 Some(path.to_path_buf())
             }

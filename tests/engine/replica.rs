@@ -16,8 +16,10 @@ use litefs::engine::locks::LockKind;
 use litefs::engine::{
     self, Db, DbName, Engine, Error, LtxBytes, Next, Overlap, PageCache, PrimaryInfo, Role,
 };
+use litefs::os::fault::{self, Call, Verdict, Watch};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
+use test_case::test_matrix;
 
 use super::faults::lost_database;
 use super::{PAGE, asked, commit, contents, database, file, image, lock, primary, unlock_all};
@@ -244,6 +246,9 @@ fn a_clock_that_goes_wrong_is_no_lag() {
 /// What stands in `lost+found/` of the database, by name.
 fn lost_and_found(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let lost = dir.join("dbs/db/lost+found");
+    if !lost.exists() {
+        return BTreeMap::new();
+    }
     let name = |path: String| path.rsplit('/').next().unwrap().to_owned();
     contents(&lost).into_iter().map(|(path, bytes)| (name(path), bytes)).collect()
 }
@@ -291,6 +296,157 @@ fn a_snapshot_over_a_former_primary_keeps_its_whole_state() {
     let file = kept.get(&name).unwrap_or_else(|| panic!("{name} in {:?}", kept.keys()));
     let (_, trailer) = ltx::verify(&file[..]).unwrap();
     assert_eq!(trailer.post_apply, pos.checksum);
+}
+
+/// A replica with two transactions of its primary, and where that is then.
+fn two_transactions(dir: &Path) -> (Arc<Engine>, Arc<Db>, Pos) {
+    let engine = replica(dir, Arc::new(NoCache));
+    // All of it is the primary's: a snapshot of that takes nothing away.
+    engine.shared().set_same_line(true);
+    let db = database(&engine, "db");
+    let (first, pages, post) = snapshot(3);
+    let (second, _) = ltx_file(2, post, pages.len() as u32 + 1, &[vec![3; PAGE]]);
+    receive(&engine, "db", &first).unwrap();
+    let pos = receive(&engine, "db", &second).unwrap();
+    wait::until_true("both transactions", || db.pos() == pos);
+    (engine, db, pos)
+}
+
+/// Of another history, up to transaction 9, with `pages` pages.
+fn other_history(pages: usize) -> Vec<u8> {
+    let (_, first, _) = snapshot(5);
+    let mut all = vec![vec![9; PAGE]; pages];
+    all[0].clone_from(&first[0]);
+    all[0][28..32].copy_from_slice(&(pages as u32).to_be_bytes());
+    ltx_range([1, 9], Checksum::NONE, 1, &all).0
+}
+
+/// A transaction after `pos` that does not lead to its checksum.
+fn leading_elsewhere(pos: Pos) -> Vec<u8> {
+    let (right, _) = ltx_file(pos.txid.0 + 1, pos.checksum, 2, &[vec![5; PAGE]]);
+    let header = *ltx::Decoder::new(&right[..]).unwrap().header();
+    let mut encoder = Encoder::new(Vec::new(), header).unwrap();
+    encoder.page(Pgno(2), &[5; PAGE]).unwrap();
+    encoder.finish(Checksum::flagged(1)).unwrap().0
+}
+
+/// What was set aside leads to `pos`, and the chain is the snapshot.
+#[track_caller]
+fn check_kept(dir: &Path, pos: Pos) {
+    let kept = lost_and_found(dir);
+    let leads = |file: &Vec<u8>| {
+        let (header, trailer) = ltx::verify(&file[..]).unwrap();
+        Pos { txid: header.max_txid, checksum: trailer.post_apply }
+    };
+    assert_eq!(kept.values().map(leads).next_back(), Some(pos));
+    assert!(kept.keys().next().is_some_and(|name| name.starts_with(&Txid(1).to_string())));
+    assert!(kept.keys().all(|name| name.ends_with(".ltx")), "more than once: {:?}", kept.keys());
+    let chain = chain_names(dir);
+    assert!(chain.contains(&format!("{}-{}.ltx", Txid(1), Txid(9))), "{chain:?}");
+    // A process that ended there leaves what nobody looks at any more.
+    assert!(chain.len() == 1 || chain.len() == 1 + kept.len(), "{chain:?}");
+}
+
+/// The LTX files of the database.
+fn chain_names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = contents(&dir.join("dbs/db/ltx")).into_keys().collect();
+    names.iter_mut().for_each(|path| *path = path.rsplit('/').next().unwrap().to_owned());
+    names
+}
+
+/// Has all calls fail whose label begins like this, for as long as it is there.
+struct Refusing(&'static str);
+
+impl Watch for Refusing {
+    fn before(&self, label: &str, _call: &Call<'_>) -> Verdict {
+        if label.starts_with(self.0) { Verdict::Fail(libc::EIO) } else { Verdict::Go }
+    }
+    fn after(&self, _label: &str, _call: &Call<'_>) {}
+}
+
+/// The primary has said once that what the replica has is not of its history. A call fails while the
+/// snapshot is applied; that is tried again, or the process ends there.
+#[test_matrix(["lost:", "chain:adopt", "chain:clear", "apply:database"], [3, 400], [false, true])]
+fn a_history_that_was_contradicted_is_kept_after_a_failure(
+    label: &'static str,
+    pages: usize,
+    ends: bool,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut engine, mut db, pos) = two_transactions(dir.path());
+    db.set_contradicted(pos);
+    let watching = fault::watch(dir.path(), Arc::new(Refusing(label)));
+    let target = receive(&engine, "db", &other_history(pages)).unwrap();
+    wait::until_true("a failure", || matches!(db.state(), DbState::Failed(_)));
+    if ends {
+        let _ = engine.close();
+        drop((engine, db));
+        drop(watching);
+        engine = replica(dir.path(), Arc::new(NoCache));
+        engine.shared().set_same_line(true);
+        db = database(&engine, "db");
+        if db.pos() != target {
+            assert_eq!(db.pos(), pos);
+            db.set_contradicted(pos);
+            receive(&engine, "db", &other_history(pages)).unwrap();
+        }
+    } else {
+        drop(watching);
+    }
+    wait::until_or(
+        || format!("the snapshot; at {}, {:?}", db.pos(), db.state()),
+        || (db.pos() == target && db.state() == DbState::Ready).then_some(()),
+    );
+    engine.close().unwrap();
+    check_kept(dir.path(), pos);
+}
+
+/// As before, but before the snapshot is there something else asks for another one; who sends that is told
+/// nothing that it could contradict.
+#[test]
+fn a_history_that_was_contradicted_is_kept_when_another_snapshot_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, db, pos) = two_transactions(dir.path());
+    db.set_contradicted(pos);
+    receive(&engine, "db", &leading_elsewhere(pos)).unwrap();
+    wait::until_true("nothing but a snapshot to help", || db.received_pos().is_zero());
+    let target = receive(&engine, "db", &other_history(3)).unwrap();
+    wait::until_true("the snapshot", || db.pos() == target);
+    engine.close().unwrap();
+    check_kept(dir.path(), pos);
+}
+
+/// Where the primary says nothing of that kind, a snapshot takes the place of its own transactions.
+#[test]
+fn a_history_that_nobody_contradicted_is_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, db, _) = two_transactions(dir.path());
+    let target = receive(&engine, "db", &other_history(3)).unwrap();
+    wait::until_true("the snapshot", || db.pos() == target);
+    engine.close().unwrap();
+    assert!(lost_and_found(dir.path()).is_empty());
+}
+
+/// Both have made one file of the same transactions, and so of the same name.
+#[test]
+fn a_snapshot_of_the_same_name_keeps_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    engine.mounted(Arc::new(NoCache), true);
+    let db = database(&engine, "db");
+    commit(&db, &image(4));
+    db.chain().sync().unwrap();
+    let name = format!("{0}-{0}.ltx", Txid(1));
+    let ours = fs::read(dir.path().join("dbs/db/ltx").join(&name)).unwrap();
+    let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
+    engine.set_role(Role::Replica(primary_info));
+    let (theirs, ..) = snapshot(9);
+    let target = receive(&engine, "db", &theirs).unwrap();
+    wait::until_true("the snapshot", || db.pos() == target);
+    engine.close().unwrap();
+    let kept = lost_and_found(dir.path());
+    assert!(kept.get(&name) == Some(&ours), "{:?}", kept.keys());
+    assert_eq!(chain_names(dir.path()), [name]);
 }
 
 /// LiteFS leaves out pages by which a database grew and that nobody wrote, and counts them for nothing

@@ -32,6 +32,7 @@ pub enum Step {
     SyncDir(PathBuf, usize),
     SyncAll(usize),
     Rename(PathBuf, PathBuf),
+    Link(PathBuf, PathBuf),
     Remove(PathBuf),
     MakeDir(PathBuf),
     /// The client begins something.
@@ -167,6 +168,10 @@ impl Disk {
                     let file = disk.names.remove(from).expect("a file that is renamed");
                     disk.names.insert(to.clone(), file);
                 }
+                Step::Link(from, to) => {
+                    let file = disk.names[from];
+                    disk.names.insert(to.clone(), file);
+                }
                 _ => disk.name_step(step),
             }
         }
@@ -216,6 +221,11 @@ impl Disk {
                     now.insert(to.clone(), file.expect("a file that is renamed"));
                     file
                 }
+                Step::Link(from, to) => {
+                    let file = now.get(from).or_else(|| self.names.get(from)).copied();
+                    now.insert(to.clone(), file.expect("a file that gets another name"));
+                    file
+                }
                 _ => None,
             };
             if !keep && !is_name_durable(steps, *at) {
@@ -228,6 +238,7 @@ impl Disk {
                     }
                     self.names.insert(to.clone(), file);
                 }
+                (Step::Link(_, to), Some(file)) => _ = self.names.insert(to.clone(), file),
                 _ => self.name_step(step),
             }
         }
@@ -235,7 +246,8 @@ impl Disk {
 }
 
 fn changes_names(step: &Step) -> bool {
-    matches!(step, Step::Make(_, Some(_)) | Step::Rename(..) | Step::Remove(_) | Step::MakeDir(_))
+    let is_named = matches!(step, Step::Make(_, Some(_)) | Step::Rename(..) | Step::Link(..));
+    is_named || matches!(step, Step::Remove(_) | Step::MakeDir(_))
 }
 
 /// Whether a directory was synced after the step at `at` changed its names.
@@ -243,6 +255,7 @@ fn is_name_durable(steps: &[Step], at: usize) -> bool {
     let parents = match &steps[at] {
         Step::Make(_, Some(name)) | Step::Remove(name) | Step::MakeDir(name) => [name, name],
         Step::Rename(from, to) => [from, to],
+        Step::Link(_, to) => [to, to],
         _ => return true,
     };
     let parents = parents.map(|name| name.parent().unwrap());
@@ -517,7 +530,11 @@ impl State {
             (Trouble::Errno(errno), _) => Verdict::Fail(errno),
             (
                 Trouble::Full,
-                Call::Write(..) | Call::Make(..) | Call::Copy(..) | Call::MakeDirs(_),
+                Call::Write(..)
+                | Call::Make(..)
+                | Call::Copy(..)
+                | Call::Link(..)
+                | Call::MakeDirs(_),
             ) => Verdict::Fail(libc::ENOSPC),
             (Trouble::Full, _) => Verdict::Go,
             (Trouble::Short, Call::Write(_, _, data)) => Verdict::Short((data.len() / 2).max(1)),
@@ -545,6 +562,7 @@ fn describe(call: &Call<'_>) -> String {
         Call::SyncFs(_) => "syncfs",
         Call::SyncDir(_) => "sync dir",
         Call::Rename(..) => "rename",
+        Call::Link(..) => "link",
         Call::Remove(_) => "remove",
         Call::MakeDirs(_) => "make dirs",
         Call::Mark(_) => "mark",
@@ -602,6 +620,10 @@ impl Watch for Recorder {
             Call::Rename(from, to) => {
                 let (from, to) = (self.name(from), self.name(to));
                 state.steps.push(Step::Rename(from, to));
+            }
+            Call::Link(from, to) => {
+                let (from, to) = (self.name(from), self.name(to));
+                state.steps.push(Step::Link(from, to));
             }
             Call::Remove(path) => {
                 let name = self.name(path);

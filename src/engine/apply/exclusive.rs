@@ -249,7 +249,9 @@ impl Db {
             Body::Spool(path, ..) if stored && !path.exists() => return Ok(()),
             Body::Spool(path, file, _) => {
                 os::sync("receive:spool", file).map_err(Error::io("sync ltx file", path))?;
-                path.clone()
+                // An earlier attempt may have given it its name.
+                let named = self.dir.ltx_file(header.min_txid, header.max_txid);
+                if path.exists() { path.clone() } else { named }
             }
             Body::Memory(bytes) => self.chain.write_temporary(bytes)?,
         };
@@ -309,9 +311,7 @@ impl Db {
         });
         state.make_snapshot();
         match self.chain.write_aside(&state) {
-            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => {
-                set_aside_copy(&self.dir, &path).map(drop)
-            }
+            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => set_aside_copy(&self.dir, &path),
             written => written.map(drop),
         }
     }

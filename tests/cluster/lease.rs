@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use ltx::{Pos, Txid};
 use nix::sys::signal::Signal;
 use test_case::{test_case, test_matrix};
 
@@ -707,6 +708,14 @@ fn write_to(node: &Node, db: &str, sql: &str) {
     sqlite::run(&node.file(db), sql);
 }
 
+/// Waits until the primary has written these positions beside the lease; what it has written.
+fn wait_recorded(consul: &Consul, positions: &[Pos]) -> String {
+    wait::until("the positions beside the lease", || {
+        let record = consul.value("test/lease/positions")?;
+        positions.iter().all(|pos| record.contains(&pos.to_string())).then_some(record)
+    })
+}
+
 /// Decision 0019 with everything real: the last primary is gone, and of its two replicas each lacks
 /// something of another database. Both say what; who has more leads, and what only the other one has is
 /// kept.
@@ -731,11 +740,7 @@ fn of_two_stale_candidates_the_one_with_more_leads_and_nothing_is_thrown_away() 
     let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
     cluster.nodes[2].wait_for_pos("a.db", a);
     cluster.nodes[1].wait_for_pos("b.db", b);
-    let consul = &cluster.consul;
-    wait::until_true("both positions beside the lease", || {
-        let positions = consul.value("test/lease/positions").unwrap_or_default();
-        [a, b].iter().all(|pos| positions.contains(&pos.txid.to_string()))
-    });
+    wait_recorded(&cluster.consul, &[a, b]);
     for node in &mut cluster.nodes {
         node.kill();
     }
@@ -765,4 +770,96 @@ fn of_two_stale_candidates_the_one_with_more_leads_and_nothing_is_thrown_away() 
     former.wait_for_pos("b.db", cluster.nodes[2].pos("b.db"));
     assert!(std::fs::read_dir(former.db_dir("b.db").lost_found()).unwrap().count() > 0);
     assert_eq!(sqlite::run(&former.file("a.db"), "select count(*) from t"), "4");
+}
+
+/// Decision 0019: "a replica whose readers block one with a rollback journal goes on with the others", until
+/// it has as many transactions as the record of the last primary, and still not all of them.
+#[test]
+fn a_candidate_that_lacks_a_database_waits_whatever_the_sum_is() {
+    let mut cluster = Cluster::of(2, SHORT_TTL);
+    for db in ["a.db", "b.db"] {
+        write_to(&cluster.nodes[0], db, "create table t(x)");
+        cluster.nodes[1].wait_for_pos(db, cluster.nodes[0].pos(db));
+    }
+    let mut reader = Shell::open(&cluster.nodes[1].file("b.db"));
+    reader.run("begin; select * from t");
+    for n in 0..3 {
+        write_to(&cluster.nodes[0], "b.db", &format!("insert into t values ({n})"));
+    }
+    let b = cluster.nodes[0].pos("b.db");
+    let record = wait_recorded(&cluster.consul, &[b]);
+    // As many as the replica lacks; the primary dies before it writes down that it has them.
+    for n in 0..3 {
+        write_to(&cluster.nodes[0], "a.db", &format!("insert into t values ({n})"));
+    }
+    cluster.nodes[1].wait_for_pos("a.db", cluster.nodes[0].pos("a.db"));
+    cluster.nodes.iter_mut().for_each(Node::kill);
+    reader.kill();
+    cluster.consul.put("test/lease/positions", &record);
+    cluster.nodes[1].spawn();
+    let candidate = &cluster.nodes[1];
+    candidate.wait_for_log(&format!("had b.db at {}, this node at {}", b.txid, Txid(1)));
+    candidate.wait_for_log("no primary: waiting, because the last primary");
+    // Who had everything does not come back.
+    assert_eq!(cluster.settle(), 1);
+    candidate.wait_for_log("taking the lease although transactions are missing");
+    for (db, count) in [("a.db", "3"), ("b.db", "0")] {
+        assert_eq!(sqlite::run(&candidate.file(db), "select count(*) from t"), count);
+    }
+    write_to(candidate, "b.db", "insert into t values ('later')");
+    // What only the former primary has is kept there.
+    cluster.nodes[0].start();
+    assert_eq!(cluster.settle(), 1);
+    let [former, now] = [&cluster.nodes[0], &cluster.nodes[1]];
+    for db in ["a.db", "b.db"] {
+        former.wait_for_pos(db, now.pos(db));
+        let [ours, theirs] = [former, now].map(|node| check_node(node, db, now.pos(db)).unwrap().0);
+        assert!(ours == theirs, "{db}: pages differ");
+    }
+    assert!(std::fs::read_dir(former.db_dir("b.db").lost_found()).unwrap().count() > 0);
+    assert!(!former.db_dir("a.db").lost_found().exists(), "nothing of it was lost");
+}
+
+/// Decision 0019: "Between two candidates of which each lacks something there is no right answer": either
+/// leads, and what only the other one has is kept.
+#[test]
+fn of_two_candidates_with_as_many_transactions_either_leads_and_nothing_is_thrown_away() {
+    let mut cluster = Cluster::of(3, SHORT_TTL);
+    for db in ["a.db", "b.db"] {
+        write_to(&cluster.nodes[0], db, "create table t(x)");
+        let pos = cluster.nodes[0].pos(db);
+        cluster.nodes[1..].iter().for_each(|node| node.wait_for_pos(db, pos));
+    }
+    let readers = [(1, "a.db"), (2, "b.db")].map(|(node, db)| {
+        let mut reader = Shell::open(&cluster.nodes[node].file(db));
+        reader.run("begin; select * from t");
+        reader
+    });
+    for n in 0..2 {
+        for db in ["a.db", "b.db"] {
+            write_to(&cluster.nodes[0], db, &format!("insert into t values ({n})"));
+        }
+    }
+    let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
+    cluster.nodes[2].wait_for_pos("a.db", a);
+    cluster.nodes[1].wait_for_pos("b.db", b);
+    wait_recorded(&cluster.consul, &[a, b]);
+    cluster.nodes.iter_mut().for_each(Node::kill);
+    readers.into_iter().for_each(Shell::kill);
+    for node in &mut cluster.nodes[1..] {
+        node.spawn();
+    }
+    let leads = cluster.settle();
+    let (new, other) = (&cluster.nodes[leads], &cluster.nodes[3 - leads]);
+    new.wait_for_log("taking the lease although transactions are missing");
+    let (lacks, has) = if leads == 1 { ("a.db", "b.db") } else { ("b.db", "a.db") };
+    write_to(new, lacks, "insert into t values ('later')");
+    for (db, rows) in [(lacks, "later"), (has, "0,1")] {
+        other.wait_for_pos(db, new.pos(db));
+        assert_eq!(sqlite::run(&new.file(db), "select group_concat(x) from t"), rows);
+        let [ours, theirs] = [new, other].map(|node| check_node(node, db, new.pos(db)).unwrap().0);
+        assert!(ours == theirs, "{db}: pages differ");
+    }
+    assert!(std::fs::read_dir(other.db_dir(lacks).lost_found()).unwrap().count() > 0);
+    assert!(!other.db_dir(has).lost_found().exists(), "nothing of it was lost");
 }

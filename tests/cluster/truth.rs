@@ -232,6 +232,7 @@ fn a_replica_says_within_a_heartbeat_how_long_it_has_heard_nothing() {
         // The clocks of both are one; what a heartbeat took on its way counts as difference.
         assert!(lag + 100 >= least && lag <= most.as_millis() as i64, "{lag} after {least} ms");
         assert_eq!((b.info(), primary_of(&b.node)), ((false, "a".to_owned()), "a".to_owned()));
+        assert_eq!(*b.told.lock().unwrap(), Some((false, "a".to_owned())));
         assert_eq!(b.node.pos(DB), before);
     }
     assert_eq!(a.info(), (true, "a".to_owned()));
@@ -259,4 +260,37 @@ fn a_node_without_a_primary_is_told_apart_from_a_primary() {
     link.mend();
     let since = write(&a, 2);
     wait_for_truth("again", since, &[(&a, Says::Me)]);
+}
+
+/// One that may not lead itself, while nobody else does: what it says of itself is neither a primary's nor a
+/// replica's, but for how old its data is.
+#[test]
+fn a_replica_says_that_nobody_leads_and_how_old_it_is() {
+    let consul = Consul::start();
+    let url = consul.url();
+    let mut a = Witness::start(&url, "a", "");
+    sqlite::run(&a.node.file(DB), "pragma journal_mode = wal; create table t(x)");
+    let lease = Lease { url: &url, hostname: "b", advertise: "", candidate: false, ttl: TTL };
+    let mut node = Node::new(&Settings::default(), Member::Consul(lease));
+    node.start();
+    let b = Witness::of(node, "b");
+    check_pos("start", Instant::now(), &a, &[&b]);
+    wait_for_truth("start", Instant::now(), &[(&b, Says::Other("a"))]);
+    let pos = b.node.pos(DB);
+    a.node.kill();
+    let dead = Instant::now();
+    // As long as the lease is its, it is the primary.
+    b.node.wait_for_log("cannot find primary & ineligible to become primary");
+    let since = Instant::now();
+    wait_for_truth("nobody", since, &[(&b, Says::Nobody)]);
+    let (least, lag) = (dead.elapsed().as_millis() as i64, b.lag());
+    println!("for {least} ms without a primary: .lag says {lag}");
+    assert!(lag + 100 >= least && lag < NO_NEWS, "{lag} after {least} ms");
+    assert_eq!(b.node.pos(DB), pos);
+    a.node.start();
+    let a = Witness::of(a.node, "a");
+    let since = Instant::now();
+    wait_for_truth("again", since, &[(&a, Says::Me), (&b, Says::Other("a"))]);
+    let since = write(&a, 1);
+    check_pos("again", since, &a, &[&b]);
 }

@@ -103,6 +103,54 @@ fn a_commit_that_comes_too_late_does_not_get_into_the_chain(mode: &str, passthro
     assert_eq!(lost_and_found(&node).len(), usize::from(is_seen));
 }
 
+/// A late commit of a primary that has become a replica, with applications that have the log open: one in
+/// the middle of a read, one that does nothing, and the one that committed.
+#[test_matrix(["insert into t values (2)", "create table seen(x); insert into seen values (2)"])]
+fn a_late_commit_is_taken_out_of_a_log_that_is_open(late: &str) {
+    let changes_schema = late.starts_with("create");
+    let node = primary("wal", "auto");
+    let [mut writer, mut reader, mut idle] = [(); 3].map(|()| Shell::open(&node.file(DB)));
+    let count = "select count(*) from t";
+    assert_eq!((reader.run(count), idle.run(count)), ("1".to_owned(), "1".to_owned()));
+    writer.run(&format!("pragma synchronous=off; begin immediate; {late}"));
+    let before = node.db(DB).pos();
+    node.engine.stop_writes(Duration::ZERO);
+    node.engine.set_role(replica());
+    reader.run(&format!("begin; {count}"));
+    writer.run("commit");
+    wait::until_true("the commit in lost+found", || lost_and_found(&node).len() == 1);
+    // As long as somebody reads from the log it stays, and shows him what he has seen.
+    assert_eq!(reader.run(count), "1");
+    assert_eq!(node.db(DB).pos(), before);
+    reader.run("commit");
+    wait::until_true("the commit out of the log", || rows(&node) == "1");
+    let other = Local::primary("auto", 2, Some(&node.data()));
+    assert_eq!(other.db(DB).pos(), before);
+    // With the number that the lost schema had.
+    sqlite::run(&other.file(DB), "create table other(x); insert into t values ('new')");
+    while node.db(DB).pos() != other.db(DB).pos() {
+        let next = node.receive(DB, &other.ltx_after(DB, node.db(DB).pos())).unwrap();
+        wait::until_true("what the other one has", || node.db(DB).pos() == next);
+    }
+    for (connection, seen) in [(&mut writer, "seen"), (&mut reader, "t"), (&mut idle, "t")] {
+        if changes_schema {
+            for sql in [&format!("select * from {seen}"), count] {
+                let complaint = connection.refused(sql);
+                let ended = ["disk I/O error", "unable to open database file"];
+                assert!(ended.iter().any(|text| complaint.contains(text)), "{sql}: {complaint}");
+            }
+        } else {
+            assert_eq!(connection.run(count), "2");
+            assert_eq!(connection.run("select count(*) from other"), "0");
+        }
+        connection.reopen(&node.file(DB));
+        assert_eq!(connection.run("select group_concat(x) from t"), "1,new");
+    }
+    assert_eq!((rows(&node).as_str(), lost_and_found(&node).len()), ("1,new", 1));
+    [writer, reader, idle].into_iter().for_each(Shell::close);
+    check_chain(&node.db_dir(DB), other.db(DB).pos());
+}
+
 /// Its frames must not be gone on from, whoever writes next.
 #[test_matrix(["auto"])]
 fn a_primary_that_is_primary_again_goes_on_from_its_chain(passthrough: &str) {

@@ -662,6 +662,10 @@ impl PageCache for KernelCache {
         self.0.post_inval_entry(OsStr::new(name));
     }
 
+    fn name_gone(&self, name: &str) {
+        log_failure(self.0.inval_entry(OsStr::new(name)));
+    }
+
     fn file_mistaken(&self, ino: u64, name: &str) {
         self.0.post_inval_inode(ino, 0, 0);
         self.0.post_inval_entry(OsStr::new(name));

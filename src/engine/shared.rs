@@ -36,6 +36,8 @@ pub trait PageCache: Send + Sync {
     fn attr_changed(&self, ino: u64);
     /// The name appeared or went; may be called from anywhere.
     fn name_changed(&self, name: &str);
+    /// Nothing has the name any more, and nobody finds it when this returns.
+    fn name_gone(&self, name: &str);
     /// The file `ino` of that name is not what the kernel believes; may be called from anywhere.
     fn file_mistaken(&self, ino: u64, name: &str);
 }

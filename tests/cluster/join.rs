@@ -4,10 +4,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use test_case::test_case;
 
 use super::Cluster;
+use super::readers::StopAtEnd;
 use crate::support::consul::Link;
 use crate::support::image;
 use crate::support::node::{Member, Node, Settings};
@@ -297,6 +299,40 @@ fn open_readers_of_a_replica_see_the_journal_mode_change(passthrough: &'static s
     write(cluster.primary(), "app.db", 0..1);
     cluster.sync("app.db");
     assert_eq!(sqlite::run(&path, "pragma journal_mode"), "delete");
+    cluster.check();
+}
+
+/// Whoever opens the database just when the replica leaves WAL mode finds no trace of a log: nobody could
+/// fill one that he made there.
+#[test_case("auto")]
+#[test_case("off")]
+fn who_opens_a_replica_when_it_leaves_wal_mode_can_read(passthrough: &'static str) {
+    let cluster = Cluster::with(2, &Settings { passthrough, ..Settings::default() });
+    create(cluster.primary(), "app.db", "delete");
+    cluster.sync("app.db");
+    let path = cluster.replica().file("app.db");
+    let ended = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let opens = scope.spawn(|| {
+            let mut count = 0;
+            while !ended.load(Ordering::SeqCst) {
+                assert!(sqlite::value::<i64>(&sqlite::open(&path), "select count(*) from t") > 0);
+                count += 1;
+            }
+            count
+        });
+        let end = StopAtEnd(ended);
+        for _ in 0..4 {
+            for mode in ["wal", "delete"] {
+                let switch = format!("pragma journal_mode = {mode}");
+                assert_eq!(sqlite::run(&cluster.file("app.db"), &switch), mode);
+                write(cluster.primary(), "app.db", 0..3);
+                cluster.sync("app.db");
+            }
+        }
+        drop(end);
+        assert!(opens.join().unwrap() > 0);
+    });
     cluster.check();
 }
 

@@ -9,7 +9,8 @@ use rusqlite::Connection;
 use test_case::test_case;
 
 use super::Cluster;
-use crate::support::node::{Node, Settings};
+use crate::support::consul::Link;
+use crate::support::node::{Member, Node, Settings};
 use crate::support::sqlite::{self, Session};
 use crate::support::wait;
 
@@ -141,7 +142,7 @@ fn short_reads_are_never_refused_while_transactions_are_applied(passthrough: &'s
 }
 
 /// Stops the readers also when the writer fails.
-struct StopAtEnd<'a>(&'a AtomicBool);
+pub(super) struct StopAtEnd<'a>(pub(super) &'a AtomicBool);
 
 impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
@@ -218,5 +219,45 @@ fn a_blocked_database_does_not_hold_up_the_others(others: &str) {
     });
     assert_eq!(reader.run("select count(*) from t;"), "20");
     drop(reader);
+    cluster.check();
+}
+
+/// What is on its way locks nobody out, at either end: a snapshot to a new replica not the writers, and a
+/// transaction not the readers.
+#[test]
+fn nobody_waits_for_a_slow_link() {
+    const SLOW: u64 = 20_000;
+    const COUNT: &str = "select count(*) from a";
+    let mut cluster = Cluster::of(1);
+    twins(&cluster, "delete");
+    insert(&sqlite::open(&cluster.file("app.db")), 1_000_000);
+    let link = Link::to(cluster.primary().address());
+    link.limit(SLOW);
+    let url = format!("http://{}", link.address());
+    cluster.nodes.push(Node::new(&Settings::default(), Member::Replica(&url)));
+    cluster.nodes[1].spawn();
+    cluster.primary().wait_for_log("stream connected");
+    let writer = sqlite::open(&cluster.file("app.db"));
+    (0..5).for_each(|_| insert(&writer, 100));
+    assert!(cluster.nodes[1].databases().is_empty(), "it is still on its way");
+    link.limit(0);
+    cluster.nodes[1].wait_ready();
+    let before = cluster.sync("app.db");
+    let reader = sqlite::open(&cluster.replica().file("app.db"));
+    // The position is there a moment before the locks are gone.
+    assert_eq!(sqlite::value::<i64>(&reader, COUNT), 6);
+    reader.busy_timeout(Duration::ZERO).unwrap();
+
+    link.limit(SLOW);
+    insert(&writer, 200_000);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(1) {
+        assert_eq!(sqlite::value::<i64>(&reader, COUNT), 6);
+    }
+    assert_eq!(cluster.replica().pos("app.db"), before, "it is still on its way");
+    drop((reader, writer));
+    link.limit(0);
+    cluster.sync("app.db");
+    assert_eq!(sqlite::run(&cluster.replica().file("app.db"), COUNT), "7");
     cluster.check();
 }

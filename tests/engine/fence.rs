@@ -86,6 +86,7 @@ impl PageCache for Kernel {
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}
+    fn name_gone(&self, _name: &str) {}
     fn file_mistaken(&self, _ino: u64, name: &str) {
         self.0.lock().unwrap().push(name.to_owned());
     }

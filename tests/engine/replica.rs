@@ -136,6 +136,7 @@ impl PageCache for BusyKernel {
     fn file_changed(&self, _ino: u64) {}
     fn attr_changed(&self, _ino: u64) {}
     fn name_changed(&self, _name: &str) {}
+    fn name_gone(&self, _name: &str) {}
     fn file_mistaken(&self, _ino: u64, _name: &str) {}
 }
 

@@ -38,6 +38,8 @@ pub(in crate::engine) struct Stale {
     ranges: Vec<(u64, u64, u64)>,
     /// Files of which everything changed.
     pub(super) files: Vec<u64>,
+    /// Names that went.
+    pub(super) names: Vec<String>,
 }
 
 impl Db {
@@ -352,7 +354,7 @@ impl Db {
                     self.sync_database()?;
                     self.empty_wal(change, header.page_size, header.commit, stale)?;
                 }
-                JournalMode::Rollback => self.remove_wal_files(change)?,
+                JournalMode::Rollback => self.remove_wal_files(change, stale)?,
             }
             mode
         };
@@ -449,6 +451,9 @@ impl Db {
             }
             for ino in stale.files {
                 cache.file_changed(ino);
+            }
+            for name in stale.names {
+                cache.name_gone(&name);
             }
         }
         self.inbox.rewriting_index.store(false, Ordering::SeqCst);

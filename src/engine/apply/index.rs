@@ -111,14 +111,17 @@ impl Db {
         })
     }
 
-    /// Removes the WAL and the wal-index of a database that is in rollback mode now.
-    pub(super) fn remove_wal_files(&self, change: &mut Change) -> Result<()> {
+    /// Removes the WAL and the wal-index of a database that is in rollback mode now. The names go from the
+    /// kernel's cache before anybody else gets a lock: SQLite takes a WAL that is there for the journal mode,
+    /// and makes it anew if it is not, which nobody but the applier fills on a replica.
+    pub(super) fn remove_wal_files(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
         change.wal.clear();
         self.forget_strays(change);
         let had = [self.files.remove(FileKind::Wal)?, self.files.remove(FileKind::Shm)?];
         if had != [false, false] {
             self.chain.forget_recent();
-            self.shared.names_changed(self.name.as_str());
+            let name = |kind: FileKind| format!("{}{}", self.name, kind.suffix());
+            stale.names.extend([FileKind::Wal, FileKind::Shm].map(name));
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use test_case::{test_case, test_matrix};
 
 use super::Cluster;
 use super::halt::{DB, Halt, cluster, is_held, rows};
+use crate::support::consul::Link;
 use crate::support::node::{Member, Node, Settings, free_address};
 use crate::support::{sqlite, wait};
 
@@ -136,26 +137,42 @@ fn a_commit_without_its_primary_is_rolled_back(mode: &str) {
     cluster.check();
 }
 
-/// SEMANTICS H4: a lock is renewed as long as its node lives, and expires 30 s after its death.
+/// SEMANTICS H4: a lock is renewed as long as its node lives and reaches the primary, and expires 30 s after
+/// that: "on the replica first".
 #[test]
 fn a_lock_lasts_as_long_as_its_node() {
     const OTHER: &str = "other.db";
+    const FAR: &str = "far.db";
     let mut cluster = Cluster::of(3);
-    for name in [DB, OTHER] {
+    let link = Link::to(cluster.primary().address());
+    let url = format!("http://{}", link.address());
+    let mut far = Node::new(&Settings::default(), Member::Replica(&url));
+    far.start();
+    cluster.nodes.push(far);
+    for name in [DB, OTHER, FAR] {
         sqlite::run(&cluster.file(name), "create table t(n integer primary key, b)");
         cluster.sync(name);
     }
     let dying = Halt::on(cluster.replica());
     let other = cluster.nodes[2].file("other.db-lock");
     let renewed = Halt::of(&other).unwrap();
+    let cut_off = Halt::of(&cluster.nodes[3].file("far.db-lock")).unwrap();
+    sqlite::run(&cluster.nodes[3].file(FAR), "insert into t values (1, 'in time')");
+    link.cut();
     cluster.nodes[1].kill();
+    sqlite::run(&cluster.file(FAR), ".timeout 90000\ninsert into t values (2, 'at last')");
+    sqlite::refused(&cluster.nodes[3].file(FAR), ".timeout 0\ninsert into t values (3, 'late')");
+    cluster.nodes[3].wait_for_log("halt lock has expired");
     sqlite::run(&cluster.file(DB), ".timeout 90000\ninsert into t values (1, 'at last')");
     sqlite::run(&cluster.nodes[2].file(OTHER), "insert into t values (1, 'renewed')");
     sqlite::refused(&cluster.file(OTHER), ".timeout 0\ninsert into t values (2, 'primary')");
-    drop((dying, renewed));
+    drop((dying, renewed, cut_off));
+    link.mend();
     cluster.nodes[1].start();
     assert_eq!(rows(&cluster.file(OTHER)), "1|1");
+    assert_eq!(rows(&cluster.file(FAR)), "2|3");
     cluster.check();
+    drop(link);
 }
 
 /// The node whose calls are played by hand.
@@ -219,6 +236,8 @@ fn a_primary_takes_only_what_fits_under_the_lock() {
     check(call(primary, "POST", "/halt?name=app.db&id=0", b""), 500, "halt lock id required");
     check(call(primary, "POST", "/halt?name=app.db&id=x", b""), 400, "invalid id");
     check(call(primary, "POST", "/halt?name=../x&id=7", b""), 400, "");
+    check(call(primary, "POST", "/halt?name=&id=7", b""), 400, "");
+    check(call(primary, "POST", "/tx?name=../x&lockID=7", &good), 404, "database not found");
     check(call(primary, "DELETE", "/halt?name=unknown&id=7", b""), 404, "database not found");
     check(call(primary, "GET", "/halt?name=app.db&id=7", b""), 405, "method not allowed");
     check(call(cluster.replica(), "POST", "/halt?name=app.db&id=7", b""), 503, "lease expired");

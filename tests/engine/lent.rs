@@ -3,15 +3,19 @@
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
+use litefs::engine::db::Refusal;
 use litefs::engine::halt::HaltId;
 use litefs::engine::layout::DbDir;
+use litefs::engine::locks::LockKind;
 use litefs::engine::{self, Db, Engine};
 use litefs::os::fault::{self, Fault};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos};
 
-use super::{PAGE, commit, database, image, primary};
+use super::{PAGE, commit, database, image, lock, primary, unlock_all, write_locks};
 use crate::support::image::Image;
 use crate::support::wait;
 
@@ -85,4 +89,32 @@ fn a_disk_error_under_a_loan_leaves_all_or_nothing() {
         }
     }
     assert!(failures > 2, "the disk never failed: {failures}");
+}
+
+/// `docs/differences.md`, cluster 12: a lock "does not end while a transaction is applied under it", and
+/// nobody of this node writes then.
+#[test]
+fn a_loan_does_not_end_while_a_transaction_is_applied_under_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(3));
+    db.lend(ID, Duration::from_secs(20), &AtomicBool::new(false)).unwrap();
+    let (ltx, post) = transaction(dir.path(), &db);
+    let (sender, threads) = mpsc::channel();
+    let of_hook = db.clone();
+    fault::meanwhile("apply:database", move || {
+        let db = of_hook.clone();
+        let end = thread::spawn(move || db.take_back(Some(ID), "released"));
+        thread::park_timeout(Duration::from_millis(200));
+        assert!(!end.is_finished(), "it ended in the middle");
+        let refused = lock(&of_hook, write_locks(), LockKind::Exclusive);
+        assert_eq!(refused, Err(Refusal::WouldBlock));
+        sender.send(end).unwrap();
+    });
+    assert_eq!(send(&engine, &db, &ltx).unwrap().checksum, post);
+    assert!(threads.try_recv().expect("nothing was applied").join().unwrap());
+    lock(&db, write_locks(), LockKind::Exclusive).unwrap();
+    unlock_all(&db);
+    engine.close().unwrap();
 }

@@ -45,6 +45,7 @@ async fn what_is_wrong_with_a_request_is_said_in_one_line() {
         }
     };
     check("GET /nowhere?name=x", "404 Not Found", "404 page not found").await;
+    check("GET /debug/pprof/", "404 Not Found", "404 page not found").await;
     check("POST /info", "405 Method Not Allowed", "method not allowed").await;
     check("HEAD /info", "405 Method Not Allowed", "").await;
     check("GET /stream", "405 Method Not Allowed", "method not allowed").await;

@@ -1,7 +1,7 @@
 //! A HALT lock of a LiteFS primary: the exchange as its protocol says, behind a recorded stream.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use hyper::Request;
@@ -11,8 +11,10 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::spawn_blocking;
 
 use super::halt::Halt;
+use super::lease::{is_primary, primary_of};
 use crate::http::peers::{Answer, Then, live, peer, script};
-use crate::support::node::{Member, Node, Settings};
+use crate::support::consul::{Consul, Link};
+use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::{sqlite, wait};
 
 /// Everything that the recorded primary had.
@@ -78,8 +80,8 @@ fn answer(heard: &Mutex<Heard>, pos: Pos, request: &Request<Bytes>) -> Answer {
     }
 }
 
-/// A replica of a LiteFS primary that grants its locks at `pos`, and what the primary has heard.
-async fn follow(pos: Pos) -> (Node, Arc<Mutex<Heard>>) {
+/// A LiteFS primary that grants its locks at `pos`: where it answers, and what it has heard.
+async fn litefs(pos: Pos) -> (String, Arc<Mutex<Heard>>) {
     let heard: Arc<Mutex<Heard>> = Arc::default();
     let of_peer = heard.clone();
     let primary = peer(move |request| answer(&of_peer, pos, &request)).await;
@@ -92,13 +94,60 @@ async fn follow(pos: Pos) -> (Node, Arc<Mutex<Heard>>) {
             of_beats.lock().unwrap().streams.retain(|stream| stream.send(beat.clone()).is_ok());
         }
     });
-    let url = format!("http://{}", primary.address());
+    (primary.address().to_string(), heard)
+}
+
+/// A replica of such a primary, and what the primary has heard.
+async fn follow(pos: Pos) -> (Node, Arc<Mutex<Heard>>) {
+    let (address, heard) = litefs(pos).await;
+    let url = format!("http://{address}");
     let node = spawn_blocking(move || {
         let mut node = Node::new(&Settings::default(), Member::Replica(&url));
         node.start();
         node
     });
     (node.await.unwrap(), heard)
+}
+
+/// Decision 0012: a LiteFS primary does not say how long it may still commit, so although its port is closed
+/// its session is left to Consul, which ends it after its TTL.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lease_of_a_litefs_primary_is_left_to_its_ttl() {
+    let (address, _heard) =
+        litefs(Pos { txid: ltx::Txid(10), checksum: recorded_checksum() }).await;
+    spawn_blocking(move || {
+        const TTL: Duration = Duration::from_secs(6);
+        let consul = Consul::start();
+        let link = Link::to(&address);
+        consul.put("test/lease/clusterid", CLUSTER);
+        let url = format!("http://{}", link.address());
+        let value = format!(r#"{{"hostname":"litefs","advertise-url":"{url}"}}"#);
+        let session = consul.acquire("test/lease", &value, "6s");
+        let lease = Lease {
+            url: &consul.url(),
+            hostname: "ours",
+            advertise: "",
+            candidate: true,
+            ttl: "4s",
+        };
+        let mut node = Node::new(&Settings::default(), Member::Consul(lease));
+        node.spawn();
+        wait::until_true("our node to follow", || {
+            assert!(consul.renew(&session), "the session of the primary is gone");
+            node.log().contains("connected to cluster, ready")
+        });
+        assert_eq!(primary_of(&node), "litefs");
+        assert!(consul.renew(&session));
+        let renewed = Instant::now();
+        drop(link);
+        wait::until_true("our node to lead", || is_primary(&node));
+        assert!(renewed.elapsed() >= TTL, "its lease was ended after {:?}", renewed.elapsed());
+        assert!(!consul.renew(&session));
+        sqlite::run(&node.file("wal.db"), "create table of_ours(x)");
+        assert_eq!(node.pos("wal.db").txid.0, 11);
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

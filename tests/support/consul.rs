@@ -113,6 +113,24 @@ impl Consul {
         self.request("PUT", &format!("/v1/kv/{key}"), value).expect("consul answers");
     }
 
+    /// Opens a session as LiteFS does, that ends after `ttl`, and takes a key with it; its id.
+    pub fn acquire(&self, key: &str, value: &str, ttl: &str) -> String {
+        let session =
+            format!("{{\"TTL\": \"{ttl}\", \"Behavior\": \"delete\", \"LockDelay\": \"1ms\"}}");
+        // An agent that has just begun does not know itself yet.
+        let made = wait::until("a session", || self.request("PUT", "/v1/session/create", &session));
+        let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+        let id = made["ID"].as_str().expect("an id").to_owned();
+        let taken = self.request("PUT", &format!("/v1/kv/{key}?acquire={id}"), value);
+        assert_eq!(taken.as_deref().map(str::trim), Some("true"));
+        id
+    }
+
+    /// Renews a session; whether it is still there.
+    pub fn renew(&self, session: &str) -> bool {
+        self.request("PUT", &format!("/v1/session/renew/{session}"), "").is_some()
+    }
+
     /// Removes a key.
     pub fn delete(&self, key: &str) {
         self.request("DELETE", &format!("/v1/kv/{key}"), "").expect("consul answers");

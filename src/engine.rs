@@ -27,6 +27,7 @@ pub mod name;
 
 pub mod apply;
 pub mod backup;
+pub mod brief;
 pub mod capture;
 pub mod chain;
 pub mod checksum;

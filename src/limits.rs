@@ -203,6 +203,10 @@ pub const IO_BUFFER: usize = 1 << 20;
 /// How long an internal operation (snapshot, export, import) waits for locks of the application.
 pub const LOCK_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a lock call that does not wait is kept while the engine itself is in the way: not longer than a
+/// request may be unanswered before the log names it.
+pub const ENGINE_LOCK_WAIT: Duration = Duration::from_secs(4);
+
 /// How long a node that stops being primary waits for applications that hold a write lock: for a
 /// transaction that is being written, not for one that a person is typing. Another node may be
 /// primary already.

@@ -15,7 +15,7 @@ use fuse::{
     Lookup, Notifier, OpenMode, Opened, Owner, Range, Reply, SetAttr, StatFs, Wait, WaitId, Write,
 };
 
-use crate::engine::db::{Answer, Db, Refusal};
+use crate::engine::db::{Answer, Db, Patience, Refusal};
 use crate::engine::files::{Backing, FileKind, next_ino};
 use crate::engine::halt::HaltId;
 use crate::engine::locks::{self, Request};
@@ -535,21 +535,23 @@ impl fuse::Volume for EngineVolume {
         if self.past.writes_past(&db, &call, process) {
             return reply.send(Err(Errno::EAGAIN));
         }
-        let wait = match wait {
-            Wait::No => None,
+        let mut waiting = None;
+        let patience = match wait {
+            Wait::No => Patience::None,
+            Wait::Briefly => Patience::WithEngine,
             Wait::Yes(WaitId(id)) => {
                 self.waiting.lock().unwrap().insert(id, Waiting::Table(db.clone()));
-                Some(id)
+                waiting = Some((id, self.waiting.clone()));
+                Patience::Any(id)
             }
         };
-        let waiting = wait.map(|id| (id, self.waiting.clone()));
         let answer = move |result: Result<(), Refusal>| {
             if let Some((id, waiting)) = waiting {
                 waiting.lock().unwrap().remove(&id);
             }
             reply.send(result.map_err(refused));
         };
-        db.lock(call, wait, Box::new(answer));
+        db.lock(call, patience, Box::new(answer));
     }
 
     fn interrupt(&self, wait: WaitId) -> bool {

@@ -429,8 +429,9 @@ impl<V: Volume> Session<V> {
     fn setlk(&self, lock: Lock, to: Responder) {
         match self.handle(lock.fh) {
             Some(handle) => {
+                let wait = if to.is_crowded() { Wait::No } else { Wait::Briefly };
                 let reply = Reply::new(move |result| locked(to, result));
-                self.volume.setlk(&handle, lock.call, Wait::No, reply);
+                self.volume.setlk(&handle, lock.call, wait, reply);
             }
             None => {
                 to.error(Errno::ESTALE);

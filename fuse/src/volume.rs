@@ -65,6 +65,9 @@ pub struct WaitId(pub u64);
 pub enum Wait {
     /// F_SETLK: answer EAGAIN at once if the lock is not free.
     No,
+    /// F_SETLK, where there is room to keep the reply: answer EAGAIN at once if another client is in the way. What
+    /// the volume itself holds for a while it may wait for.
+    Briefly,
     /// F_SETLKW: keep the reply until the lock is granted or [`Volume::interrupt`] names this id.
     Yes(WaitId),
 }

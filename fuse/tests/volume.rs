@@ -366,7 +366,7 @@ impl Volume for TempVolume {
             return;
         }
         match wait {
-            Wait::No => reply.send(Err(Errno::EAGAIN)),
+            Wait::No | Wait::Briefly => reply.send(Err(Errno::EAGAIN)),
             Wait::Yes(id) => locks.waiting.push(Waiting { id, lock, reply }),
         }
     }

@@ -61,6 +61,8 @@ pub struct Inbox {
     followed: AtomicBool,
     /// A client was refused a lock because the applier had it.
     kept_out: AtomicBool,
+    /// Something failed half-way, and the applier keeps everybody locked out.
+    left: AtomicBool,
     /// How many files are queued.
     queued: AtomicUsize,
     /// How many readers of frozen states there are.
@@ -324,6 +326,7 @@ impl Inbox {
             turn: Mutex::default(),
             followed: AtomicBool::new(false),
             kept_out: AtomicBool::new(false),
+            left: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             pins: AtomicUsize::new(0),
         }
@@ -347,6 +350,16 @@ impl Inbox {
     /// Whether something was received that is not applied yet.
     pub(super) fn has_queue(&self) -> bool {
         self.queued.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether the applier keeps everybody locked out until something is mended.
+    pub(super) fn is_left(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
+    }
+
+    /// Says so, or that the applier works again.
+    pub(super) fn set_left(&self, left: bool) {
+        self.left.store(left, Ordering::SeqCst);
     }
 
     /// A client was refused a lock because the applier had it.

@@ -33,7 +33,7 @@ use super::transaction::Transaction;
 use crate::os;
 use crate::sqlite::header::JournalMode;
 
-pub use lock::{Answer, Guard, Waiter};
+pub use lock::{Answer, Guard, Patience, Waiter};
 pub(super) use role::WRITERS;
 
 mod lock;

@@ -361,6 +361,11 @@ impl<W> LockTable<W> {
         self.state(lock).holders().map(|(holder, kind)| (holder.owner, kind))
     }
 
+    /// Whether a request of `owner` waits.
+    pub fn waits(&self, owner: Owner) -> bool {
+        self.queue.iter().any(|waiting| waiting.request.owner == owner)
+    }
+
     /// How many requests wait.
     pub fn waiting(&self) -> usize {
         self.queue.len()

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ltx::{Compression, NodeId};
 
 use super::backup;
+use super::brief::Brief;
 use super::chain::Waker;
 use super::feed::Feed;
 use super::fence::Fence;
@@ -81,6 +82,8 @@ pub struct Shared {
     pub backup: backup::Report,
     /// Until when a primary may commit.
     pub fence: Fence,
+    /// The ends of waits for the engine itself.
+    pub brief: Arc<Brief>,
     /// What applications may do, a [`Writing`].
     writing: AtomicU8,
     /// Whether everything here is known to come from the primary that the node follows.
@@ -118,6 +121,7 @@ impl Shared {
             feed: Arc::default(),
             backup: backup::Report::default(),
             fence: Fence::default(),
+            brief: Arc::default(),
             writing: AtomicU8::new(Writing::Refused as u8),
             same_line: AtomicBool::new(false),
             clock_ahead_ms: AtomicI64::new(UNKNOWN),

@@ -2,7 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, TryRecvError};
+use std::time::{Duration, Instant};
 
+use rusqlite::Connection;
 use test_case::{test_case, test_matrix};
 
 use super::Cluster;
@@ -193,14 +196,14 @@ fn an_export_is_one_state_while_an_application_writes(mode: &str) {
     );
     cluster.sync(DB);
     std::thread::scope(|scope| {
-        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let (stop, stopped) = mpsc::channel::<()>();
         let path = cluster.file(DB);
         let writer = scope.spawn(move || {
             let writer = sqlite::open(&path);
             let row =
                 "begin immediate; insert into a select max(x) + 1, hex(randomblob(500)) from a;
                        insert into b select max(x) + 1, hex(randomblob(500)) from b; commit";
-            while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+            while stopped.try_recv() == Err(TryRecvError::Empty) {
                 writer.execute_batch(row).unwrap();
             }
         });
@@ -234,4 +237,35 @@ fn an_export_of_what_is_not_there_is_refused() {
         assert_eq!(fs::read_to_string(&path).unwrap(), "keep me");
     }
     cluster.check();
+}
+
+/// Nothing that a node does for others makes an application fail that is alone with its database and
+/// has no busy timeout, as is SQLite's default.
+#[test_matrix(["delete", "wal"], ["auto", "off"])]
+fn who_writes_alone_is_never_refused_for_a_copy(mode: &str, passthrough: &'static str) {
+    let primary = Node::primary(&Settings { passthrough, ..Settings::default() });
+    let file = primary.file(DB);
+    create(&file, 4096, mode, 2000);
+    std::thread::scope(|scope| {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let node = &primary;
+        let copier = scope.spawn(move || {
+            let mut copies = 0;
+            while stopped.try_recv() == Err(TryRecvError::Empty) {
+                export(node);
+                copies += 1;
+            }
+            copies
+        });
+        let connection = Connection::open(&file).unwrap();
+        connection.busy_timeout(Duration::ZERO).unwrap();
+        let begin = Instant::now();
+        let mut written = 0;
+        while begin.elapsed() < Duration::from_secs(1) || written < 50 {
+            connection.execute("insert into t values (1)", []).expect("nobody else is there");
+            written += 1;
+        }
+        drop(stop);
+        assert!(copier.join().unwrap() > 1, "nothing was in the way");
+    });
 }

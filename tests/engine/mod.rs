@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use litefs::engine::db::{Answer, Refusal};
+use litefs::engine::db::{Answer, Patience, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::{self, Db, DbName, Engine, Role};
@@ -22,6 +22,8 @@ mod fence;
 mod faults;
 // What a primary does with what comes from the holder of a HALT lock.
 mod lent;
+// Who asks without waiting while the engine itself is in the way.
+mod patience;
 // What a node does with what comes from its primary.
 mod replica;
 // Applications that die, and programs that remove files.
@@ -83,7 +85,7 @@ fn image(rows: u32) -> Vec<u8> {
 fn lock(db: &Db, set: LockSet, kind: LockKind) -> Result<(), Refusal> {
     let (sender, answer) = mpsc::channel();
     let request = Request { owner: Owner::client(CLIENT), via: VIA, set, kind };
-    db.lock(request, None, Box::new(move |result| sender.send(result).unwrap()));
+    db.lock(request, Patience::None, Box::new(move |result| sender.send(result).unwrap()));
     answer.recv_timeout(Duration::from_secs(20)).expect("an answer")
 }
 

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use litefs::engine::db::{Answer, Refusal};
+use litefs::engine::db::{Answer, Patience, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::{Db, DbName, Engine};
@@ -336,7 +336,7 @@ impl Open {
             return ffi::SQLITE_OK;
         }
         let request = Request { owner: self.owner, via: self.via, set, kind };
-        match asked(|answer| self.db.lock(request, None, answer)) {
+        match asked(|answer| self.db.lock(request, Patience::None, answer)) {
             Ok(()) => ffi::SQLITE_OK,
             Err(Refusal::WouldBlock | Refusal::ReadOnly | Refusal::Busy | Refusal::Interrupted) => {
                 ffi::SQLITE_BUSY

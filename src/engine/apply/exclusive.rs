@@ -223,6 +223,7 @@ impl Db {
         for set in exclusive {
             take(set, LockKind::Exclusive)?;
         }
+        self.inbox.set_left(false);
         Ok(guard)
     }
 

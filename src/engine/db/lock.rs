@@ -6,7 +6,7 @@
 //! durable in the chain: the lock is held meanwhile, the answer waits, no thread does.
 
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::{MutexGuard, mpsc};
 use std::time::Duration;
 
 use super::{Db, Refusal};
@@ -29,11 +29,24 @@ pub type Answer = Box<dyn FnOnce(Result<(), Refusal>) + Send>;
 /// The lock table with what waits in it.
 pub type Table = LockTable<Waiter>;
 
+/// For whom a lock call may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// For nobody: it is answered at once.
+    None,
+    /// Not for another client, and [`limits::ENGINE_LOCK_WAIT`] for what the engine itself holds and gives back
+    /// by itself. SQLite asks in this way, and by default does not try again.
+    WithEngine,
+    /// For anybody, until an interrupt names this id.
+    Any(u64),
+}
+
 /// A lock call that waits in the table.
 pub struct Waiter {
     /// The id by which an interrupt names it.
     id: Option<u64>,
     owner: Owner,
+    patience: Patience,
     answer: Answer,
 }
 
@@ -60,8 +73,9 @@ impl Guard<'_> {
         self.set = self.set.without(set);
     }
 
-    /// Leaves the locks to their owner.
+    /// Leaves the locks to their owner, who does not know when they are given back.
     pub(in crate::engine) fn leave(&mut self) {
+        self.db.inbox.set_left(true);
         self.set = LockSet::EMPTY;
     }
 
@@ -86,35 +100,93 @@ impl Drop for Guard<'_> {
 }
 
 impl Db {
-    /// Takes locks; `wait` is the id of a call that may wait, by which an interrupt names it.
-    pub fn lock(&self, request: Request, wait: Option<u64>, answer: Answer) {
+    /// Takes locks.
+    pub fn lock(&self, request: Request, patience: Patience, answer: Answer) {
         if let Err(refusal) = self.admit(&request) {
             return answer(Err(refusal));
         }
-        let waiter = Waiter { id: wait, owner: request.owner, answer };
-        let outcome = {
-            let mut locks = self.locks.lock().unwrap();
-            match wait {
-                Some(_) => locks.lock_or_wait(request, waiter),
-                None => match locks.try_lock(request) {
-                    Ok((grant, woken)) => Outcome::Locked(Granted { waiter, grant }, woken),
-                    Err(conflict) => {
-                        drop(locks);
-                        if conflict.owner == Owner::APPLY {
-                            self.inbox.note_kept_out();
-                        }
-                        return (waiter.answer)(Err(Refusal::WouldBlock));
-                    }
-                },
-            }
+        let id = if let Patience::Any(id) = patience { Some(id) } else { None };
+        let waiter = Waiter { id, owner: request.owner, patience, answer };
+        let mut locks = self.locks.lock().unwrap();
+        let outcome = match patience {
+            Patience::Any(_) => locks.lock_or_wait(request, waiter),
+            Patience::None | Patience::WithEngine => match locks.try_lock(request) {
+                Ok((grant, woken)) => Outcome::Locked(Granted { waiter, grant }, woken),
+                Err(conflict)
+                    if patience == Patience::WithEngine
+                        && self.ends(&locks, &request, conflict) =>
+                {
+                    return self.wait_for_engine(locks, request, waiter);
+                }
+                Err(conflict) => {
+                    drop(locks);
+                    return self.keep_out(waiter, conflict.owner);
+                }
+            },
         };
+        drop(locks);
+        self.conclude(outcome);
+    }
+
+    fn wait_for_engine(&self, mut locks: MutexGuard<'_, Table>, request: Request, waiter: Waiter) {
+        let id = next_ino();
+        let outcome = locks.lock_or_wait(request, Waiter { id: Some(id), ..waiter });
+        drop(locks);
+        if let Outcome::Waiting = outcome
+            && self.shared.brief.add(&self.me, id).is_err()
+        {
+            self.end_wait(id);
+        }
+        self.conclude(outcome);
+    }
+
+    fn conclude(&self, outcome: Outcome<Waiter>) {
         match outcome {
             Outcome::Locked(granted, woken) => {
                 self.granted(granted);
                 self.wake(woken);
             }
             Outcome::Waiting => {}
-            Outcome::Deadlock(waiter) => (waiter.answer)(Err(Refusal::Os(libc::EDEADLK))),
+            Outcome::Deadlock(Waiter { patience: Patience::Any(_), answer, .. }) => {
+                answer(Err(Refusal::Os(libc::EDEADLK)));
+            }
+            Outcome::Deadlock(waiter) => (waiter.answer)(Err(Refusal::WouldBlock)),
+        }
+    }
+
+    /// Refuses a call because of what `other` holds.
+    fn keep_out(&self, waiter: Waiter, other: Owner) {
+        if other == Owner::APPLY {
+            self.inbox.note_kept_out();
+        }
+        (waiter.answer)(Err(Refusal::WouldBlock));
+    }
+
+    /// Whether what stands in the way is held by the engine, which waits for no client and gives it back
+    /// soon, and whether SQLite has no better way than to wait. In WAL mode it has for what belongs to a
+    /// checkpoint.
+    fn ends(&self, locks: &Table, request: &Request, conflict: Conflict) -> bool {
+        let works = match conflict.owner {
+            Owner::READ => true,
+            Owner::APPLY => !self.inbox.is_left(),
+            _ => false,
+        };
+        let is_rollback = || self.view().mode == JournalMode::Rollback;
+        works
+            && !locks.waits(conflict.owner)
+            && match conflict.lock {
+                Lock::Write => true,
+                Lock::Pending | Lock::Reserved | Lock::Shared => {
+                    request.kind == LockKind::Shared || is_rollback()
+                }
+                _ => false,
+            }
+    }
+
+    /// The time of a call that waits for the engine is over, if it still waits.
+    pub(in crate::engine) fn end_wait(&self, id: u64) {
+        if self.cancel(|waiter| waiter.id == Some(id), Refusal::WouldBlock) {
+            self.inbox.note_kept_out();
         }
     }
 
@@ -201,18 +273,18 @@ impl Db {
 
     /// Ends the waiting lock call with that id; `false` if there is none.
     pub fn interrupt(&self, id: u64) -> bool {
-        self.cancel(|waiter| waiter.id == Some(id))
+        self.cancel(|waiter| waiter.id == Some(id), Refusal::Interrupted)
     }
 
     /// Ends all waiting for locks for the applier.
     pub(in crate::engine) fn interrupt_applier(&self) {
-        while self.cancel(|waiter| waiter.owner == Owner::APPLY) {}
+        while self.cancel(|waiter| waiter.owner == Owner::APPLY, Refusal::Interrupted) {}
     }
 
-    fn cancel(&self, is_it: impl FnMut(&Waiter) -> bool) -> bool {
+    fn cancel(&self, is_it: impl FnMut(&Waiter) -> bool, refusal: Refusal) -> bool {
         let cancelled = self.locks.lock().unwrap().cancel(is_it);
         let Some((waiter, woken)) = cancelled else { return false };
-        (waiter.answer)(Err(Refusal::Interrupted));
+        (waiter.answer)(Err(refusal));
         self.wake(woken);
         true
     }
@@ -282,7 +354,10 @@ impl Db {
     fn granted(&self, granted: Granted<Waiter>) {
         let Granted { waiter, grant } = granted;
         let client = matches!(grant.request().owner, Owner::Client(_));
-        if client && self.is_too_late(&grant) {
+        // Much may have changed since it was asked for.
+        let is_late = waiter.id.is_some() && waiter.patience == Patience::WithEngine;
+        let is_refused = is_late && self.admit(grant.request()).is_err();
+        if client && (is_refused || self.is_too_late(&grant)) {
             let woken = self.locks.lock().unwrap().undo(grant);
             (waiter.answer)(Err(Refusal::WouldBlock));
             return self.wake(woken);
@@ -402,7 +477,7 @@ impl Db {
         });
         let request = Request { owner, via: Handle::NONE, set, kind };
         let id = next_ino();
-        let waiter = Waiter { id: Some(id), owner, answer };
+        let waiter = Waiter { id: Some(id), owner, patience: Patience::Any(id), answer };
         let outcome = self.locks.lock().unwrap().lock_or_wait(request, waiter);
         let granted = match outcome {
             Outcome::Locked(_, woken) => {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, de};
 
+use crate::engine::layout::DataDir;
 use crate::http::url::Url;
 use crate::tls::Identity;
 
@@ -143,6 +144,16 @@ pub enum Invalid {
     BothPatterns(String),
     #[error("data.dir cannot be inside fuse.dir: the mount would hide the databases from litefs")]
     DataInMount,
+    #[error(
+        "fuse.dir cannot be among the databases of data.dir: the mount would hide them from litefs"
+    )]
+    MountInData,
+    #[error("fuse.enable-uring is for fuse.transport auto or uring, which is dev")]
+    UringOverDev,
+    #[error("lease.advertise-url must be the primary's URL, got {0:?}: {1}")]
+    PrimaryUrl(String, String),
+    #[error("lease.advertise-url is not a URL of this node: {0:?}: {1}")]
+    NodeUrl(String, String),
 }
 
 /// Reads the file at `path`, or without one the first that exists of `./litefs.yml`,
@@ -263,7 +274,8 @@ impl Invalid {
     /// The key that is wrong, or that is to be set.
     fn key(&self) -> &'static str {
         match self {
-            Invalid::FuseDir | Invalid::SameDir => "fuse.dir",
+            Invalid::FuseDir | Invalid::SameDir | Invalid::MountInData => "fuse.dir",
+            Invalid::UringOverDev => "fuse.enable-uring",
             Invalid::DataDir | Invalid::DataInMount => "data.dir",
             Invalid::LeaseType(_) => "lease.type",
             Invalid::FilterOnCandidate => "lease.databases",
@@ -271,7 +283,9 @@ impl Invalid {
             Invalid::LogFormat(_) => "log.format",
             Invalid::AuthToken => "http.auth-token",
             Invalid::TlsFiles => "http.tls",
-            Invalid::InsecureUrl(_) => "lease.advertise-url",
+            Invalid::InsecureUrl(_) | Invalid::PrimaryUrl(..) | Invalid::NodeUrl(..) => {
+                "lease.advertise-url"
+            }
             Invalid::BackupType(_) => "backup.type",
             Invalid::BackupPath | Invalid::BackupInMount => "backup.path",
             Invalid::BackupInterval => "backup.full-sync-interval",
@@ -299,16 +313,10 @@ impl Config {
     /// The first thing that is wrong.
     pub fn check(&self) -> Result<(), Invalid> {
         self.check_directories()?;
-        let lease = &self.lease;
-        if lease.kind.is_none() {
-            return Err(Invalid::LeaseType(String::new()));
+        if self.fuse.enable_uring && self.fuse.transport == Transport::Dev {
+            return Err(Invalid::UringOverDev);
         }
-        if lease.candidate && !lease.databases.is_empty() {
-            return Err(Invalid::FilterOnCandidate);
-        }
-        if lease.kind == Some(LeaseKind::Consul) && lease.consul.key.is_empty() {
-            return Err(Invalid::ConsulKey);
-        }
+        self.check_lease()?;
         if !has_port(&self.http.addr) {
             return Err(Invalid::Address("http.addr", self.http.addr.clone()));
         }
@@ -327,8 +335,32 @@ impl Config {
         if same_directory(&self.fuse.dir, &self.data.dir) {
             return Err(Invalid::SameDir);
         }
-        let inside = absolute(&self.data.dir).starts_with(absolute(&self.fuse.dir));
-        if inside { Err(Invalid::DataInMount) } else { Ok(()) }
+        let (data, mount) = (absolute(&self.data.dir), absolute(&self.fuse.dir));
+        match (data.starts_with(&mount), mount.starts_with(DataDir::new(&data).databases())) {
+            (true, _) => Err(Invalid::DataInMount),
+            (_, true) => Err(Invalid::MountInData),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_lease(&self) -> Result<(), Invalid> {
+        let Lease { kind, candidate, databases, advertise_url: url, consul, .. } = &self.lease;
+        let Some(kind) = kind else { return Err(Invalid::LeaseType(String::new())) };
+        if *candidate && !databases.is_empty() {
+            return Err(Invalid::FilterOnCandidate);
+        }
+        if *kind == LeaseKind::Consul && consul.key.is_empty() {
+            return Err(Invalid::ConsulKey);
+        }
+        let Err(error) = Url::new(url) else { return Ok(()) };
+        match (kind, candidate) {
+            (LeaseKind::Static, false) => Err(Invalid::PrimaryUrl(url.clone(), error.to_string())),
+            (LeaseKind::Consul, _) if !url.is_empty() => {
+                Err(Invalid::NodeUrl(url.clone(), error.to_string()))
+            }
+            // Consul: from the host name. A static primary is found by what its replicas say.
+            _ => Ok(()),
+        }
     }
 
     fn check_security(&self) -> Result<(), Invalid> {

@@ -180,7 +180,7 @@ fn values_of_every_kind_are_read() {
     let text = "
 exit-on-error: no
 data: {dir: /d, compress: false, retention: 0s, retention-monitor-interval: -1s}
-fuse: {passthrough: off, transport: dev, enable-uring: true}
+fuse: {passthrough: off, transport: uring, enable-uring: true}
 http: {addr: 'localhost:1', snapshot-timeout: 1m30s}
 proxy: {passthrough: ['*.js', /x/*], max-lag: 0}
 lease: {type: consul, consul: {key: k, ttl: 0s, lock-delay: 5s}}
@@ -192,7 +192,7 @@ tracing: {max-size: 5}
     assert_eq!((config.data.retention, config.data.retention_monitor_interval), (None, None));
     assert_eq!(
         (config.fuse.passthrough, config.fuse.transport),
-        (Passthrough::Off, Transport::Dev)
+        (Passthrough::Off, Transport::Uring)
     );
     assert_eq!(config.http.snapshot_timeout, Duration::from_secs(90));
     assert_eq!(config.proxy.passthrough, ["*.js", "/x/*"]);
@@ -319,6 +319,28 @@ fn values_that_cannot_work_are_refused_in_order() {
     invalid(
         "fuse: {dir: /a}\ndata: {dir: /a/b}\n",
         "data.dir cannot be inside fuse.dir: the mount would hide the databases from litefs",
+    );
+    invalid(
+        "fuse: {dir: /a/dbs/x}\ndata: {dir: /a/}\n",
+        "fuse.dir cannot be among the databases of data.dir: the mount would hide them from litefs",
+    );
+    read(&format!("{lease}fuse: {{dir: /a/mnt}}\ndata: {{dir: /a}}\n")).unwrap().check().unwrap();
+    invalid(
+        &format!("{lease}fuse: {{transport: dev, enable-uring: true}}\n"),
+        "fuse.enable-uring is for fuse.transport auto or uring, which is dev",
+    );
+    let url = |kind: &str, url: &str| format!("lease: {{type: {kind}, advertise-url: '{url}'}}\n");
+    invalid(
+        &url("static, candidate: false", "a:20202"),
+        "lease.advertise-url must be the primary's URL, got \"a:20202\": invalid URL scheme",
+    );
+    invalid(
+        "lease: {type: static, candidate: false}\n",
+        "lease.advertise-url must be the primary's URL, got \"\": invalid URL scheme",
+    );
+    invalid(
+        &url("consul, consul: {key: k}", "http://:1"),
+        "lease.advertise-url is not a URL of this node: \"http://:1\": URL host required",
     );
     read(&proxy("target: 'unix:/run/app.sock', addr: 'localhost:2'")).unwrap().check().unwrap();
 }

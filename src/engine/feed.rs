@@ -38,6 +38,8 @@ pub enum Event {
         /// The primary's host name, if it is another node.
         hostname: Option<String>,
     },
+    /// This node is the primary, has granted no write lock for a while, and grants them again.
+    WritesResumed,
 }
 
 /// The subscribers of one node.

@@ -81,7 +81,14 @@ impl Engine {
 
     /// Takes [`Engine::stop_writes`] back: the node stays primary.
     pub fn resume_writes(&self) {
-        self.shared.change_writing(Writing::Finishing, Writing::Allowed);
+        if self.shared.change_writing(Writing::Finishing, Writing::Allowed) {
+            self.shared.feed.emit(&Event::WritesResumed);
+        }
+    }
+
+    /// Whether this node, still primary, grants no write lock: another one is about to be primary.
+    pub fn has_stopped_writes(&self) -> bool {
+        self.shared.writing() == Writing::Finishing
     }
 
     /// Changes what this node is. One task alone does that.

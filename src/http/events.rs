@@ -49,7 +49,9 @@ pub(super) fn serve(engine: &Engine, stop: Stop) -> Body {
     let overflow = Arc::new(AtomicBool::new(false));
     let full = overflow.clone();
     let watch = engine.watch_events(Box::new(move |event| {
-        if queue.try_send(event.clone()).is_err() {
+        if matches!(event, Event::WritesResumed) {
+            // Nothing that clients of LiteFS know.
+        } else if queue.try_send(event.clone()).is_err() {
             full.store(true, Ordering::Relaxed);
         }
     }));
@@ -113,6 +115,7 @@ fn line(event: &Event) -> Vec<u8> {
         Event::PrimaryChange { is_primary, hostname } => encode(&Line::PrimaryChange {
             data: Primary { is_primary: *is_primary, hostname: hostname.as_deref() },
         }),
+        Event::WritesResumed => Vec::new(),
     }
 }
 

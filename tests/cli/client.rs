@@ -124,3 +124,22 @@ fn what_is_no_database_is_not_sent() {
     let path = path.to_str().unwrap();
     fails(&["import", "-url", &nobody(), "-name", "x", path], "is not a SQLite database");
 }
+
+/// A node at another port than the usual one is found by its configuration file.
+#[test]
+fn a_node_is_found_by_its_own_file() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let (file, new, out) = (node.path("litefs.yml"), node.path("new.db"), node.path("out.db"));
+    let file = file.to_str().unwrap();
+    database(&new, 7);
+    works(&["import", "-config", file, "-name", "app.db", new.to_str().unwrap()]);
+    works(&["export", "-config", file, "-name", "app.db", out.to_str().unwrap()]);
+    assert_eq!(row(&out), 7);
+    let table = works(&["status", "-config", file]);
+    assert!(table.contains("\napp.db "), "{table}");
+    let output = litefs(&["run", "-config", file, "-promote", "--", "echo", "ran"]);
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"ran\n"[..]));
+    // What is said to be elsewhere is looked for there.
+    fails(&["status", "-config", file, "-url", &nobody()], "Connection refused");
+}

@@ -133,6 +133,58 @@ fn a_signal_has_its_effect_while_the_cluster_is_awaited() {
 }
 
 #[test]
+fn a_signal_has_its_effect_during_a_first_command() {
+    let exec = "exec:\n  - cmd: sh -c 'touch up; while :; do :; done'\n  - cmd: touch started\n";
+    let mut node = Node::start(exec, &[]);
+    wait_for_file(&node.path("up"));
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+    assert!(!node.path("started").exists());
+}
+
+#[test]
+fn a_signal_has_its_effect_when_the_last_command_is_for_others() {
+    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let config = format!(
+        "lease: {{type: static, candidate: false, advertise-url: '{nobody}'}}\nskip-sync: true\n\
+         exec:\n  - cmd: touch first\n  - cmd: touch second\n    if-candidate: true\n"
+    );
+    let mut node = Node::start_by(&[], free_port(), &config, &[]);
+    node.wait_for_line("waiting for signal");
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+    assert!(node.path("first").exists() && !node.path("second").exists());
+}
+
+/// Scripts look for these lines.
+#[test]
+fn the_end_is_told_in_the_words_of_litefs() {
+    let told = |node: &mut Node, lines: &[&str]| {
+        lines.iter().for_each(|line| node.wait_for_line(line));
+        node.end();
+    };
+    let ended = |how: &str| format!("subprocess exited {how}, litefs shutting down");
+    for (script, line) in [
+        ("exit 0", ended("successfully")),
+        ("exit 42", ended("with error code 42")),
+        ("kill -9 $$", ended("with error code -1")),
+    ] {
+        let mut node = Node::start("", &["--", "sh", "-c", script]);
+        told(&mut node, &["LiteFS v", "LiteFS mounted to: ", "waiting for signal or", &line]);
+    }
+    let mut node = Node::start("", &["--", "sh", "-c", "touch up; while :; do :; done"]);
+    wait_for_file(&node.path("up"));
+    node.signal(Signal::SIGTERM);
+    let lines = [
+        "sending signal to exec process",
+        "waiting for exec process to close",
+        "signal received, litefs shutting down",
+        "litefs shut down complete",
+    ];
+    told(&mut node, &lines);
+}
+
+#[test]
 fn the_cluster_is_not_awaited_with_skip_sync() {
     let nobody = format!("http://127.0.0.1:{}", free_port());
     let config = format!(
@@ -175,14 +227,34 @@ fn a_port_in_use_is_named_before_anything_is_mounted() {
 
 #[test]
 fn a_replica_without_the_primarys_url_does_not_start() {
-    let lease =
-        "lease: {type: static, candidate: false, advertise-url: 'a:20202', demote-delay: 1s}\n";
+    let lease = "lease: {type: static, candidate: false, advertise-url: 'a:20202'}\n";
     let mut node = Node::start_by(&[], free_port(), lease, &["--"]);
-    assert_eq!(node.end().code(), Some(1));
+    assert_eq!(node.end().code(), Some(2));
     assert!(!node.path("data").exists());
     let stderr = node.stderr();
-    assert!(stderr.contains("lease.advertise-url must be the primary's URL, got"), "{stderr}");
+    assert!(stderr.contains(":4: lease.advertise-url must be the primary's URL, got"), "{stderr}");
+}
+
+#[test]
+fn a_setting_without_effect_is_named() {
+    let lease = "lease: {type: static, demote-delay: 1s}\n";
+    let mut node = Node::start_by(&[], free_port(), lease, &["--", "true"]);
+    assert_eq!(node.end().code(), Some(0));
+    let stderr = node.stderr();
     assert!(stderr.contains("lease.demote-delay has no effect"), "{stderr}");
+}
+
+/// Through whatever links: litefs would wait for itself.
+#[test]
+fn a_mount_over_its_own_databases_is_refused() {
+    for target in [".", "data", "data/dbs"] {
+        let script = format!("mkdir -p data/dbs && ln -s {target} mnt && exec \"$@\"");
+        let by = ["sh", "-c", &script, "sh"];
+        let mut node = Node::start_by(&by, free_port(), "lease: {type: static}\n", &["--", "true"]);
+        assert_eq!(node.end().code(), Some(1), "{target}");
+        let stderr = node.stderr();
+        assert!(stderr.contains("would hide the databases in data.dir"), "{target}: {stderr}");
+    }
 }
 
 /// In a process namespace of its own, litefs is process 1 and inherits what others leave behind.

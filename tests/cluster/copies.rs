@@ -75,6 +75,7 @@ fn an_imported_database_reaches_the_replica_and_comes_out_again(
         let pos = cluster.sync(DB);
         assert_eq!(pos.txid, before.txid.next(), "one transaction");
         before = pos;
+        assert_eq!(sqlite::run(&cluster.file(DB), "pragma journal_mode"), mode);
         for node in &cluster.nodes {
             assert_eq!(sqlite::run(&export(node), ".dump"), sqlite::run(&file, ".dump"));
         }

@@ -330,6 +330,24 @@ fn a_primary_alone_gives_its_lease_back_at_its_end() {
     insert(&cluster.nodes[0], 1);
 }
 
+/// `docs/differences.md`, cluster 31: "Everything is closed first".
+#[test]
+fn an_application_that_fails_at_the_end_keeps_no_lease() {
+    let consul = Consul::start();
+    let (url, hostname) = (&consul.url(), "node0");
+    let lease = Member::Consul(Lease { url, hostname, advertise: "", candidate: true, ttl: TTL });
+    let mut node = Node::new(&Settings::default(), lease);
+    let up = node.scratch("up");
+    let script = format!("trap 'exit 9' TERM; touch {}; while :; do :; done", up.display());
+    let lines = format!("exec: [{{cmd: 'sh -c \"{}\"'}}]", script.replace('\'', "''"));
+    node.configure(&Settings { lines: leak(lines), ..Settings::default() }, lease);
+    node.start();
+    wait::until_true("the application", || up.exists());
+    assert_ne!(consul.value("test/lease").as_deref(), Some(""));
+    assert_eq!(node.stop().code(), Some(9));
+    assert_eq!(consul.value("test/lease").as_deref(), Some(""));
+}
+
 /// A node that lost its directory, while those with the data are away.
 #[test]
 fn an_empty_node_does_not_take_over_a_cluster_with_data() {

@@ -65,6 +65,24 @@ async fn what_is_wrong_with_a_request_is_said_in_one_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_head_without_end_is_not_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 0xab).await;
+    let long = format!("GET /info HTTP/1.1\r\nHost: a\r\nx: {}\r\n\r\n", "x".repeat(1 << 20));
+    let many = format!("GET /info HTTP/1.1\r\nHost: a\r\n{}\r\n", "x: y\r\n".repeat(1000));
+    for request in [long, many] {
+        let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+        // It may be refused before all of it is sent.
+        let _ = socket.write_all(request.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = socket.read_to_end(&mut answer).await;
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn info_says_who_the_node_is() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::primary(dir.path(), 1).await;

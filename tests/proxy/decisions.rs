@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use super::wire::{self, Connection, cookie};
-use super::{Plan, Site, http_get};
+use super::{Plan, Site};
 use crate::support::certificates::Certificates;
 use crate::support::program;
 
@@ -175,12 +175,7 @@ fn on_fly_io_the_request_is_played_again() {
 #[test]
 fn a_request_that_comes_back_is_refused() {
     let site = Site::of(2);
-    let status = http_get(&site.nodes[1].url(), "/status");
-    let field = |name: &str| {
-        let (_, rest) = status.split_once(&format!("\"{name}\": \"")).unwrap();
-        rest.split('"').next().unwrap().to_owned()
-    };
-    let (id, cluster) = (field("nodeId"), field("clusterId"));
+    let (id, cluster) = (site.node_id(1), site.status(1, "clusterId"));
     let head = format!("Litefs-Forwarded-By: {id}\r\nLitefs-Cluster-Id: {cluster}\r\n");
     let answer = site.ask(1, "POST", "/add/a", &head);
     assert_eq!(answer.seen(), (508, "Proxy error: the request has been here before\n".to_owned()));

@@ -70,6 +70,45 @@ fn a_write_waits_for_another_primary(signal: Signal) {
     assert_eq!(site.apps[0].requests(), 1);
 }
 
+/// While the lease is on its way to a node that is slow to take it, the primary's own application could
+/// only fail; where the lease ends up the write is made.
+#[test_case(true; "the other node takes it")]
+#[test_case(false; "it stays")]
+fn a_write_waits_while_the_lease_is_handed_over(taken: bool) {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    for hostname in ["node0", "node1"] {
+        let (url, advertise) = (&consul.url(), "");
+        let lease = Lease { url, hostname, advertise, candidate: true, ttl: "30s" };
+        site.add(&PATIENT, Member::Consul(lease));
+        site.nodes.last_mut().unwrap().start();
+    }
+    assert_eq!(site.ask(0, "POST", "/add/a", "").text(), "1");
+    site.nodes[1].wait_for_pos("app.db", site.nodes[0].pos("app.db"));
+    let id = site.node_id(1);
+    site.nodes[1].signal(Signal::SIGSTOP);
+    let primary = site.nodes[0].address().to_owned();
+    let asked = thread::spawn(move || {
+        wire::ask(&primary, "POST", &format!("/handoff?nodeID={id}"), "", b"").status()
+    });
+    let connection = rusqlite::Connection::open(site.nodes[0].file("app.db")).unwrap();
+    connection.busy_timeout(std::time::Duration::ZERO).unwrap();
+    wait::until_true("the pause", || {
+        connection.execute_batch("begin immediate; rollback").is_err()
+    });
+    let proxy = site.proxies[0].clone();
+    let writer = thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x").seen());
+    wait::until_true("the write", || site.metric(0, "litefs_proxy_in_flight") == 1.0);
+    if taken {
+        site.nodes[1].signal(Signal::SIGCONT);
+    }
+    assert_eq!(asked.join().unwrap() == 200, taken);
+    assert_eq!(writer.join().unwrap(), (200, "2".to_owned()));
+    site.nodes[1].signal(Signal::SIGCONT);
+    let made = [site.apps[0].requests(), site.apps[1].requests()];
+    assert_eq!(made, if taken { [1, 1] } else { [2, 0] });
+}
+
 #[test]
 fn a_write_is_refused_when_no_primary_comes() {
     let mut site = Site::with(2, &Plan { proxy: ", primary-redirect-timeout: 100ms", ..PATIENT });

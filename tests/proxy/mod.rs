@@ -93,6 +93,18 @@ impl Site {
         wire::ask(&self.proxies[node], method, path, head, b"")
     }
 
+    /// The id by which a node is known to others.
+    fn node_id(&self, node: usize) -> String {
+        self.status(node, "nodeId")
+    }
+
+    /// A text in the status of a node.
+    fn status(&self, node: usize, field: &str) -> String {
+        let status = http_get(&self.nodes[node].url(), "/status");
+        let (_, rest) = status.split_once(&format!("\"{field}\": \"")).unwrap();
+        rest.split('"').next().unwrap().to_owned()
+    }
+
     /// A metric of a node, by the beginning of its line.
     fn metric(&self, node: usize, line: &str) -> f64 {
         let text = http_get(&self.nodes[node].url(), "/metrics");

@@ -40,6 +40,7 @@ use crate::cluster::halt::Halts;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
 use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
+use crate::engine::layout::DataDir;
 use crate::engine::{self, Engine, PrimaryInfo, Retain, Role};
 use crate::http::proxy::{self, Admission, Links, Proxy, Way};
 use crate::http::security::Security;
@@ -611,11 +612,6 @@ fn leaser(
         advertise_url: lease.advertise_url.clone(),
     };
     let role = if lease.candidate { StaticRole::Primary } else { StaticRole::Replica };
-    if role == StaticRole::Replica {
-        Url::new(&lease.advertise_url).with_context(|| {
-            format!("lease.advertise-url must be the primary's URL, got {:?}", lease.advertise_url)
-        })?;
-    }
     Ok(Leaser::Static { role, primary })
 }
 
@@ -709,6 +705,7 @@ async fn mount(
 ) -> anyhow::Result<Mount> {
     let Settings { config, stale_mount, .. } = settings;
     let fuse = &config.fuse;
+    check_places(&config.data.dir, &fuse.dir)?;
     let dir = fuse.dir.clone();
     let options = fuse::MountOptions {
         allow_other: fuse.allow_other,
@@ -742,6 +739,24 @@ async fn mount(
     });
     say(format_args!("LiteFS mounted to: {}", config.fuse.dir.display()));
     Ok(mounted)
+}
+
+/// The mount must not hide the databases from litefs itself, by whatever links it leads there.
+fn check_places(data: &Path, mount: &Path) -> anyhow::Result<()> {
+    let real_data = std::fs::canonicalize(data)
+        .with_context(|| format!("look for data directory {}", data.display()))?;
+    // One that is missing, or the mount of a process that is gone, is no link to anywhere.
+    let real_mount = std::fs::canonicalize(mount).unwrap_or_else(|_| users::resolve(mount));
+    let databases = DataDir::new(&real_data).databases();
+    if real_data.starts_with(&real_mount) || real_mount.starts_with(databases) {
+        anyhow::bail!(
+            "fuse.dir {} is {}, and would hide the databases in data.dir {} from litefs",
+            mount.display(),
+            real_mount.display(),
+            data.display()
+        );
+    }
+    Ok(())
 }
 
 /// Makes the mount point if it is missing. One that is there, even the mount of a process that is

@@ -52,7 +52,7 @@ fn users(dir: &Path, use_of: fn(&Path, &Path) -> Option<String>) -> Vec<String> 
 }
 
 /// The path without links, as `/proc` shows it. The last part is the mount itself and is not touched.
-fn resolve(dir: &Path) -> PathBuf {
+pub fn resolve(dir: &Path) -> PathBuf {
     let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     let parent = absolute.parent().and_then(|parent| fs::canonicalize(parent).ok());
     match (parent, absolute.file_name()) {

@@ -1,6 +1,6 @@
 //! What the proxy knows of its node, and waiting for it to change.
 //!
-//! Nothing is polled: the engine's events (a transaction of the database, a role), the stream to the
+//! Nothing is polled: the engine's events (a transaction of the database, a role, writes that go on), the stream to the
 //! primary coming and going, readiness and the end of the node each wake who waits.
 
 use std::sync::Arc;
@@ -95,7 +95,7 @@ impl State {
         let events = engine.watch_events(Box::new(move |event| match event {
             Event::Tx { db, .. } if db.as_str() == name => movement.send_replace(()),
             Event::Tx { .. } => {}
-            Event::PrimaryChange { .. } => change.send_replace(()),
+            Event::PrimaryChange { .. } | Event::WritesResumed => change.send_replace(()),
         }));
         State { engine, db, links, ready, moved, changed, _events: events }
     }
@@ -154,7 +154,13 @@ impl State {
 
     /// Where writes go now; not back to one of the nodes that they have `passed`.
     pub(super) fn primary(&self, way: Way, passed: &[NodeId]) -> Place {
-        place(self.engine.role(), self.links.borrow().as_ref(), way, passed)
+        match place(self.engine.role(), self.links.borrow().as_ref(), way, passed) {
+            // The application would be refused, here and now.
+            Place::Here if self.engine.has_stopped_writes() => {
+                Place::Nowhere("the primary is handing its lease over".to_owned())
+            }
+            place => place,
+        }
     }
 }
 

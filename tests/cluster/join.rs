@@ -226,6 +226,12 @@ fn a_node_of_another_cluster_keeps_its_data_and_does_not_follow() {
     ours.nodes[1].configure(&settings, Member::Replica(&format!("http://{}", link.address())));
     ours.nodes[1].spawn();
     ours.replica().wait_for_log("cluster id mismatch");
+    let log = ours.replica().log();
+    let line = log.lines().find(|line| line.contains("cluster id mismatch")).unwrap();
+    for node in [ours.primary(), theirs.primary()] {
+        let id = fs::read_to_string(node.data().join("clusterid")).unwrap();
+        assert!(line.contains(id.trim_end()), "{id} in {line}");
+    }
     let before = link.connections();
     wait::until_true("more than one attempt", || link.connections() > before);
     ours.replica().wait_for_pos("app.db", pos);

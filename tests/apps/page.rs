@@ -1,9 +1,10 @@
 //! The status page in a real browser.
 
+use std::fs;
 use std::process::Command;
 
 use super::{Pair, run};
-use crate::support::node::{Node, Settings};
+use crate::support::node::{Member, Node, Settings};
 use crate::support::sqlite;
 
 /// How long the page runs, by its own clock: some looks at the status.
@@ -11,7 +12,12 @@ const PAGE_MS: u32 = 3000;
 
 #[test]
 fn a_browser_shows_the_status_of_both_nodes() {
-    let pair = Pair::new(&Settings::default());
+    let primary = Node::new(&Settings::default(), Member::Primary);
+    let broken = primary.data().join("dbs/broken.db");
+    fs::create_dir_all(&broken).unwrap();
+    fs::write(broken.join("ltx"), "no directory").unwrap();
+    let replica = Node::new(&Settings::default(), Member::Replica(&primary.url()));
+    let pair = Pair::start(primary, replica);
     sqlite::run(&pair.primary.file("a<b>.db"), "pragma journal_mode=wal; create table t(x);");
     pair.sync("a<b>.db");
     let position = pair.primary.pos("a<b>.db").to_string();
@@ -23,6 +29,10 @@ fn a_browser_shows_the_status_of_both_nodes() {
         "<td class=\"\">a&lt;b&gt;.db</td>",
         &format!("<td class=\"code\">{position}</td>"),
         "<td class=\"\">8.0 KiB</td><td class=\"\">ok</td>",
+        "<td class=\"\">broken.db</td>",
+        "<td class=\"bad\">FAILED: ",
+        ">1 failed<",
+        "<polyline id=\"chart\" points=\"",
         "<h2>Replicas</h2>",
         "<td class=\"code\">127.0.0.1:",
     ] {
@@ -32,6 +42,7 @@ fn a_browser_shows_the_status_of_both_nodes() {
     for text in [
         ">replica</span>",
         "ms behind the primary",
+        "<polyline id=\"chart\" points=\"",
         &format!("<td class=\"code\">{position}</td>"),
         &format!("<a href=\"{0}\">primary at {0}</a>", pair.primary.url()),
         "<section id=\"peers-section\" hidden=\"\">",

@@ -194,8 +194,12 @@ pub const WRITER_REST: Duration = Duration::from_millis(100);
 /// Transactions kept for the streams: one second of a busy database.
 pub const RECENT_LEN: usize = 8192;
 
-/// Bytes of the transactions kept for the streams.
+/// Bytes of the transactions kept for the streams, of one database.
 pub const RECENT_BYTES: usize = 8 << 20;
+
+/// Bytes of the transactions kept for the streams, of all databases. Above it a database keeps its last one
+/// only; a stream that is behind reads files.
+pub const RECENT_BYTES_OF_ALL: usize = 64 << 20;
 
 /// The buffer of a sequential read or write of a file.
 pub const IO_BUFFER: usize = 1 << 20;

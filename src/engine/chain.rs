@@ -27,11 +27,15 @@ use super::sync::Mutex;
 use super::transaction::Transaction;
 use crate::{limits, os};
 
+use recent::Recent;
+
+pub use recent::Budget;
 pub use writer::{Waker, Writer};
 
 #[cfg(test)]
 mod orders;
 mod positions;
+mod recent;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -55,9 +59,8 @@ struct Inner {
     /// Captured, not yet in a file; oldest first.
     queue: VecDeque<Arc<Transaction>>,
     queue_bytes: usize,
-    /// The newest transactions, whether in a file or not, for the streams; oldest first.
-    recent: VecDeque<Arc<Transaction>>,
-    recent_bytes: usize,
+    /// The newest transactions, whether in a file or not, for the streams.
+    recent: Recent,
     /// The files, by their first transaction.
     files: BTreeMap<Txid, LtxFile>,
     /// The last transaction that is in a file.
@@ -128,11 +131,19 @@ pub struct Stats {
 }
 
 impl Chain {
-    /// The chain whose files stand in `dir`, all of them durable, ending at `last`.
-    pub fn open(db: DbName, dir: DbDir, compression: Compression, last: Txid) -> Result<Chain> {
+    /// The chain whose files stand in `dir`, all of them durable, ending at `last`. `budget` is for the
+    /// transactions in memory.
+    pub fn open(
+        db: DbName,
+        dir: DbDir,
+        compression: Compression,
+        last: Txid,
+        budget: &Budget,
+    ) -> Result<Chain> {
         let files = list(&dir)?;
         positions::remove_orphans(&dir).map_err(Error::io("clear ltx dir", &dir.ltx()))?;
-        let inner = Inner { files, written: last, synced: last, ..Inner::default() };
+        let recent = Recent::new(budget.clone());
+        let inner = Inner { files, written: last, synced: last, recent, ..Inner::default() };
         Ok(Chain { db, dir, compression, inner: Mutex::new(inner), files: Mutex::new(()) })
     }
 
@@ -153,7 +164,7 @@ impl Chain {
         let mut inner = self.inner.lock().unwrap();
         inner.queue_bytes += transaction.size_hint();
         inner.queue.push_back(transaction.clone());
-        inner.remember(transaction);
+        inner.recent.push(transaction);
     }
 
     /// Writes one transaction to its file at once and, if `durable`, syncs it and the directory;
@@ -195,16 +206,16 @@ impl Chain {
             inner.synced = transaction.max;
         }
         if transaction.encoded_if_any().is_some() {
-            inner.remember(transaction);
+            inner.recent.push(transaction);
         } else {
-            inner.forget_recent();
+            inner.recent.clear();
         }
     }
 
     /// Drops the transactions that are kept for the streams, which find them in their files: each has the
     /// WAL open that it refers to, and keeps its room on the disk when it has been removed.
     pub fn forget_recent(&self) {
-        self.inner.lock().unwrap().forget_recent();
+        self.inner.lock().unwrap().recent.clear();
     }
 
     /// The transaction of the last [`Chain::write_now`] was rolled back. At the next start its file
@@ -262,7 +273,7 @@ impl Chain {
         }
         let size = fs::metadata(&target).map_or(0, |meta| meta.len());
         let mut inner = self.inner.lock().unwrap();
-        inner.forget_recent();
+        inner.recent.clear();
         inner.unsynced.clear();
         inner.add_file(LtxFile { min, max, size, mtime: SystemTime::now() });
         inner.written = max;
@@ -348,9 +359,9 @@ impl Chain {
         let next = pos.txid.next();
         let (recent, is_queued) = {
             let inner = self.inner.lock().unwrap();
-            (inner.recent_at(next), inner.is_queued(next))
+            (inner.recent.at(next), inner.is_queued(next))
         };
-        match recent.filter(|found| found.size_hint() <= limits::ENCODE_IN_MEMORY) {
+        match recent {
             Some(found) => Ok(Successor::Recent(found)),
             None if is_queued => Ok(Successor::Queued),
             None => self.file_after(pos),
@@ -697,7 +708,7 @@ impl Chain {
         inner.files.clear();
         // The first transaction of a database is one too, and not always durable yet.
         inner.unsynced.retain(|file| file.path(&self.dir) == keep);
-        inner.forget_recent();
+        inner.recent.clear();
     }
 
     /// Puts all files of the chain into `lost+found/` too. Until there is another chain they stay this one:
@@ -869,30 +880,6 @@ impl Unsynced {
 }
 
 impl Inner {
-    fn remember(&mut self, transaction: Arc<Transaction>) {
-        self.recent_bytes += transaction.size_hint();
-        self.recent.push_back(transaction);
-        while self.recent.len() > limits::RECENT_LEN
-            || (self.recent_bytes > limits::RECENT_BYTES && self.recent.len() > 1)
-        {
-            if let Some(oldest) = self.recent.pop_front() {
-                self.recent_bytes -= oldest.size_hint();
-            }
-        }
-    }
-
-    fn forget_recent(&mut self) {
-        self.recent.clear();
-        self.recent_bytes = 0;
-    }
-
-    /// The recent transaction, or range of them, that begins with `txid`. A snapshot is one of all
-    /// transactions up to its last.
-    fn recent_at(&self, txid: Txid) -> Option<Arc<Transaction>> {
-        let index = self.recent.partition_point(|transaction| transaction.max < txid);
-        self.recent.get(index).filter(|transaction| transaction.min == txid).cloned()
-    }
-
     /// Whether `txid` waits to be written.
     fn is_queued(&self, txid: Txid) -> bool {
         let (first, last) = (self.queue.front(), self.queue.back());

@@ -178,7 +178,8 @@ impl Db {
         recovered: Recovered,
     ) -> Result<Arc<Db>> {
         let txid = recovered.pos.txid;
-        let chain = Chain::open(name.clone(), dir.clone(), shared.compression, txid)?;
+        let (compression, budget) = (shared.compression, &shared.recent);
+        let chain = Chain::open(name.clone(), dir.clone(), compression, txid, budget)?;
         let files = Files::open(dir.clone())?;
         Ok(Db::of_parts(name, dir, shared, Change::new(recovered), chain, files))
     }

@@ -11,7 +11,7 @@ use ltx::{Compression, NodeId};
 
 use super::backup;
 use super::brief::Brief;
-use super::chain::Waker;
+use super::chain::{Budget, Waker};
 use super::feed::Feed;
 use super::fence::Fence;
 use super::files::FileKind;
@@ -82,6 +82,8 @@ pub struct Shared {
     pub backup: backup::Report,
     /// Until when a primary may commit.
     pub fence: Fence,
+    /// What the recent transactions of all databases take up.
+    pub recent: Budget,
     /// The ends of waits for the engine itself.
     pub brief: Arc<Brief>,
     /// What applications may do, a [`Writing`].
@@ -121,6 +123,7 @@ impl Shared {
             feed: Arc::default(),
             backup: backup::Report::default(),
             fence: Fence::default(),
+            recent: Budget::default(),
             brief: Arc::default(),
             writing: AtomicU8::new(Writing::Refused as u8),
             same_line: AtomicBool::new(false),

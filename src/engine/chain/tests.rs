@@ -33,9 +33,13 @@ fn after(txid: u64) -> Pos {
 
 /// A chain of files up to transaction 1.
 pub(super) fn open(dir: &Path) -> Chain {
+    open_with(dir, &Budget::default())
+}
+
+fn open_with(dir: &Path, budget: &Budget) -> Chain {
     let dir = DataDir::new(dir).database("db");
     os::create_dirs("test:dir", &dir.ltx()).unwrap();
-    Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1)).unwrap()
+    Chain::open(DbName::new("db").unwrap(), dir, Compression::None, Txid(1), budget).unwrap()
 }
 
 /// Of [`open`], then two large transactions and a small one.
@@ -45,6 +49,34 @@ fn chain(dir: &Path) -> Chain {
         chain.push(transaction(txid, pages));
     }
     chain
+}
+
+/// Many databases with a little each are not to take up all memory.
+#[test]
+fn what_is_recent_has_one_bound_for_all_databases() {
+    const PAGES: u32 = 500;
+    let budget = Budget::default();
+    let recent = |chain: &Chain, txid| chain.inner.lock().unwrap().recent.at(Txid(txid)).is_some();
+    let of_one = limits::RECENT_BYTES / transaction(2, PAGES).size_hint();
+    let last = of_one as u64 + 2;
+    // More than all of them together may keep.
+    let count = limits::RECENT_BYTES_OF_ALL / limits::RECENT_BYTES + 2;
+    let temps: Vec<_> = (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
+    let open = |temp: &tempfile::TempDir| open_with(temp.path(), &budget);
+    let mut chains: Vec<Chain> = temps.iter().map(open).collect();
+    for chain in &chains {
+        (2..=last).for_each(|txid| chain.push(transaction(txid, PAGES)));
+    }
+    assert!(recent(&chains[0], last - 1) && !recent(&chains[0], 2));
+    let late = chains.pop().unwrap();
+    assert!(recent(&late, last) && !recent(&late, last - 1), "it came when there was no room");
+    // What a database gives back another one can have.
+    chains.truncate(1);
+    late.push(transaction(last + 1, PAGES));
+    assert!(recent(&late, last));
+    chains.clear();
+    drop(late);
+    assert_eq!(budget.bytes(), 0);
 }
 
 #[test]
@@ -117,7 +149,13 @@ fn only_positions_of_its_own_history_are_inside_a_file() {
     assert_eq!(inside.collect::<Vec<_>>(), [false, true, true, false]);
     assert!(!is_inside(&chain, Pos { txid: Txid(3), ..after(2) }));
     // After a restart too.
-    let again = Chain::open(chain.db.clone(), chain.dir.clone(), Compression::None, Txid(4));
+    let again = Chain::open(
+        chain.db.clone(),
+        chain.dir.clone(),
+        Compression::None,
+        Txid(4),
+        &Budget::default(),
+    );
     let again = again.unwrap();
     assert!(is_inside(&again, after(3)) && !is_inside(&again, Pos { txid: Txid(3), ..after(2) }));
 }
@@ -136,6 +174,13 @@ fn positions_go_with_their_file() {
     assert_eq!(count(), 1);
     let orphan = chain.dir.ltx_file(Txid(2), Txid(4)).with_extension("positions");
     os::create_new("test:orphan", &orphan).unwrap();
-    Chain::open(chain.db.clone(), chain.dir.clone(), Compression::None, Txid(5)).unwrap();
+    Chain::open(
+        chain.db.clone(),
+        chain.dir.clone(),
+        Compression::None,
+        Txid(5),
+        &Budget::default(),
+    )
+    .unwrap();
     assert_eq!(count(), 1);
 }

@@ -34,8 +34,8 @@ pub type Table = LockTable<Waiter>;
 pub enum Patience {
     /// For nobody: it is answered at once.
     None,
-    /// Not for another client, and [`limits::ENGINE_LOCK_WAIT`] for what the engine itself holds and gives back
-    /// by itself. SQLite asks in this way, and by default does not try again.
+    /// Not for another client, and [`crate::limits::ENGINE_LOCK_WAIT`] for what the engine itself holds and gives
+    /// back by itself. SQLite asks in this way, and by default does not try again.
     WithEngine,
     /// For anybody, until an interrupt names this id.
     Any(u64),

@@ -179,7 +179,14 @@ impl EngineVolume {
 
     fn entry(&self, node: Node) -> Result<Entry<Node>, Errno> {
         let attr = self.shown.attr(&node)?;
-        let ttl = if matches!(node, Node::Primary) { ASK } else { KEEP };
+        let ttl = match &node {
+            Node::Primary => ASK,
+            // SQLite removes what is left beside a new database, and takes it for a disk I/O error if nothing is
+            // left any more. The kernel hears of a WAL that went with its database only after the call that
+            // removed that. Who works with a WAL has it open.
+            Node::File(_, backing) if backing.kind == FileKind::Wal => ASK,
+            _ => KEEP,
+        };
         Ok(Entry { node, attr, ttl })
     }
 

@@ -4,12 +4,15 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
+use std::process::Command;
 
+use litefs::engine::files::FileKind;
 use litefs::engine::layout::DbDir;
 use ltx::Checksum;
 use test_case::{test_case, test_matrix};
 
 use super::{DB, Watched, check_integrity, check_silent, sqlite, strict};
+use crate::support::local::Local;
 use crate::support::shell::Shell;
 
 const FILL: &str = "create table t(id integer primary key, a, b); \
@@ -69,6 +72,20 @@ fn a_removed_database_stays_removed_after_a_restart() {
     let mut watched = Watched::new(&node, DB);
     watched.run(&sqlite::open(&file), FILL, 2);
     watched.check_chain();
+}
+
+/// The kernel hears of what went with a database after the call that removed it. SQLite removes a WAL that it
+/// finds beside a new database, and takes it for a disk I/O error if none is left any more.
+#[test]
+fn nobody_finds_a_wal_that_is_gone() {
+    let node = Local::primary("auto", 1, None);
+    let setup = ".filectrl persist_wal 1\npragma journal_mode=wal; create table t(x);";
+    sqlite::run(&node.file(DB), setup);
+    let name = node.file(&format!("{DB}-wal"));
+    let exists = || Command::new("test").arg("-e").arg(&name).status().unwrap().success();
+    assert!(exists());
+    assert!(node.db(DB).files().remove(FileKind::Wal).unwrap());
+    assert!(!exists(), "and nobody told the kernel");
 }
 
 /// Half a transaction must not become a commit.

@@ -526,7 +526,7 @@ fn remember_own_id(dir: &DataDir, id: NodeId) -> Result<HashSet<NodeId>> {
     let new: String = ids[skip..].iter().map(|id| format!("{id}\n")).collect();
     os::write_atomic("engine:node-ids", &path, new.as_bytes())
         .or_else(|error| match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded if !text.is_empty() => {
                 write_own_id_in_place(&path, &text, skip > 0, id)
             }
             _ => Err(error),
@@ -538,7 +538,7 @@ fn remember_own_id(dir: &DataDir, id: NodeId) -> Result<HashSet<NodeId>> {
 /// Puts an id where the file of ids, which holds `text`, has room already: behind the others, or, if
 /// there are enough, over the first one. A start on a full disk must not fail.
 fn write_own_id_in_place(path: &Path, text: &str, enough: bool, id: NodeId) -> io::Result<()> {
-    let line = match text.is_empty() || text.ends_with('\n') {
+    let line = match text.ends_with('\n') {
         true => format!("{id}\n"),
         false => format!("\n{id}\n"),
     };

@@ -861,6 +861,8 @@ fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
             target
         }
         Place::Taken(target) => {
+            // Who gave it that name may have ended before the name was durable.
+            sync_lost_found(dir)?;
             os::remove("lost:rename", path).map_err(Error::io("set aside", path))?;
             target
         }

@@ -734,39 +734,48 @@ fn wait_recorded(consul: &Consul, positions: &[Pos]) -> String {
     })
 }
 
+/// Databases in rollback mode, and on each of two replicas a reader of another one, which keeps that one where it
+/// is, while others go on.
+fn held_back(cluster: &Cluster, setup: &str) -> [Shell; 2] {
+    for db in ["a.db", "b.db"] {
+        write_to(&cluster.nodes[0], db, setup);
+        let pos = cluster.nodes[0].pos(db);
+        cluster.nodes[1..].iter().for_each(|node| node.wait_for_pos(db, pos));
+    }
+    [(1, "a.db"), (2, "b.db")].map(|(node, db)| {
+        let mut reader = Shell::open(&cluster.nodes[node].file(db));
+        reader.run("begin; select * from t");
+        reader
+    })
+}
+
+/// Each replica has everything of the database that it can follow, all nodes die, and the replicas are
+/// started again; which one leads.
+fn lead_without_the_primary(cluster: &mut Cluster, readers: [Shell; 2]) -> usize {
+    let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
+    cluster.nodes[2].wait_for_pos("a.db", a);
+    cluster.nodes[1].wait_for_pos("b.db", b);
+    wait_recorded(&cluster.consul, &[a, b]);
+    cluster.nodes.iter_mut().for_each(Node::kill);
+    readers.into_iter().for_each(Shell::kill);
+    for node in &mut cluster.nodes[1..] {
+        node.spawn();
+    }
+    cluster.settle()
+}
+
 /// Decision 0019 with everything real: the last primary is gone, and of its two replicas each lacks
 /// something of another database. Both say what; who has more leads, and what only the other one has is
 /// kept.
 #[test]
 fn of_two_stale_candidates_the_one_with_more_leads_and_nothing_is_thrown_away() {
     let mut cluster = Cluster::of(3, SHORT_TTL);
-    for db in ["a.db", "b.db"] {
-        write_to(&cluster.nodes[0], db, "create table t(x); insert into t values ('common')");
-        let pos = cluster.nodes[0].pos(db);
-        cluster.nodes[1..].iter().for_each(|node| node.wait_for_pos(db, pos));
-    }
-    // Without a WAL a reader keeps its database where it is, and others go on.
-    let readers = [(1, "a.db"), (2, "b.db")].map(|(node, db)| {
-        let mut reader = Shell::open(&cluster.nodes[node].file(db));
-        reader.run("begin; select * from t");
-        reader
-    });
+    let readers = held_back(&cluster, "create table t(x); insert into t values ('common')");
     for n in 0..3 {
         write_to(&cluster.nodes[0], "a.db", &format!("insert into t values ('a{n}')"));
     }
     write_to(&cluster.nodes[0], "b.db", "insert into t values ('b')");
-    let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
-    cluster.nodes[2].wait_for_pos("a.db", a);
-    cluster.nodes[1].wait_for_pos("b.db", b);
-    wait_recorded(&cluster.consul, &[a, b]);
-    for node in &mut cluster.nodes {
-        node.kill();
-    }
-    readers.into_iter().for_each(Shell::kill);
-    for node in &mut cluster.nodes[1..] {
-        node.spawn();
-    }
-    assert_eq!(cluster.settle(), 2);
+    assert_eq!(lead_without_the_primary(&mut cluster, readers), 2);
     let [one, two] = [&cluster.nodes[1], &cluster.nodes[2]];
     // Of a.db it has two, of b.db three.
     one.wait_for_log("has 7 transactions in term 1, this node 5");
@@ -843,31 +852,13 @@ fn a_candidate_that_lacks_a_database_waits_whatever_the_sum_is() {
 #[test]
 fn of_two_candidates_with_as_many_transactions_either_leads_and_nothing_is_thrown_away() {
     let mut cluster = Cluster::of(3, SHORT_TTL);
-    for db in ["a.db", "b.db"] {
-        write_to(&cluster.nodes[0], db, "create table t(x)");
-        let pos = cluster.nodes[0].pos(db);
-        cluster.nodes[1..].iter().for_each(|node| node.wait_for_pos(db, pos));
-    }
-    let readers = [(1, "a.db"), (2, "b.db")].map(|(node, db)| {
-        let mut reader = Shell::open(&cluster.nodes[node].file(db));
-        reader.run("begin; select * from t");
-        reader
-    });
+    let readers = held_back(&cluster, "create table t(x)");
     for n in 0..2 {
         for db in ["a.db", "b.db"] {
             write_to(&cluster.nodes[0], db, &format!("insert into t values ({n})"));
         }
     }
-    let [a, b] = ["a.db", "b.db"].map(|db| cluster.nodes[0].pos(db));
-    cluster.nodes[2].wait_for_pos("a.db", a);
-    cluster.nodes[1].wait_for_pos("b.db", b);
-    wait_recorded(&cluster.consul, &[a, b]);
-    cluster.nodes.iter_mut().for_each(Node::kill);
-    readers.into_iter().for_each(Shell::kill);
-    for node in &mut cluster.nodes[1..] {
-        node.spawn();
-    }
-    let leads = cluster.settle();
+    let leads = lead_without_the_primary(&mut cluster, readers);
     let (new, other) = (&cluster.nodes[leads], &cluster.nodes[3 - leads]);
     new.wait_for_log("taking the lease although transactions are missing");
     let (lacks, has) = if leads == 1 { ("a.db", "b.db") } else { ("b.db", "a.db") };

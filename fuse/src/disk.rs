@@ -5,10 +5,10 @@
 //! of a few threads: the client, which waits for the disk anyway, pays one wake-up more. Nothing is
 //! ordered among such calls; the kernel holds back itself what must be one after the other.
 //!
-//! On a quick disk that wake-up costs as much as the sync. Where others read the same `/dev/fuse`,
-//! one worker at a time makes a sync itself, and goes to a thread again as soon as one took long
-//! ([`QUICK_MAX`]). At least one worker always reads on; no worker waits for what only another one can
-//! serve.
+//! On a quick disk that wake-up costs as much as the sync, so a worker that can be spared makes it itself, until
+//! one took long ([`QUICK_MAX`]). Where several read the same `/dev/fuse` that is one at a time, and another one
+//! always reads on. Where a worker is the only one of its clients, it has to have just one of them. No worker
+//! waits for what only another one can serve.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,6 +36,15 @@ pub(crate) enum Workers {
     Alike,
     /// Nobody else serves its clients.
     Alone,
+}
+
+/// Whom a worker serves at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Clients {
+    /// One thread of one process, as far as one can tell from the last requests.
+    One,
+    /// Any number.
+    Many,
 }
 
 /// Calls that wait for a thread. There are never more than requests under way.
@@ -82,9 +91,10 @@ impl Disk {
         self.changed.notify_one();
     }
 
-    /// Makes a sync: on the worker that calls this if it can be spared, or on one of the threads.
-    pub fn sync(self: &Arc<Self>, sync: impl FnOnce() + Send + 'static) {
-        if let Some(_spared) = self.spare() {
+    /// Makes a sync: on the worker that calls this, which serves `clients`, if it can be spared, or on one of
+    /// the threads.
+    pub fn sync(self: &Arc<Self>, clients: Clients, sync: impl FnOnce() + Send + 'static) {
+        if let Some(_spared) = self.spare(clients) {
             self.time(sync);
             return;
         }
@@ -93,9 +103,16 @@ impl Disk {
     }
 
     /// A worker less, until the result is dropped.
-    fn spare(&self) -> Option<Spared<'_>> {
-        let may = self.workers == Workers::Alike && !self.is_slow.load(Ordering::Relaxed);
-        (may && !self.one_waits.swap(true, Ordering::Acquire)).then(|| Spared(&self.one_waits))
+    fn spare(&self, clients: Clients) -> Option<Spared<'_>> {
+        if self.is_slow.load(Ordering::Relaxed) {
+            return None;
+        }
+        match (self.workers, clients) {
+            (Workers::Alike, _) if self.one_waits.swap(true, Ordering::Acquire) => None,
+            (Workers::Alike, _) => Some(Spared(Some(&self.one_waits))),
+            (Workers::Alone, Clients::One) => Some(Spared(None)),
+            (Workers::Alone, Clients::Many) => None,
+        }
     }
 
     fn time(&self, sync: impl FnOnce()) {
@@ -125,12 +142,14 @@ impl Disk {
     }
 }
 
-/// A worker that waits for the disk itself.
-struct Spared<'a>(&'a AtomicBool);
+/// A worker that waits for the disk itself, and what says so, if no other one may do it meanwhile.
+struct Spared<'a>(Option<&'a AtomicBool>);
 
 impl Drop for Spared<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        if let Some(one_waits) = self.0 {
+            one_waits.store(false, Ordering::Release);
+        }
     }
 }
 
@@ -159,8 +178,16 @@ mod tests {
 
     /// On which thread a sync is made that then does `meanwhile`.
     fn thread_of_sync(disk: &Arc<Disk>, meanwhile: impl FnOnce() + Send + 'static) -> ThreadId {
+        thread_of_sync_for(Clients::Many, disk, meanwhile)
+    }
+
+    fn thread_of_sync_for(
+        clients: Clients,
+        disk: &Arc<Disk>,
+        meanwhile: impl FnOnce() + Send + 'static,
+    ) -> ThreadId {
         let (done, made) = channel();
-        disk.sync(move || {
+        disk.sync(clients, move || {
             meanwhile();
             done.send(thread::current().id()).unwrap();
         });
@@ -168,25 +195,38 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_is_alone_syncs_itself_for_its_only_client() {
+        let here = thread::current().id();
+        let disk = Disk::start(Workers::Alone).unwrap();
+        assert_ne!(thread_of_sync_for(Clients::Many, &disk, || {}), here);
+        // How long a call takes on a busy machine is not to be known.
+        disk.is_slow.store(false, Ordering::Relaxed);
+        assert_eq!(thread_of_sync_for(Clients::One, &disk, || {}), here);
+        disk.is_slow.store(false, Ordering::Relaxed);
+        let of_another = disk.spare(Clients::One).unwrap();
+        assert_eq!(thread_of_sync_for(Clients::One, &disk, || {}), here);
+        drop(of_another);
+        disk.is_slow.store(true, Ordering::Relaxed);
+        assert_ne!(thread_of_sync_for(Clients::One, &disk, || {}), here);
+        disk.stop();
+    }
+
+    #[test]
     fn one_worker_at_a_time_syncs_itself_if_others_read_on() {
         let here = thread::current().id();
-        let alone = Disk::start(Workers::Alone).unwrap();
-        assert_ne!(thread_of_sync(&alone, || {}), here);
-        alone.stop();
-
         let disk = Disk::start(Workers::Alike).unwrap();
-        // How long a call takes on a busy machine is not to be known.
         disk.is_slow.store(false, Ordering::Relaxed);
         assert_eq!(thread_of_sync(&disk, || {}), here);
         disk.is_slow.store(false, Ordering::Relaxed);
-        let spared = disk.spare().unwrap();
+        let spared = disk.spare(Clients::Many).unwrap();
         assert_ne!(thread_of_sync(&disk, || {}), here);
         drop(spared);
         disk.is_slow.store(false, Ordering::Relaxed);
         let of_disk = disk.clone();
-        let panicked = catch_unwind(AssertUnwindSafe(|| of_disk.sync(|| panic!("on purpose"))));
+        let panicked =
+            catch_unwind(AssertUnwindSafe(|| of_disk.sync(Clients::Many, || panic!("on purpose"))));
         assert!(panicked.is_err());
-        assert!(disk.spare().is_some(), "the worker is back after a panic");
+        assert!(disk.spare(Clients::Many).is_some(), "the worker is back after a panic");
         disk.stop();
     }
 

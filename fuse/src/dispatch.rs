@@ -359,8 +359,9 @@ impl<V: Volume> Session<V> {
     fn fsync(&self, fh: u64, data_only: bool, to: Responder) {
         match self.handle(fh) {
             Some(handle) => {
+                let clients = to.clients();
                 let (volume, reply) = (self.volume.clone(), empty(to));
-                self.disk.sync(move || volume.fsync(&handle, data_only, reply));
+                self.disk.sync(clients, move || volume.fsync(&handle, data_only, reply));
             }
             None => {
                 to.error(Errno::ESTALE);

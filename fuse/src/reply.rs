@@ -13,6 +13,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::abi;
 use crate::dev::Channel;
+use crate::disk::Clients;
 use crate::uring::{Ring, Slot};
 use crate::volume::{self, FileType};
 use crate::watch::Watched;
@@ -57,6 +58,14 @@ impl Responder {
     /// Whether a request that waits for long takes away what others need.
     pub fn is_crowded(&self) -> bool {
         matches!(&self.way, Some(Way::Ring(ring, slot)) if ring.is_crowded(*slot))
+    }
+
+    /// Whom the worker serves that has this request.
+    pub fn clients(&self) -> Clients {
+        match &self.way {
+            Some(Way::Ring(ring, _)) => ring.clients(),
+            _ => Clients::Many,
+        }
     }
 
     /// Whether the kernel may forget to tell that the request was interrupted.

@@ -37,6 +37,7 @@ pub use lock::{Answer, Guard, Patience, Waiter};
 pub(super) use role::WRITERS;
 
 mod lock;
+mod mark;
 mod role;
 mod verify;
 

@@ -52,6 +52,11 @@ pub const HEADER_SIZE: usize = ATTEMPTED_AT + 8;
 
 /// How many read marks there are; mark 0 always is zero.
 pub const READ_MARKS: usize = 5;
+/// Where read mark `i` stands, in bytes.
+pub const fn read_mark_at(i: usize) -> usize {
+    READ_MARKS_AT + 4 * i
+}
+
 /// The read mark that nobody uses.
 pub const READ_MARK_UNUSED: u32 = u32::MAX;
 
@@ -198,7 +203,7 @@ impl CheckpointInfo {
         let bytes = bytes.get(..HEADER_SIZE)?;
         Some(CheckpointInfo {
             backfill: ne_u32(bytes, CKPT_AT),
-            read_marks: std::array::from_fn(|i| ne_u32(bytes, READ_MARKS_AT + 4 * i)),
+            read_marks: std::array::from_fn(|i| ne_u32(bytes, read_mark_at(i))),
             attempted: ne_u32(bytes, ATTEMPTED_AT),
         })
     }
@@ -208,7 +213,7 @@ impl CheckpointInfo {
         let mut bytes = [0; HEADER_SIZE - CKPT_AT];
         put_ne_u32(&mut bytes, 0, self.backfill);
         for (i, &mark) in self.read_marks.iter().enumerate() {
-            put_ne_u32(&mut bytes, READ_MARKS_AT - CKPT_AT + 4 * i, mark);
+            put_ne_u32(&mut bytes, read_mark_at(i) - CKPT_AT, mark);
         }
         put_ne_u32(&mut bytes, ATTEMPTED_AT - CKPT_AT, self.attempted);
         bytes

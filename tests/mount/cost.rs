@@ -8,9 +8,13 @@ use rusqlite::Connection;
 use test_case::{test_case, test_matrix};
 
 use super::{DB, sqlite};
-use crate::support::node::{Node, Settings};
+use crate::support::node::{Member, Node, Settings};
+use crate::support::sqlite::Session;
 
 const COMMITS: u32 = 50;
+
+/// The kernel's number of a lock call that does not wait.
+const SETLK: u32 = 32;
 
 /// A database in that mode whose commits are synced, with nobody to checkpoint it.
 fn open(node: &Node, mode: &str) -> Connection {
@@ -50,6 +54,36 @@ fn a_commit_syncs_no_more_than_it_must(mode: &str, own: u32) {
         let ours = count("litefs") - before[1];
         assert!(ours <= files + 5, "{ours} syncs for at most {files} LTX files and a directory");
     }
+}
+
+/// `docs/decisions/0022-read-marks-ahead-of-readers.md`: READ, WRITE and both back, and of a reader READ alone.
+#[test_matrix(["uring", "dev"])]
+fn a_transaction_takes_no_lock_to_move_a_read_mark(transport: &'static str) {
+    let settings = Settings { transport, fuse: ", debug: true", ..Settings::default() };
+    let node = Node::primary(&settings);
+    let db = open(&node, "wal");
+    let mut replica = Node::new(&settings, Member::Replica(&node.url()));
+    replica.start();
+    replica.wait_for_pos(DB, node.pos(DB));
+    let copy = sqlite::open(&replica.file(DB));
+    let rows = || sqlite::value::<u32>(&copy, "select count(*) from t");
+    assert_eq!(rows(), 0);
+    let calls = |node: &Node| node.log_count(&format!(" opcode={SETLK} "));
+    let mut reader = Session::open(&node.file(DB));
+    for number in 1..=COMMITS {
+        let before = [&node, &replica].map(calls);
+        db.execute("insert into t values (?1)", [number]).unwrap();
+        assert_eq!(calls(&node) - before[0], 4, "commit {number}");
+        replica.wait_for_pos(DB, node.pos(DB));
+        assert_eq!(rows(), number);
+        assert_eq!(calls(&replica) - before[1], 2, "read of commit {number} on the replica");
+        if number == COMMITS / 2 {
+            // Three marks are left beside that of somebody who keeps one.
+            assert_eq!(reader.run("begin; select count(*) from t;"), number.to_string());
+        }
+    }
+    assert_eq!(reader.run("select count(*) from t;"), (COMMITS / 2).to_string());
+    assert_eq!(reader.run("commit; select count(*) from t;"), COMMITS.to_string());
 }
 
 /// `docs/differences.md`, 29: "None of these", as far as a file is opened.

@@ -12,7 +12,7 @@
 //! that takes the last slot is answered, and with its answer comes the next one.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 
@@ -27,6 +27,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::memory::Memory;
 use crate::abi::{self, InHeader, OutHeader, RingHeader};
 use crate::dev::Channel;
+use crate::disk::Clients;
 use crate::dispatch::Session;
 use crate::init::RING_TRANSFER_MAX;
 use crate::reply::{Delivery, Responder};
@@ -39,6 +40,8 @@ pub(super) const SLOTS: u16 = 256;
 pub(super) const SLOTS_FOREIGN: u16 = 32;
 /// How many of them no waiting lock call may take.
 const RESERVE: usize = 16;
+/// So many requests in a row, some commits long, say that a client is the only one at the moment.
+const ONLY_ONE: u32 = 32;
 /// Submissions that fit into the ring at once; with more, they are submitted in between.
 const SUBMISSIONS: u32 = 32;
 /// The completion of the read that others wake the thread by; slots are below it.
@@ -54,6 +57,7 @@ pub(crate) struct Ring {
     thread: OnceLock<ThreadId>,
     wake: EventFd,
     answers: Mutex<Answers>,
+    client: LastClient,
 }
 
 /// One of the kernel's queues.
@@ -101,6 +105,32 @@ struct Head {
     len: usize,
 }
 
+/// Who sent the last request. Written by the ring's thread alone.
+#[derive(Debug, Default)]
+struct LastClient {
+    /// Its thread, by the kernel's number.
+    thread: AtomicU32,
+    /// How many requests in a row were from it.
+    requests: AtomicU32,
+}
+
+impl LastClient {
+    /// `thread` sent a request.
+    fn note(&self, thread: u32) {
+        let known = if self.thread.load(Ordering::Relaxed) == thread {
+            self.requests.load(Ordering::Relaxed)
+        } else {
+            self.thread.store(thread, Ordering::Relaxed);
+            0
+        };
+        self.requests.store(known.saturating_add(1), Ordering::Relaxed);
+    }
+
+    fn is_only_one(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) >= ONLY_ONE
+    }
+}
+
 impl Ring {
     /// A ring for the kernel's queues with these numbers, served on `cpu` if there is one.
     pub fn new(cpu: Option<u16>, queues: &[u16]) -> Result<Ring, Errno> {
@@ -109,7 +139,7 @@ impl Ring {
         let slots = if cpu.is_some() { SLOTS } else { SLOTS_FOREIGN };
         let lane = |qid: &u16| Lane { qid: *qid, slots, here: AtomicUsize::new(0) };
         let lanes = queues.iter().map(lane).collect();
-        Ok(Ring { cpu, lanes, thread, wake, answers })
+        Ok(Ring { cpu, lanes, thread, wake, answers, client: LastClient::default() })
     }
 
     /// Runs the current thread on the ring's CPU. A CPU that is not to be had any more costs time
@@ -144,6 +174,11 @@ impl Ring {
     pub fn is_crowded(&self, slot: Slot) -> bool {
         let lane = &self.lanes[usize::from(slot.lane)];
         lane.here.load(Ordering::Relaxed) + RESERVE > usize::from(lane.slots)
+    }
+
+    /// Whom the ring's thread serves at the moment.
+    pub fn clients(&self) -> Clients {
+        if self.client.is_only_one() { Clients::One } else { Clients::Many }
     }
 
     /// How many slots there are in all queues.
@@ -308,6 +343,7 @@ impl Runner {
         let Ok((request, _)) = InHeader::read_from_prefix(&header.in_out) else {
             return Err(Errno::EPROTO);
         };
+        self.ring.client.note(request.pid);
         let parts = Parts { header: request, fixed: &header.op_in, rest: payload };
         let responder = Responder::over_ring(self.ring.clone(), slot, request.unique);
         session.serve(&parts, responder, buffer);
@@ -425,4 +461,23 @@ fn set_len(entry: &mut Entry128, len: u32) {
 
 fn errno(error: &std::io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_sends_many_requests_in_a_row_is_the_only_client() {
+        let client = LastClient::default();
+        let send = |thread| {
+            client.note(thread);
+            client.is_only_one()
+        };
+        assert!((1..ONLY_ONE).all(|_| !send(7)));
+        assert!(send(7) && send(7));
+        assert!(!send(8));
+        assert!((1..ONLY_ONE).all(|_| !send(7)));
+        assert!(send(7));
+    }
 }

@@ -15,8 +15,9 @@
 //! READ locks are taken here, through [`CheckpointLocks`].
 //!
 //! Clients either have the very pages of the wal-index mapped, or (without passthrough) pages of the
-//! mount that hold what was read when they were last dropped. In the latter case they write nothing
-//! into it: nobody gets READ1 to READ4 exclusively, and the marks are set here ([`Marks`]).
+//! mount that hold what was read when they were last dropped ([`Index::OutOfSight`]). In the latter case they write
+//! nothing into it: nobody gets READ1 to READ4 exclusively. Each publish sets a mark for the readers to come,
+//! who are spared two lock calls by that where they could set it themselves.
 //!
 //! Order, as in SQLite (WAL-mode File Format, section 2; "Write-Ahead Logging"): frames, then
 //! entries, then header copy 1, then copy 0. A checkpoint syncs the log before it writes to the
@@ -138,13 +139,13 @@ pub enum Restart {
     Blocked,
 }
 
-/// Who sets the read marks.
+/// Which pages of the wal-index clients have mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Marks {
-    /// Each reader its own.
-    Readers,
-    /// The writer, with each publish; readers take what they find.
-    Writer,
+enum Index {
+    /// Ours.
+    Shared,
+    /// Copies, into which they write nothing.
+    OutOfSight,
 }
 
 /// Whether the header of the log stands in the file.
@@ -161,7 +162,7 @@ pub struct WalWriter {
     files: WalFiles,
     page_size: PageSize,
     random: fn() -> u32,
-    marks: Marks,
+    index: Index,
     log: Log,
     header: WalHeader,
     /// Where the next frame goes.
@@ -210,7 +211,7 @@ impl WalWriter {
         random: fn() -> u32,
     ) -> Result<WalWriter, Error> {
         let (mut writer, has_log) = WalWriter::new(files, page_size, pages, random)?;
-        writer.marks = Marks::Writer;
+        writer.index = Index::OutOfSight;
         writer.make_index(has_log)?;
         Ok(writer)
     }
@@ -243,7 +244,7 @@ impl WalWriter {
             files,
             page_size,
             random,
-            marks: Marks::Readers,
+            index: Index::Shared,
             log: Log::Started,
             header,
             cursor: WalCursor::start(&header),
@@ -268,9 +269,9 @@ impl WalWriter {
     /// Where the wal-index is out of sight, the log alone tells which frames count. So the header of
     /// a new run does not wait for its first frame.
     fn begin_log_if_blind(&mut self) -> Result<(), Error> {
-        match self.marks {
-            Marks::Writer => self.begin_log(),
-            _ => Ok(()),
+        match self.index {
+            Index::OutOfSight => self.begin_log(),
+            Index::Shared => Ok(()),
         }
     }
 
@@ -508,10 +509,7 @@ impl WalWriter {
             cache.index_grown();
         }
         self.tell(cache);
-        let marked = match self.marks {
-            Marks::Readers => LockSet::EMPTY,
-            Marks::Writer => free_mark(locks),
-        };
+        let marked = free_mark(locks);
         let written = self.write_published(marked);
         self.mirror.tell(cache);
         locks.unlock(marked);

@@ -31,6 +31,9 @@ pub(in crate::engine) struct Cut {
 impl Db {
     /// A sync through `via` failed: if it was the writer's, its frames do not count.
     pub(in crate::engine) fn note_refused_sync(&self, via: Handle) {
+        if self.is_followed() {
+            return;
+        }
         let mut change = self.change.lock().unwrap();
         // With passthrough the wal-index says what became of it.
         if self.shared.is_passthrough() || change.wal.is_written_through(via) {

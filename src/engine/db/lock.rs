@@ -199,6 +199,9 @@ impl Db {
             return self.release_after(cut, owner, set, done);
         }
         let committed = self.counters.commits.load(Ordering::Relaxed) != commits;
+        if committed {
+            self.offer_mark();
+        }
         match (committed && self.shared.is_fenced(), self.me.upgrade()) {
             (true, Some(me)) => self.shared.fence.when_settled(move |settled| {
                 if settled == Settled::Lost {

@@ -249,13 +249,13 @@ impl Mirror {
     /// Read mark `i`, which its reader may be changing.
     pub(super) fn read_mark(&self, i: usize) -> io::Result<u32> {
         let mut bytes = [0; 4];
-        self.shm.read_exact_at(&mut bytes, (READ_MARKS_AT + 4 * i) as u64)?;
+        self.shm.read_exact_at(&mut bytes, wal_index::read_mark_at(i) as u64)?;
         Ok(u32::from_ne_bytes(bytes))
     }
 
     /// Sets read mark `i`; the caller holds its lock exclusively.
     pub(super) fn write_mark(&mut self, i: usize, frame: u32) -> io::Result<()> {
-        self.write(&frame.to_ne_bytes(), READ_MARKS_AT + 4 * i)
+        self.write(&frame.to_ne_bytes(), wal_index::read_mark_at(i))
     }
 
     fn write_pair(&mut self, word: u32, at: usize) -> io::Result<()> {

@@ -45,7 +45,7 @@ use crate::sqlite::wal::{
     self, ByteOrder, FRAME_HEADER_SIZE, Frame, FrameReader, HEADER_SIZE, Salts, WalChecksum,
     WalCursor, WalHeader,
 };
-use crate::sqlite::wal_index::{CheckpointInfo, IndexHeader, READ_MARK_UNUSED};
+use crate::sqlite::wal_index::{CheckpointInfo, IndexHeader, READ_MARK_UNUSED, READ_MARKS};
 
 /// How many bytes are written to the log or the database file at once, at most, if a page is not
 /// larger: beyond about 1 MiB a write gains nothing.
@@ -174,6 +174,8 @@ pub struct WalWriter {
     /// So many frames are in the database file.
     backfilled: u32,
     mirror: Mirror,
+    /// The number of the mark that was set last.
+    marked: usize,
     /// The page that was appended last; it becomes a frame when it is known whether it is the last
     /// of its transaction.
     held: Option<Pgno>,
@@ -252,6 +254,7 @@ impl WalWriter {
             appended: empty,
             backfilled: 0,
             mirror,
+            marked: 1,
             held: None,
             held_page: Vec::with_capacity(page_size.bytes()),
             frames: Vec::new(),
@@ -509,19 +512,27 @@ impl WalWriter {
             cache.index_grown();
         }
         self.tell(cache);
-        let marked = free_mark(locks);
-        let written = self.write_published(marked);
+        let mark = self.take_mark(locks);
+        let written = self.write_published(mark);
         self.mirror.tell(cache);
-        locks.unlock(marked);
+        mark.into_iter().for_each(|i| locks.unlock(LockSet::one(Lock::READ[i])));
         written.map_err(io_error("write wal-index header"))?;
         self.published = self.appended;
         self.frames.shrink_to(IDLE_CAPACITY);
         Ok(())
     }
 
-    /// Writes the header, and the mark of its new readers, whose lock is `marked`.
-    fn write_published(&mut self, marked: LockSet) -> io::Result<()> {
-        let mark = Lock::READ.into_iter().position(|lock| marked.contains(lock));
+    /// Takes the lock of a mark that no reader uses, and preferably not of the one that the next would use now; its
+    /// number, if there is one.
+    fn take_mark(&mut self, locks: &mut dyn CheckpointLocks) -> Option<usize> {
+        let others = (1..READ_MARKS).map(|i| (self.marked + i - 1) % (READ_MARKS - 1) + 1);
+        let free = others.into_iter().find(|i| locks.try_lock(LockSet::one(Lock::READ[*i])));
+        self.marked = free.unwrap_or(self.marked);
+        free
+    }
+
+    /// Writes the header, and mark number `mark` for its new readers.
+    fn write_published(&mut self, mark: Option<usize>) -> io::Result<()> {
         if let Some(i) = mark {
             self.mirror.write_mark(i, self.appended.mx_frame)?;
         }
@@ -700,15 +711,6 @@ impl WalWriter {
             let _ = self.mirror.write_header(&self.published);
         })
     }
-}
-
-/// Takes the lock of a mark that no reader uses; nothing if there is none.
-fn free_mark(locks: &mut dyn CheckpointLocks) -> LockSet {
-    LockSet::MARKS
-        .iter()
-        .map(LockSet::one)
-        .find(|&mark| locks.try_lock(mark))
-        .unwrap_or(LockSet::EMPTY)
 }
 
 /// The header of a log that can be continued; `None` if SQLite would take the log for empty.

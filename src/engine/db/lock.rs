@@ -120,7 +120,7 @@ impl Db {
                 }
                 Err(conflict) => {
                     drop(locks);
-                    return self.keep_out(waiter, conflict.owner);
+                    return self.keep_out(waiter, conflict);
                 }
             },
         };
@@ -154,9 +154,10 @@ impl Db {
         }
     }
 
-    /// Refuses a call because of what `other` holds.
-    fn keep_out(&self, waiter: Waiter, other: Owner) {
-        if other == Owner::APPLY {
+    /// Refuses a call because of `conflict`. A mark that is being moved keeps nobody out: SQLite looks for another one
+    /// at once.
+    fn keep_out(&self, waiter: Waiter, conflict: Conflict) {
+        if conflict.owner == Owner::APPLY && !LockSet::MARKS.contains(conflict.lock) {
             self.inbox.note_kept_out();
         }
         (waiter.answer)(Err(Refusal::WouldBlock));

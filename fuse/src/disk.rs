@@ -6,13 +6,14 @@
 //! ordered among such calls; the kernel holds back itself what must be one after the other.
 //!
 //! On a quick disk that wake-up costs as much as the sync, so a worker that can be spared makes it itself, until
-//! one took long ([`QUICK_MAX`]). Where several read the same `/dev/fuse` that is one at a time, and another one
-//! always reads on. Where a worker is the only one of its clients, it has to have just one of them. No worker
-//! waits for what only another one can serve.
+//! one took long ([`QUICK_MAX`]). While any sync is under way no other worker does that, so a disk that hangs
+//! has one of them at most. Where several read the same `/dev/fuse`, another one reads on. Where a worker is the only one
+//! of its clients, it has to have just one of them, and other CPUs' clients have other workers. No worker waits for what
+//! only another one can serve.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,7 +35,9 @@ type Call = Box<dyn FnOnce() + Send>;
 pub(crate) enum Workers {
     /// One of several that read from one place: the others go on.
     Alike,
-    /// Nobody else serves its clients.
+    /// One of several, each with clients of its own.
+    Apart,
+    /// Nobody else serves anybody.
     Alone,
 }
 
@@ -52,8 +55,8 @@ pub(crate) struct Disk {
     state: Mutex<State>,
     changed: Condvar,
     workers: Workers,
-    /// A worker waits for the disk.
-    one_waits: AtomicBool,
+    /// How many syncs are under way.
+    syncs: AtomicUsize,
     /// The last sync took longer than [`QUICK_MAX`].
     is_slow: AtomicBool,
 }
@@ -68,8 +71,8 @@ impl Disk {
     /// Starts the threads. They end, their calls made, with [`Disk::stop`].
     pub fn start(workers: Workers) -> Result<Arc<Disk>, Errno> {
         let (state, changed) = (Mutex::default(), Condvar::new());
-        let (one_waits, is_slow) = (AtomicBool::new(false), AtomicBool::new(false));
-        let disk = Arc::new(Disk { state, changed, workers, one_waits, is_slow });
+        let (syncs, is_slow) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let disk = Arc::new(Disk { state, changed, workers, syncs, is_slow });
         for index in 0..THREADS {
             let of_thread = disk.clone();
             let spawned = thread::Builder::new()
@@ -94,24 +97,20 @@ impl Disk {
     /// Makes a sync: on the worker that calls this, which serves `clients`, if it can be spared, or on one of
     /// the threads.
     pub fn sync(self: &Arc<Self>, clients: Clients, sync: impl FnOnce() + Send + 'static) {
-        if let Some(_spared) = self.spare(clients) {
-            self.time(sync);
-            return;
-        }
-        let disk = self.clone();
-        self.call(move || disk.time(sync));
+        let (under_way, is_only_one) = UnderWay::new(self.clone());
+        let is_quick = is_only_one && !self.is_slow.load(Ordering::Relaxed);
+        let sync = move || {
+            under_way.0.time(sync);
+        };
+        if is_quick && self.may_spare(clients) { sync() } else { self.call(sync) }
     }
 
-    /// A worker less, until the result is dropped.
-    fn spare(&self, clients: Clients) -> Option<Spared<'_>> {
-        if self.is_slow.load(Ordering::Relaxed) {
-            return None;
-        }
-        match (self.workers, clients) {
-            (Workers::Alike, _) if self.one_waits.swap(true, Ordering::Acquire) => None,
-            (Workers::Alike, _) => Some(Spared(Some(&self.one_waits))),
-            (Workers::Alone, Clients::One) => Some(Spared(None)),
-            (Workers::Alone, Clients::Many) => None,
+    /// Whether a worker of `clients` may wait for the disk, if that is quick.
+    fn may_spare(&self, clients: Clients) -> bool {
+        match self.workers {
+            Workers::Alike => true,
+            Workers::Apart => clients == Clients::One,
+            Workers::Alone => false,
         }
     }
 
@@ -142,14 +141,20 @@ impl Disk {
     }
 }
 
-/// A worker that waits for the disk itself, and what says so, if no other one may do it meanwhile.
-struct Spared<'a>(Option<&'a AtomicBool>);
+/// A sync that is under way as long as this lives.
+struct UnderWay(Arc<Disk>);
 
-impl Drop for Spared<'_> {
+impl UnderWay {
+    /// Counts it; whether it is the only one.
+    fn new(disk: Arc<Disk>) -> (UnderWay, bool) {
+        let others = disk.syncs.fetch_add(1, Ordering::Relaxed);
+        (UnderWay(disk), others == 0)
+    }
+}
+
+impl Drop for UnderWay {
     fn drop(&mut self) {
-        if let Some(one_waits) = self.0 {
-            one_waits.store(false, Ordering::Release);
-        }
+        self.0.syncs.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -177,15 +182,7 @@ mod tests {
     }
 
     /// On which thread a sync is made that then does `meanwhile`.
-    fn thread_of_sync(disk: &Arc<Disk>, meanwhile: impl FnOnce() + Send + 'static) -> ThreadId {
-        thread_of_sync_for(Clients::Many, disk, meanwhile)
-    }
-
-    fn thread_of_sync_for(
-        clients: Clients,
-        disk: &Arc<Disk>,
-        meanwhile: impl FnOnce() + Send + 'static,
-    ) -> ThreadId {
+    fn thread_of(clients: Clients, disk: &Arc<Disk>, meanwhile: fn()) -> ThreadId {
         let (done, made) = channel();
         disk.sync(clients, move || {
             meanwhile();
@@ -194,40 +191,49 @@ mod tests {
         made.recv().unwrap()
     }
 
-    #[test]
-    fn a_worker_that_is_alone_syncs_itself_for_its_only_client() {
-        let here = thread::current().id();
-        let disk = Disk::start(Workers::Alone).unwrap();
-        assert_ne!(thread_of_sync_for(Clients::Many, &disk, || {}), here);
-        // How long a call takes on a busy machine is not to be known.
+    /// A disk without a sync under way, the last of which was quick: how long they take on a busy machine is not to
+    /// be known.
+    fn quick(disk: &Arc<Disk>) -> &Arc<Disk> {
+        while disk.syncs.load(Ordering::Relaxed) > 0 {
+            thread::yield_now();
+        }
         disk.is_slow.store(false, Ordering::Relaxed);
-        assert_eq!(thread_of_sync_for(Clients::One, &disk, || {}), here);
-        disk.is_slow.store(false, Ordering::Relaxed);
-        let of_another = disk.spare(Clients::One).unwrap();
-        assert_eq!(thread_of_sync_for(Clients::One, &disk, || {}), here);
-        drop(of_another);
-        disk.is_slow.store(true, Ordering::Relaxed);
-        assert_ne!(thread_of_sync_for(Clients::One, &disk, || {}), here);
-        disk.stop();
+        disk
     }
 
     #[test]
-    fn one_worker_at_a_time_syncs_itself_if_others_read_on() {
+    fn a_worker_that_can_be_spared_syncs_itself() {
         let here = thread::current().id();
-        let disk = Disk::start(Workers::Alike).unwrap();
-        disk.is_slow.store(false, Ordering::Relaxed);
-        assert_eq!(thread_of_sync(&disk, || {}), here);
-        disk.is_slow.store(false, Ordering::Relaxed);
-        let spared = disk.spare(Clients::Many).unwrap();
-        assert_ne!(thread_of_sync(&disk, || {}), here);
-        drop(spared);
-        disk.is_slow.store(false, Ordering::Relaxed);
-        let of_disk = disk.clone();
-        let panicked =
-            catch_unwind(AssertUnwindSafe(|| of_disk.sync(Clients::Many, || panic!("on purpose"))));
-        assert!(panicked.is_err());
-        assert!(disk.spare(Clients::Many).is_some(), "the worker is back after a panic");
-        disk.stop();
+        for (workers, for_one, for_many) in [
+            (Workers::Alike, true, true),
+            (Workers::Apart, true, false),
+            (Workers::Alone, false, false),
+        ] {
+            let disk = Disk::start(workers).unwrap();
+            for (clients, expected) in [(Clients::One, for_one), (Clients::Many, for_many)] {
+                let is_here = thread_of(clients, quick(&disk), || {}) == here;
+                assert_eq!(is_here, expected, "{workers:?} {clients:?}");
+            }
+            disk.stop();
+        }
+    }
+
+    #[test]
+    fn while_a_sync_is_under_way_others_go_to_threads() {
+        let here = thread::current().id();
+        for workers in [Workers::Alike, Workers::Apart] {
+            let disk = Disk::start(workers).unwrap();
+            let (other, is_only_one) = UnderWay::new(quick(&disk).clone());
+            assert!(is_only_one);
+            assert_ne!(thread_of(Clients::One, &disk, || {}), here);
+            drop(other);
+            assert_eq!(thread_of(Clients::One, quick(&disk), || {}), here);
+            let of_disk = quick(&disk).clone();
+            let panics = || of_disk.sync(Clients::One, || panic!("on purpose"));
+            assert!(catch_unwind(AssertUnwindSafe(panics)).is_err());
+            assert_eq!(thread_of(Clients::One, quick(&disk), || {}), here, "after a panic");
+            disk.stop();
+        }
     }
 
     #[test]
@@ -240,8 +246,8 @@ mod tests {
                 std::hint::spin_loop();
             }
         };
-        assert_eq!(thread_of_sync(&disk, busy_for_long), here);
-        assert_ne!(thread_of_sync(&disk, busy_for_long), here);
+        assert_eq!(thread_of(Clients::Many, &disk, busy_for_long), here);
+        assert_ne!(thread_of(Clients::Many, &disk, busy_for_long), here);
         disk.stop();
     }
 }

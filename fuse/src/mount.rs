@@ -205,6 +205,7 @@ fn start<V: Volume>(
     let transport = if rings.is_some() { Transport::Uring } else { Transport::Dev };
     let agreed = handshake(&channel, Ready { passthrough: options.passthrough, transport })?;
     let passthrough = agreed.passthrough && try_backing(&channel, &options.probe);
+    let workers_of_rings = rings.as_ref().map(Rings::workers);
     let rings = match rings {
         Some(rings) if agreed.uring => rings.register(&channel),
         Some(_) => return Err(Error::UringMissing),
@@ -216,9 +217,8 @@ fn start<V: Volume>(
     let ways = Ways::new(channel.clone(), passthrough);
     let trace = if options.debug { Trace::On } else { Trace::Off };
     let sources = sources(&channel, transport, options.workers);
-    // A ring's clients have its thread alone.
-    let alike = transport == Transport::Dev && sources.len() > 1;
-    let disk = Disk::start(if alike { Workers::Alike } else { Workers::Alone })
+    let workers_of_device = if sources.len() > 1 { Workers::Alike } else { Workers::Alone };
+    let disk = Disk::start(workers_of_rings.unwrap_or(workers_of_device))
         .map_err(|source| Error::Session { doing: "start fuse disk threads", source })?;
     let session = Arc::new(Session::new(volume.clone(), ways, disk, trace));
     volume.mounted(Kernel { passthrough, notifier: notifier.clone() });

@@ -42,6 +42,7 @@ use nix::unistd::Pid;
 pub(crate) use ring::{Ring, Slot};
 
 use crate::dev::{self, Blocking, Channel};
+use crate::disk::Workers;
 use crate::dispatch::Session;
 use crate::error::Error;
 use crate::volume::Volume;
@@ -103,6 +104,8 @@ fn write_switch() -> std::io::Result<()> {
 
 /// The rings of a mount to be, each with its thread waiting for a device.
 pub(crate) struct Rings {
+    /// How many of them serve a CPU of this process.
+    of_cpus: usize,
     starts: Vec<Sender<Start>>,
     readies: Receiver<Result<(), Errno>>,
 }
@@ -117,10 +120,11 @@ impl Rings {
     /// Makes the rings, each on a thread of its own.
     pub fn new() -> Result<Rings, Errno> {
         let (ready, readies) = channel();
-        let mut rings = Rings { starts: Vec::new(), readies };
+        let mut rings = Rings { of_cpus: 0, starts: Vec::new(), readies };
         let own = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
         let seats = seats(possible_cpus()?, |cpu| own.is_set(usize::from(cpu)).unwrap_or(false));
         for Seat { cpu, queues } in seats {
+            rings.of_cpus += usize::from(cpu.is_some());
             let ring = Arc::new(Ring::new(cpu, &queues)?);
             let (start, started) = channel();
             let ready = ready.clone();
@@ -132,6 +136,11 @@ impl Rings {
         }
         rings.all_ready()?;
         Ok(rings)
+    }
+
+    /// What a thread of a ring may do for its clients.
+    pub fn workers(&self) -> Workers {
+        if self.of_cpus > 1 { Workers::Apart } else { Workers::Alone }
     }
 
     /// Gives every queue to the connection of `device`; through the result each ring begins to

@@ -155,6 +155,8 @@ pub struct Db {
     pub(super) backed: Backed,
     /// What happened since the start.
     pub counters: Counters,
+    /// How many transactions were committed here when a client last got WRITE.
+    write_began: AtomicU64,
     /// The replica side: what came from the primary.
     pub(super) inbox: Inbox,
     /// The replica side: the right to write, borrowed from the primary.
@@ -220,6 +222,7 @@ impl Db {
             notes: Mutex::default(),
             virtual_inos: [next_ino(), next_ino()],
             counters: Counters::default(),
+            write_began: AtomicU64::new(0),
         })
     }
 

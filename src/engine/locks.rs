@@ -46,6 +46,8 @@ impl Owner {
     pub const DRAIN: Owner = Owner::Internal(4);
     /// Whoever lends the database to another node.
     pub const LEND: Owner = Owner::Internal(5);
+    /// Whoever moves a read mark for readers to come.
+    pub const MARK: Owner = Owner::Internal(6);
 
     /// A process or an open file by the kernel's number.
     pub fn client(number: u64) -> Owner {

@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use test_case::test_case;
+use test_case::test_matrix;
 
 use crate::support::image::{self, Image};
 use crate::support::node::{Node, Settings};
@@ -285,8 +285,7 @@ fn run_one(file: &Path, place: &Place, exceptions: &Exceptions, report: &Mutex<R
     left.is_empty() && place.since.elapsed() < NODE_MAX
 }
 
-#[test_case("auto", "uring")]
-#[test_case("off", "dev")]
+#[test_matrix(["auto", "off"], ["uring", "dev"])]
 fn the_suite_passes_on_the_mount(passthrough: &'static str, transport: &'static str) {
     run_all(Some((passthrough, transport)));
 }

@@ -12,7 +12,7 @@
 //! that takes the last slot is answered, and with its answer comes the next one.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 
@@ -112,11 +112,17 @@ struct LastClient {
     thread: AtomicU32,
     /// How many requests in a row were from it.
     requests: AtomicU32,
+    /// Other requests have been seen behind it.
+    has_followers: AtomicBool,
 }
 
 impl LastClient {
-    /// `thread` sent a request.
-    fn note(&self, thread: u32) {
+    /// `thread` sent a request. It is 0 of everybody who is out of sight: in a container beside this one.
+    fn note(&self, thread: u32, has_followers: bool) {
+        self.has_followers.store(has_followers, Ordering::Relaxed);
+        if thread == 0 {
+            return self.requests.store(0, Ordering::Relaxed);
+        }
         let known = if self.thread.load(Ordering::Relaxed) == thread {
             self.requests.load(Ordering::Relaxed)
         } else {
@@ -127,7 +133,8 @@ impl LastClient {
     }
 
     fn is_only_one(&self) -> bool {
-        self.requests.load(Ordering::Relaxed) >= ONLY_ONE
+        let has_followers = self.has_followers.load(Ordering::Relaxed);
+        !has_followers && self.requests.load(Ordering::Relaxed) >= ONLY_ONE
     }
 }
 
@@ -178,7 +185,9 @@ impl Ring {
 
     /// Whom the ring's thread serves at the moment.
     pub fn clients(&self) -> Clients {
-        if self.client.is_only_one() { Clients::One } else { Clients::Many }
+        // One is the request that asks.
+        let requests: usize = self.lanes.iter().map(|lane| lane.here.load(Ordering::Relaxed)).sum();
+        if requests == 1 && self.client.is_only_one() { Clients::One } else { Clients::Many }
     }
 
     /// How many slots there are in all queues.
@@ -322,14 +331,15 @@ impl Runner {
         if completion.result() < 0 {
             return self.lost(slot, Errno::from_raw(-completion.result()));
         }
-        self.serve_slot(session, slot, buffer)?;
+        let has_followers = !self.io.completion().is_empty();
+        self.serve_slot(session, (slot, has_followers), buffer)?;
         self.submit_answers()
     }
 
     fn serve_slot<V: Volume>(
         &self,
         session: &Session<V>,
-        slot: Slot,
+        (slot, has_followers): (Slot, bool),
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         let (memory, place) = self.place(slot);
@@ -343,7 +353,7 @@ impl Runner {
         let Ok((request, _)) = InHeader::read_from_prefix(&header.in_out) else {
             return Err(Errno::EPROTO);
         };
-        self.ring.client.note(request.pid);
+        self.ring.client.note(request.pid, has_followers);
         let parts = Parts { header: request, fixed: &header.op_in, rest: payload };
         let responder = Responder::over_ring(self.ring.clone(), slot, request.unique);
         session.serve(&parts, responder, buffer);
@@ -471,7 +481,7 @@ mod tests {
     fn who_sends_many_requests_in_a_row_is_the_only_client() {
         let client = LastClient::default();
         let send = |thread| {
-            client.note(thread);
+            client.note(thread, false);
             client.is_only_one()
         };
         assert!((1..ONLY_ONE).all(|_| !send(7)));
@@ -479,5 +489,9 @@ mod tests {
         assert!(!send(8));
         assert!((1..ONLY_ONE).all(|_| !send(7)));
         assert!(send(7));
+        client.note(7, true);
+        assert!(!client.is_only_one(), "somebody else is waiting");
+        assert!(send(7));
+        assert!((0..2 * ONLY_ONE).all(|_| !send(0)), "these may be many");
     }
 }

@@ -55,6 +55,9 @@ const WRITE_SIZE: usize = 1 << 20;
 /// little for each of many databases.
 const IDLE_CAPACITY: usize = 64 << 10;
 
+/// The number of the last read mark.
+const LAST_MARK: usize = READ_MARKS - 1;
+
 /// Why the log could not be written. After an error of append or publish the caller takes back what
 /// is not published ([`WalWriter::rollback_unpublished`]) before it tries again; a checkpoint or a
 /// restart can be tried again as it is.
@@ -174,7 +177,7 @@ pub struct WalWriter {
     /// So many frames are in the database file.
     backfilled: u32,
     mirror: Mirror,
-    /// The number of the mark that was set last.
+    /// The number of the mark that was set last, but for mark 1.
     marked: usize,
     /// The page that was appended last; it becomes a frame when it is known whether it is the last
     /// of its transaction.
@@ -254,7 +257,7 @@ impl WalWriter {
             appended: empty,
             backfilled: 0,
             mirror,
-            marked: 1,
+            marked: LAST_MARK,
             held: None,
             held_page: Vec::with_capacity(page_size.bytes()),
             frames: Vec::new(),
@@ -522,12 +525,15 @@ impl WalWriter {
         Ok(())
     }
 
-    /// Takes the lock of a mark that no reader uses, and preferably not of the one that the next would use now; its
-    /// number, if there is one.
+    /// Takes the lock of a mark that no reader uses; its number, if there is one. Preferably not that of the mark which
+    /// the next reader would take now; and mark 1 last, which so stays where a checkpoint or a restart left it: at no frame
+    /// that somebody does not know yet.
     fn take_mark(&mut self, locks: &mut dyn CheckpointLocks) -> Option<usize> {
-        let others = (1..READ_MARKS).map(|i| (self.marked + i - 1) % (READ_MARKS - 1) + 1);
-        let free = others.into_iter().find(|i| locks.try_lock(LockSet::one(Lock::READ[*i])));
-        self.marked = free.unwrap_or(self.marked);
+        let after = |i: usize| if i < LAST_MARK { i + 1 } else { 2 };
+        let (next, then) = (after(self.marked), after(after(self.marked)));
+        let mut order = [next, then, self.marked, 1].into_iter();
+        let free = order.find(|i| locks.try_lock(LockSet::one(Lock::READ[*i])));
+        self.marked = free.filter(|i| *i > 1).unwrap_or(self.marked);
         free
     }
 

@@ -10,7 +10,6 @@ use std::sync::{MutexGuard, mpsc};
 use std::time::Duration;
 
 use super::{Db, Refusal};
-use crate::engine::capture::Cut;
 use crate::engine::capture::wal::Captured;
 use crate::engine::chain::Waiting;
 use crate::engine::error::{Error, Result};
@@ -119,8 +118,9 @@ impl Db {
                     return self.wait_for_engine(locks, request, waiter);
                 }
                 Err(conflict) => {
+                    let by_applier = is_kept_out(&locks, conflict);
                     drop(locks);
-                    return self.keep_out(waiter, conflict);
+                    return self.keep_out(waiter, by_applier);
                 }
             },
         };
@@ -154,10 +154,9 @@ impl Db {
         }
     }
 
-    /// Refuses a call because of `conflict`. A mark that is being moved keeps nobody out: SQLite looks for another one
-    /// at once.
-    fn keep_out(&self, waiter: Waiter, conflict: Conflict) {
-        if conflict.owner == Owner::APPLY && !LockSet::MARKS.contains(conflict.lock) {
+    /// Refuses a call, perhaps because of what the applier holds.
+    fn keep_out(&self, waiter: Waiter, by_applier: bool) {
+        if by_applier {
             self.inbox.note_kept_out();
         }
         (waiter.answer)(Err(Refusal::WouldBlock));
@@ -195,11 +194,17 @@ impl Db {
     /// answer here. So a commit while the lease is not confirmed is answered, and its lock released,
     /// when the lease is confirmed again or lost.
     pub fn unlock(&self, owner: Owner, set: LockSet, done: impl FnOnce() + Send + 'static) {
-        let commits = self.counters.commits.load(Ordering::Relaxed);
-        if let Some(cut) = self.capture_at_release(owner, set, Db::capture_of_writer) {
+        if !self.ends_writing(owner, set) {
+            self.release(owner, set);
+            return done();
+        }
+        let cut = self.capture_of_writer();
+        // What was taken and not committed here will come from the primary.
+        self.settle();
+        if let Some(cut) = cut {
             return self.release_after(cut, owner, set, done);
         }
-        let committed = self.counters.commits.load(Ordering::Relaxed) != commits;
+        let committed = self.has_committed();
         if committed {
             self.offer_mark();
         }
@@ -220,25 +225,25 @@ impl Db {
 
     /// Gives up what an owner that is gone has locked.
     fn unlock_gone(&self, owner: Owner, set: LockSet) {
-        match self.capture_at_release(owner, set, Db::capture_of_gone_writer) {
+        if !self.ends_writing(owner, set) {
+            return self.release(owner, set);
+        }
+        let cut = self.capture_of_gone_writer();
+        self.settle();
+        match cut {
             Some(cut) => self.release_after(cut, owner, set, || ()),
             None => self.release(owner, set),
         }
     }
 
-    fn capture_at_release(
-        &self,
-        owner: Owner,
-        set: LockSet,
-        capture: fn(&Db) -> Option<Cut>,
-    ) -> Option<Cut> {
-        if !set.contains(Lock::Write) || !self.holds_exclusively(owner, Lock::Write) {
-            return None;
-        }
-        let cut = capture(self);
-        // What was taken and not committed here will come from the primary.
-        self.settle();
-        cut
+    /// Whether giving up `set` ends a transaction of the WAL.
+    fn ends_writing(&self, owner: Owner, set: LockSet) -> bool {
+        set.contains(Lock::Write) && self.holds_exclusively(owner, Lock::Write)
+    }
+
+    /// Whether something was committed since WRITE was last granted.
+    fn has_committed(&self) -> bool {
+        self.counters.commits.load(Ordering::Relaxed) != self.write_began.load(Ordering::Relaxed)
     }
 
     fn note_commit_without_lease(&self) {
@@ -365,6 +370,10 @@ impl Db {
             let woken = self.locks.lock().unwrap().undo(grant);
             (waiter.answer)(Err(Refusal::WouldBlock));
             return self.wake(woken);
+        }
+        if client && grant.gained().contains(Lock::Write) {
+            let commits = self.counters.commits.load(Ordering::Relaxed);
+            self.write_began.store(commits, Ordering::Relaxed);
         }
         if !client || !self.is_barrier(&grant) {
             return (waiter.answer)(Ok(()));
@@ -522,4 +531,14 @@ impl Db {
         let set = Lock::ALL.into_iter().collect();
         self.try_take(Owner::DROP, set, LockKind::Exclusive).then(|| self.guard(Owner::DROP, set))
     }
+}
+
+/// Whether the applier keeps a client out of the database. It does not by a single mark, which it moves: SQLite
+/// looks for another one at once.
+fn is_kept_out(locks: &Table, conflict: Conflict) -> bool {
+    let moves_mark = || {
+        let has_database = locks.holds(Owner::APPLY, Lock::Read0).is_some();
+        LockSet::MARKS.contains(conflict.lock) && !has_database
+    };
+    conflict.owner == Owner::APPLY && !moves_mark()
 }

@@ -4,10 +4,11 @@
 //! one: it takes the READ lock of a mark exclusively and gives it back, then takes it shared (WAL-mode File
 //! Format, section 2.3.1). A lock call of an application costs microseconds, and one of ours nothing. So a
 //! commit moves a mark that nobody uses, before WRITE is given back, by the same rule: who holds the READ lock
-//! exclusively may change the mark. Here the lock table itself is held meanwhile, which is more.
+//! exclusively may change the mark.
 
 use super::Db;
 use crate::engine::files::FileKind;
+use crate::engine::locks::{LockKind, Owner};
 use crate::os;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal_index::read_mark_at;
@@ -22,9 +23,12 @@ impl Db {
         }
         let frame = self.change.lock().unwrap().wal.frame();
         let Some(shm) = self.files.get(FileKind::Shm).filter(|_| frame > 0) else { return };
-        let locks = self.locks.lock().unwrap();
-        let is_free = |lock: &Lock| LockSet::MARKS.contains(*lock) && locks.held(*lock).is_none();
-        if let Some(i) = Lock::READ.iter().position(is_free) {
+        let free = |i: &usize| {
+            let mark = LockSet::one(Lock::READ[*i]);
+            self.try_take(Owner::MARK, mark, LockKind::Exclusive)
+        };
+        if let Some(i) = (1..Lock::READ.len()).find(free) {
+            let _moving = self.guard(Owner::MARK, LockSet::one(Lock::READ[i]));
             // If it fails, the next reader moves a mark itself.
             let _ = os::write_at("mark", &shm.file, &frame.to_ne_bytes(), read_mark_at(i) as u64);
         }

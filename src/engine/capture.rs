@@ -24,8 +24,6 @@ mod refused;
 pub mod resync;
 pub mod wal;
 
-pub(super) use refused::Cut;
-
 /// Everything about a database that a commit changes.
 pub struct Change {
     /// The position.

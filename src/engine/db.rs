@@ -521,9 +521,16 @@ impl Db {
     }
 
     /// A checkpoint write without the checkpoint lock (an exclusive connection): what it moves must
-    /// be in the chain.
+    /// be in the chain. Also if the connection has a wal-index of its own.
     pub(super) fn before_checkpoint_write(&self, change: &mut Change) -> Result<()> {
-        if self.is_locked_exclusively() { self.settle_wal(change) } else { Ok(()) }
+        if !self.is_locked_exclusively() {
+            return Ok(());
+        }
+        self.settle_wal(change)?;
+        if self.shared.is_passthrough() && self.needs_index()? && self.capture_unindexed(change)? {
+            self.chain.sync()?;
+        }
+        Ok(())
     }
 
     /// Makes the new position visible and tells who waits for it. Called with the right to change.

@@ -206,6 +206,23 @@ impl Db {
         self.set_strays_aside(end, salts, change, &backing.file)
     }
 
+    /// Captures what a connection committed to the WAL that keeps its wal-index to itself (a VFS without shared memory),
+    /// when it moves frames to the database file: all valid ones, as for who builds the index from the log.
+    /// Whether there was anything.
+    pub(in crate::engine) fn capture_unindexed(&self, change: &mut Change) -> Result<bool> {
+        let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(false) };
+        let Some(header) = self.wal_header(&backing.file)? else { return Ok(false) };
+        if change.wal.is_all_of(&backing.file, header.salts) {
+            return Ok(false);
+        }
+        if change.strays.is_some() || !self.shared.is_writable() {
+            return Err(self.corrupt("checkpoint", "its wal-index is out of sight"));
+        }
+        let before = change.pos;
+        self.capture_to(End::LastCommit, header.salts, change, &backing.file, Sink::Chain)?;
+        Ok(change.pos != before)
+    }
+
     /// Takes the transactions up to `end` into `change`.
     fn capture_to(
         &self,

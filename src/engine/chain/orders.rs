@@ -6,21 +6,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::tests::{open, transaction};
 use super::*;
-use crate::engine::sync::{Condvar, JoinHandle, model, spawn};
+use crate::engine::sync::model::{self, Clock};
+use crate::engine::sync::{Condvar, JoinHandle, spawn};
 
 /// So many commits.
 const COMMITS: u64 = 3;
 
-fn of_environment(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
-}
-
 /// Plays it in many orders.
 fn check(run: impl Fn() + Send + Sync + 'static) {
-    let orders = of_environment("LITEFS_TEST_ORDERS", 150) as usize;
+    check_under(Clock::Goes, run);
+}
+
+fn check_under(clock: Clock, run: impl Fn() + Send + Sync + 'static) {
+    let orders = model::given("LITEFS_TEST_ORDERS", 150) as usize;
     let played = Arc::new(AtomicUsize::new(0));
     let count = played.clone();
-    model::check(of_environment("LITEFS_TEST_SEED", 1), orders, move || {
+    model::check(clock, orders, move || {
         count.fetch_add(1, Ordering::Relaxed);
         run();
     });
@@ -31,7 +32,7 @@ fn check(run: impl Fn() + Send + Sync + 'static) {
 fn commits(
     chain: &Arc<Chain>,
     waker: Waker,
-    after: impl Fn(&Chain, u64) + Send + 'static,
+    after: impl Fn(&Arc<Chain>, u64) + Send + 'static,
 ) -> JoinHandle<()> {
     let chain = chain.clone();
     let run = move || {
@@ -126,6 +127,41 @@ fn whoever_waits_for_a_commit_is_answered_in_every_order() {
         wait_durable(&chain, &writer.waker(), Txid(1 + COMMITS));
         drop(writer);
         assert_eq!(chain.stats().backlog, 0);
+        check_files(&chain, 1 + COMMITS);
+    });
+}
+
+/// Whoever waits wakes a writer that rests after others have committed: no time has to go by for that.
+#[test]
+fn who_is_urgent_waits_for_no_clock_in_any_order() {
+    check_under(Clock::Stands, || {
+        let temp = tempfile::tempdir_in(memory()).unwrap();
+        let chain = Arc::new(open(temp.path()));
+        let writer = Writer::start();
+        let pushed = Arc::new(AtomicUsize::new(1));
+        let waiter = {
+            let (chain, waker, pushed) = (chain.clone(), writer.waker(), pushed.clone());
+            spawn("waits", move || {
+                for txid in 2..2 + COMMITS {
+                    while (pushed.load(Ordering::SeqCst) as u64) < txid {
+                        shuttle::thread::yield_now();
+                    }
+                    wait_durable(&chain, &waker, Txid(txid));
+                }
+            })
+        };
+        let committer = commits(&chain, writer.waker(), {
+            let waker = writer.waker();
+            move |chain, txid| {
+                pushed.store(txid as usize, Ordering::SeqCst);
+                if txid == 3 {
+                    wait_durable(chain, &waker, Txid(txid));
+                }
+            }
+        });
+        committer.join().unwrap();
+        waiter.unwrap().join().unwrap();
+        drop(writer);
         check_files(&chain, 1 + COMMITS);
     });
 }

@@ -1,9 +1,12 @@
 //! The lock table as threads use it that wait for their locks, in many orders of these threads.
+//!
+//! `LITEFS_TEST_ORDERS` (`make torture`) plays so many, `LITEFS_TEST_SEED` others.
 
 use std::sync::Arc;
 
 use super::*;
-use crate::engine::sync::{Condvar, Mutex, model, spawn};
+use crate::engine::sync::model::{self, Clock};
+use crate::engine::sync::{Condvar, Mutex, spawn};
 
 /// The table of one database, and who was let in.
 struct Shared {
@@ -48,15 +51,15 @@ impl Shared {
     }
 }
 
-fn orders() -> usize {
-    let given = std::env::var("LITEFS_TEST_ORDERS").ok().and_then(|text| text.parse().ok());
-    given.unwrap_or(1000)
+/// Plays it in many orders.
+fn check(run: impl Fn() + Send + Sync + 'static) {
+    model::check(Clock::Goes, model::given("LITEFS_TEST_ORDERS", 1000) as usize, run);
 }
 
 /// Nobody waits for ever, and nobody is alone beside somebody else.
 #[test]
 fn everybody_gets_a_turn_in_every_order() {
-    model::check(1, orders(), || {
+    check(|| {
         let shared = Shared::new();
         let inside: Arc<Mutex<(u32, u32)>> = Arc::default();
         let threads: Vec<_> =
@@ -93,7 +96,7 @@ fn everybody_gets_a_turn_in_every_order() {
 /// Of those who would wait for each other one is refused, and the others go on.
 #[test]
 fn who_would_wait_for_each_other_is_told_in_every_order() {
-    model::check(1, orders(), || {
+    check(|| {
         let shared = Shared::new();
         let pairs =
             [(Lock::Write, Lock::Ckpt), (Lock::Ckpt, Lock::Recover), (Lock::Recover, Lock::Write)];

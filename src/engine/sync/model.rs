@@ -8,17 +8,35 @@ use std::ops::{Deref, DerefMut};
 use std::sync::LockResult;
 use std::time::Duration;
 
+use shuttle::rand::Rng as _;
+
 thread_local! {
     static MODELLED: Cell<bool> = const { Cell::new(false) };
+    static CLOCK: Cell<Clock> = const { Cell::new(Clock::Goes) };
 }
 
-/// Plays `run` in so many orders of its threads; each is drawn from `seed`.
-pub fn check(seed: u64, orders: usize, run: impl Fn() + Send + Sync + 'static) {
+/// When a wait with a limit ends, if nobody wakes who waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// At some time, before or after others have had their turns, or not within the play.
+    Goes,
+    /// Never: whoever should have been woken and was not waits for good.
+    Stands,
+}
+
+/// A number that the environment gives.
+pub fn given(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+/// Plays `run` in so many orders of its threads; each is drawn from `LITEFS_TEST_SEED`.
+pub fn check(clock: Clock, orders: usize, run: impl Fn() + Send + Sync + 'static) {
+    let seed = given("LITEFS_TEST_SEED", 1);
     let scheduler = shuttle::scheduler::RandomScheduler::new_from_seed(seed, orders);
     let runner = shuttle::Runner::new(scheduler, shuttle::Config::default());
-    MODELLED.set(true);
+    (MODELLED.set(true), CLOCK.set(clock));
     runner.run(run);
-    MODELLED.set(false);
+    (MODELLED.set(false), CLOCK.set(Clock::Goes));
 }
 
 fn in_model<T>(make: impl FnOnce() -> T) -> Option<T> {
@@ -117,7 +135,8 @@ impl Condvar {
         }
     }
 
-    /// Waits to be woken, or for some time: in a model others may have had any number of turns.
+    /// Waits to be woken, or for some time: in a model others may have had any number of turns, or the
+    /// time does not end before the play does.
     pub fn wait_timeout<'a, T>(
         &self,
         mut guard: MutexGuard<'a, T>,
@@ -125,8 +144,12 @@ impl Condvar {
     ) -> LockResult<(MutexGuard<'a, T>, TimedOut)> {
         let real = guard.real.take().expect("held");
         let of = guard.of;
-        if let Some(model) = guard.model.take() {
-            drop((real, model));
+        if let (Some(condvar), Some(model)) = (&self.model, guard.model.take()) {
+            drop(real);
+            if CLOCK.get() == Clock::Stands || shuttle::rand::thread_rng().r#gen() {
+                return Ok((of.guard(Some(condvar.wait(model).unwrap())), TimedOut(false)));
+            }
+            drop(model);
             shuttle::thread::yield_now();
             return Ok((of.lock().unwrap(), TimedOut(true)));
         }

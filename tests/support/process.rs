@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::program::Limit;
+use super::wait;
 
 /// What it runs: each line is an expression; its value, or the errno of its failure, is the answer.
 const SCRIPT: &str = include_str!("process.py");
@@ -64,6 +65,13 @@ impl Process {
     /// Sends a signal that its handler hears; it ends a call that waits.
     pub fn interrupt(&self) {
         kill(self.pid(), Signal::SIGUSR1).unwrap();
+    }
+
+    /// Kills it, and waits until the kernel has let it go.
+    #[track_caller]
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        wait::until("end of a process that was killed", || self.child.try_wait().unwrap());
     }
 
     /// Its number.

@@ -138,7 +138,8 @@ fn a_wal_index_is_one_memory_for_all(passthrough: &'static str, transport: &'sta
     b.expect(count, &(before + 1).to_string());
 }
 
-/// Readers that map the database see each commit, also where the file becomes shorter under them.
+/// Readers that map the database see each commit, also where the file becomes shorter under them; in an
+/// open transaction they keep what they have seen.
 #[test_matrix(["delete", "wal"], ["auto", "off"])]
 fn a_replica_may_be_mapped_into_memory(mode: &str, passthrough: &'static str) {
     let settings = Settings { passthrough, ..Settings::default() };
@@ -159,12 +160,20 @@ fn a_replica_may_be_mapped_into_memory(mode: &str, passthrough: &'static str) {
             let rows = reader.run("select count(*), sum(length(b)) from t");
             assert_eq!(rows, format!("{}|{}", 300, 300 * 2000), "round {round}");
         }
-        // An open transaction of one reader keeps its state (WAL); the other sees the newest.
+        let [keeps, other] = &mut readers;
+        let whole = "select count(*), sum(length(b)), sum(b = zeroblob(2000)) from t";
+        let rows = keeps.run(&format!("begin; {whole}"));
+        assert_eq!(rows, format!("300|{}|300", 300 * 2000), "round {round}");
         writer.run(&format!("update t set b = {round}"));
         writer.run("delete from t where id > 10; vacuum");
         if mode == "wal" {
             writer.run("pragma wal_checkpoint(truncate)");
+            // Nobody waits for it, and the other reader sees the newest state.
+            cluster.sync(DB);
+            assert_eq!(other.run("select count(*), sum(b) from t"), format!("10|{}", 10 * round));
         }
+        assert_eq!(keeps.run(whole), rows, "round {round}");
+        keeps.run("commit");
         cluster.sync(DB);
         for reader in &mut readers {
             assert_eq!(reader.run("select count(*), sum(b) from t"), format!("10|{}", 10 * round));
@@ -173,5 +182,6 @@ fn a_replica_may_be_mapped_into_memory(mode: &str, passthrough: &'static str) {
         writer.run("delete from t");
         cluster.sync(DB);
     }
+    readers.into_iter().for_each(Shell::close);
     cluster.check();
 }

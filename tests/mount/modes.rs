@@ -244,6 +244,7 @@ fn one_transaction_changes_two_databases(mode: &str, passthrough: &'static str) 
 }
 
 #[test_case("delete", "auto")]
+#[test_case("delete", "off")]
 #[test_case("wal", "auto")]
 #[test_case("wal", "off")]
 fn a_database_may_be_mapped_into_memory(mode: &str, passthrough: &'static str) {

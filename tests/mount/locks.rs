@@ -311,14 +311,16 @@ fn compare(node: &Node, files: [&str; 2], count: u64, seed: u64) {
     let mut three = [0, 1, 2].map(|_| Process::open(&bare[0]));
     three.iter_mut().for_each(|process| process.expect(&places, "None"));
     let mut chance = Chance(seed);
-    let mut made = Vec::new();
+    let (mut made, mut refused) = (Vec::new(), 0);
     for _ in 0..CALLS {
         let (process, call) = (chance.below(3) as usize, call(&mut chance, count));
         let answers = three[process].tell(&format!("both({call:?})"));
         let (ours, theirs) = answers.split_once(" | ").unwrap_or((&answers, ""));
         made.push(format!("{process}: {call}: {answers}"));
+        refused += usize::from(ours == "EAGAIN");
         assert_eq!(ours, theirs, "LITEFS_TEST_SEED={seed}:\n{}", made.join("\n"));
     }
+    assert!(refused > 0, "LITEFS_TEST_SEED={seed}: no call met a lock");
 }
 
 /// Whatever three processes ask for, on SQLite's lock bytes a mount answers what a bare file system does.

@@ -34,9 +34,11 @@ pub fn check(clock: Clock, orders: usize, run: impl Fn() + Send + Sync + 'static
     let seed = given("LITEFS_TEST_SEED", 1);
     let scheduler = shuttle::scheduler::RandomScheduler::new_from_seed(seed, orders);
     let runner = shuttle::Runner::new(scheduler, shuttle::Config::default());
-    (MODELLED.set(true), CLOCK.set(clock));
+    MODELLED.set(true);
+    CLOCK.set(clock);
     runner.run(run);
-    (MODELLED.set(false), CLOCK.set(Clock::Goes));
+    MODELLED.set(false);
+    CLOCK.set(Clock::Goes);
 }
 
 fn in_model<T>(make: impl FnOnce() -> T) -> Option<T> {

@@ -501,7 +501,7 @@ fn make_directory(dir: &DataDir, db_dir: &DbDir) -> Result<()> {
 fn read_cluster_id(dir: &DataDir) -> Result<Option<ClusterId>> {
     let path = dir.cluster_id();
     let invalid = || io::Error::new(io::ErrorKind::InvalidData, "invalid cluster id");
-    match fs::read_to_string(&path) {
+    match os::read_to_string("read:cluster-id", &path) {
         Ok(text) => match ClusterId::new(text.trim()) {
             Some(id) => Ok(Some(id)),
             None => Err(Error::io("read cluster id", &path)(invalid())),
@@ -515,7 +515,7 @@ fn read_cluster_id(dir: &DataDir) -> Result<Option<ClusterId>> {
 /// them may hold what no other node has.
 fn remember_own_id(dir: &DataDir, id: NodeId) -> Result<HashSet<NodeId>> {
     let path = dir.node_ids();
-    let text = match fs::read_to_string(&path) {
+    let text = match os::read_to_string("read:node-ids", &path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         Err(error) => return Err(Error::io("read node ids", &path)(error)),

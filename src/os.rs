@@ -1,11 +1,14 @@
-//! Every call that changes a file, each with a label that a test can make fail.
+//! Every call that changes a file or reads one of a database, each with a label that a test can make
+//! fail.
 //!
 //! A label names the step and the file, such as `"apply:database"`. Tests arm a fault for a label
-//! ([`fault`]); unarmed, a call costs one relaxed load more than the system call. Reads are not
-//! here: std's are used as they are. A call that a signal interrupts is made again.
+//! ([`fault`]); unarmed, a call costs one relaxed load more than the system call. The reads on which
+//! something is decided or written are here too, with labels that begin with `"read:"`. A call that a
+//! signal interrupts is made again.
 
+use std::borrow::Borrow;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek as _};
+use std::io::{self, Read as _, Seek as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -143,18 +146,57 @@ pub fn write_at(label: &str, file: &File, mut data: &[u8], mut offset: u64) -> i
     Ok(())
 }
 
+/// Reads once at `offset`; how many bytes.
+fn read_some(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    if fault::is_quiet() {
+        return uninterrupted(|| file.read_at(buf, offset));
+    }
+    fault::check(label)?;
+    let call = Call::Read(file, offset, buf.len());
+    let Some(watch) = fault::watcher(&call) else {
+        return uninterrupted(|| file.read_at(buf, offset));
+    };
+    uninterrupted(|| match watch.before(label, &call) {
+        Verdict::Fail(errno) => Err(io::Error::from_raw_os_error(errno)),
+        Verdict::Go => file.read_at(buf, offset),
+        Verdict::Short(len) => {
+            let len = len.min(buf.len());
+            file.read_at(&mut buf[..len], offset)
+        }
+    })
+}
+
 /// Reads at `offset` until `buf` is full or the file ends; how many bytes.
-pub fn read_up_to(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+pub fn read_up_to(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buf.len() {
-        match file.read_at(&mut buf[filled..], offset + filled as u64) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match read_some(label, file, &mut buf[filled..], offset + filled as u64)? {
+            0 => break,
+            n => filled += n,
         }
     }
     Ok(filled)
+}
+
+/// Fills `buf` with what stands at `offset`; a file that ends before is an error.
+pub fn read_exact_at(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    match read_up_to(label, file, buf, offset)? == buf.len() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// All of a file.
+pub fn read(label: &'static str, path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    FileCursor::new(label, File::open(path)?).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// All of a file of text.
+pub fn read_to_string(label: &'static str, path: &Path) -> io::Result<String> {
+    let text = String::from_utf8(read(label, path)?);
+    text.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// Sets the length of a file in bytes.
@@ -274,25 +316,43 @@ pub fn unnamed_file(label: &str, dir: &Path) -> io::Result<File> {
     )
 }
 
-/// Reads a file from its start, whoever else uses the same open file.
+/// Reads a file without moving its own position, whoever else uses the same open file.
 #[derive(Debug)]
-pub struct FileCursor<'a> {
-    file: &'a File,
+pub struct FileCursor<F> {
+    label: &'static str,
+    file: F,
     offset: u64,
 }
 
-impl<'a> FileCursor<'a> {
+impl<F: Borrow<File>> FileCursor<F> {
     /// At the start of `file`.
-    pub fn new(file: &'a File) -> FileCursor<'a> {
-        FileCursor { file, offset: 0 }
+    pub fn new(label: &'static str, file: F) -> FileCursor<F> {
+        FileCursor::at(label, file, 0)
+    }
+
+    /// At this offset (bytes) of `file`.
+    pub fn at(label: &'static str, file: F, offset: u64) -> FileCursor<F> {
+        FileCursor { label, file, offset }
     }
 }
 
-impl io::Read for FileCursor<'_> {
+impl<F: Borrow<File>> io::Read for FileCursor<F> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.file.read_at(buf, self.offset)?;
+        let n = read_some(self.label, self.file.borrow(), buf, self.offset)?;
         self.offset += n as u64;
         Ok(n)
+    }
+}
+
+impl<F: Borrow<File>> io::Seek for FileCursor<F> {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        let place = match to {
+            io::SeekFrom::Start(offset) => Some(offset),
+            io::SeekFrom::Current(by) => self.offset.checked_add_signed(by),
+            io::SeekFrom::End(by) => self.file.borrow().metadata()?.len().checked_add_signed(by),
+        };
+        self.offset = place.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.offset)
     }
 }
 

@@ -438,7 +438,7 @@ impl fuse::Volume for EngineVolume {
                 return Ok(len);
             }
         };
-        crate::os::read_up_to(file, buf, offset).map_err(|error| os_errno(&error))
+        crate::os::read_up_to("read:mount", file, buf, offset).map_err(|error| os_errno(&error))
     }
 
     fn write(&self, handle: &Arc<OpenFile>, write: Write<'_>, reply: Reply<u32>) {

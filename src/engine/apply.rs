@@ -122,7 +122,7 @@ impl Body {
         let source: Box<dyn Read + '_> = match self {
             Body::Memory(bytes) => Box::new(&bytes[..]),
             Body::Spool(_, file, len) => {
-                let cursor = os::FileCursor::new(file).take(*len);
+                let cursor = os::FileCursor::new("read:received", file).take(*len);
                 Box::new(BufReader::with_capacity(limits::IO_BUFFER, cursor))
             }
         };

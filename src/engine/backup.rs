@@ -232,8 +232,9 @@ impl Db {
         let out =
             BufWriter::with_capacity(limits::IO_BUFFER, os::Labelled::new("backup:spool", &spool));
         let inputs = opened.iter();
-        let inputs = inputs
-            .map(|file| BufReader::with_capacity(limits::MERGE_BUFFER, os::FileCursor::new(file)));
+        let inputs = inputs.map(|file| {
+            BufReader::with_capacity(limits::MERGE_BUFFER, os::FileCursor::new("read:backup", file))
+        });
         match ltx::compact(inputs.collect(), out, self.shared.compression) {
             Ok((header, trailer)) => {
                 let pos = Pos { txid: header.max_txid, checksum: trailer.post_apply };

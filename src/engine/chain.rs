@@ -268,8 +268,9 @@ impl Chain {
         os::rename("chain:adopt", &file, &target).map_err(Error::io("rename ltx file", &target))?;
         self.inner.lock().unwrap().files.retain(|_, file| (file.min, file.max) != (min, max));
         self.sync_dir()?;
-        if min == Txid(1) {
-            self.clear(&target)?;
+        if min == Txid(1) && self.clear(&target)? {
+            // Those of higher numbers would be taken for the newer chain if they came back.
+            self.sync_dir()?;
         }
         let size = fs::metadata(&target).map_or(0, |meta| meta.len());
         let mut inner = self.inner.lock().unwrap();
@@ -469,7 +470,7 @@ impl Chain {
             let path = self.dir.ltx_file(file.min, file.max);
             let mut bytes = [0; ltx::HEADER_SIZE];
             let opened = File::open(&path).map_err(Error::io("open ltx file", &path))?;
-            let read = os::read_up_to(&opened, &mut bytes, 0)
+            let read = os::read_up_to("read:own", &opened, &mut bytes, 0)
                 .map_err(Error::io("read ltx file", &path))?;
             let header = (read == bytes.len()).then(|| Header::decode(&bytes).ok()).flatten();
             if header.is_none_or(|header| own.contains(&header.node_id)) {
@@ -683,7 +684,7 @@ impl Chain {
 
     /// Copies an LTX file that verifies; none if it does not.
     fn copy_verified(&self, path: &Path, temporary: &Path) -> Result<Option<File>> {
-        let bytes = fs::read(path).map_err(Error::io("read ltx file", path))?;
+        let bytes = os::read("read:chain", path).map_err(Error::io("read ltx file", path))?;
         if ltx::verify(&bytes[..]).is_err() {
             return Ok(None);
         }
@@ -719,9 +720,10 @@ impl Chain {
         paths.filter(|path| path.exists()).try_for_each(|path| set_aside_too(&self.dir, &path))
     }
 
-    /// Empties the directory of the chain, but for the snapshot `keep`. What an error leaves there is
-    /// still listed.
-    fn clear(&self, keep: &Path) -> Result<()> {
+    /// Empties the directory of the chain, but for the snapshot `keep`; whether there was anything. What
+    /// an error leaves there is still listed.
+    fn clear(&self, keep: &Path) -> Result<bool> {
+        let mut had_others = false;
         let old: Vec<LtxFile> = self.inner.lock().unwrap().files.values().copied().collect();
         for file in old {
             let path = self.dir.ltx_file(file.min, file.max);
@@ -729,10 +731,11 @@ impl Chain {
                 os::remove_if_present("chain:clear", &path)
                     .and_then(|()| positions::remove(&self.dir, file.min, file.max))
                     .map_err(Error::io("remove ltx file", &path))?;
+                had_others = true;
             }
             self.inner.lock().unwrap().files.remove(&file.min);
         }
-        Ok(())
+        Ok(had_others)
     }
 }
 
@@ -836,9 +839,9 @@ fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
     let mut at = 0;
     while at < meta.len() {
         let [ours, theirs] = &mut buffers;
-        let read = os::read_up_to(&one, ours, at)?;
+        let read = os::read_up_to("read:same", &one, ours, at)?;
         if read == 0
-            || os::read_up_to(&other, theirs, at)? != read
+            || os::read_up_to("read:same", &other, theirs, at)? != read
             || ours[..read] != theirs[..read]
         {
             return Ok(false);

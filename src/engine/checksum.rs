@@ -17,7 +17,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -157,7 +157,7 @@ impl<'a, P: Iterator<Item = (usize, &'a mut [Checksum])>> Scan<'_, P> {
             let len = sums.len() * self.page_size.bytes();
             buffer.resize(len, 0);
             let offset = (index * SCAN_READ_SIZE) as u64;
-            if let Err(error) = read_zero_extended(self.file, &mut buffer, offset) {
+            if let Err(error) = read_zero_extended("read:scan", self.file, &mut buffer, offset) {
                 failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }
@@ -171,16 +171,13 @@ impl<'a, P: Iterator<Item = (usize, &'a mut [Checksum])>> Scan<'_, P> {
 }
 
 /// Reads at `offset`; what lies past the end of the file is zeros.
-pub(super) fn read_zero_extended(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
-            Ok(0) => break,
-            Ok(len) => filled += len,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+pub(super) fn read_zero_extended(
+    label: &str,
+    file: &File,
+    buffer: &mut [u8],
+    offset: u64,
+) -> io::Result<()> {
+    let filled = os::read_up_to(label, file, buffer, offset)?;
     buffer[filled..].fill(0);
     Ok(())
 }
@@ -221,7 +218,7 @@ pub fn load(path: &Path, database: &File) -> io::Result<Option<Saved>> {
     };
     let len = file.metadata()?.len();
     let mut bytes = [0; HEADER_SIZE];
-    read_zero_extended(&file, &mut bytes, 0)?;
+    read_zero_extended("read:checksums", &file, &mut bytes, 0)?;
     let Some(start) = parse_header(&bytes, &identity(database)?) else {
         return Ok(None);
     };
@@ -231,7 +228,7 @@ pub fn load(path: &Path, database: &File) -> io::Result<Option<Saved>> {
         return Ok(None);
     }
     let mut all = vec![0; len as usize];
-    read_zero_extended(&file, &mut all, 0)?;
+    read_zero_extended("read:checksums", &file, &mut all, 0)?;
     Ok(parse_sums(&all).filter(|sums| sums.rolling() == start.pos.checksum).map(|sums| Saved {
         page_size: start.page_size,
         pos: start.pos,
@@ -309,6 +306,8 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn sum(value: u64) -> Checksum {

@@ -342,7 +342,13 @@ impl Db {
             self.journal_synced();
         }
         let path = self.files.path(backing.kind);
-        let synced = os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path));
+        let mut synced = os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path));
+        // SQLite syncs the directory after the first sync of these, but does not ask whether that
+        // worked; afterwards it finds nothing left to do.
+        let is_log = matches!(backing.kind, FileKind::Journal | FileKind::Wal);
+        if is_log && self.files.is_current(backing) {
+            synced = synced.and_then(|()| self.files.sync_names());
+        }
         if backing.kind != FileKind::Wal || !self.files.is_current(backing) {
             return Ok(synced?);
         }

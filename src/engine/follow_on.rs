@@ -143,5 +143,8 @@ impl Db {
 
 /// The ends of an LTX file, if it is whole.
 fn verified(file: &File) -> Result<(Header, Trailer), ltx::Error> {
-    ltx::verify(BufReader::with_capacity(limits::IO_BUFFER, os::FileCursor::new(file)))
+    ltx::verify(BufReader::with_capacity(
+        limits::IO_BUFFER,
+        os::FileCursor::new("read:follow-on", file),
+    ))
 }

@@ -54,7 +54,12 @@ impl Frozen<'_> {
         match &self.wal {
             Some((wal, map)) => read_page(map, wal, &self.database, self.page_size, pgno, page),
             None => {
-                let filled = os::read_up_to(&self.database, page, self.page_size.offset(pgno))?;
+                let filled = os::read_up_to(
+                    "read:snapshot",
+                    &self.database,
+                    page,
+                    self.page_size.offset(pgno),
+                )?;
                 page[filled..].fill(0);
                 Ok(())
             }
@@ -180,7 +185,8 @@ impl Db {
             return Err(self.corrupt("restore backup", "the database has no file"));
         };
         let mut page = vec![0; page_size.bytes()];
-        os::read_up_to(&database.file, &mut page, 0).map_err(Error::io("read page 1", &path))?;
+        os::read_up_to("read:restore", &database.file, &mut page, 0)
+            .map_err(Error::io("read page 1", &path))?;
         let found = DatabaseHeader::parse(&page)
             .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
         let past = |former: u32, found: u32| former.max(found.wrapping_add(1));
@@ -296,8 +302,9 @@ impl Db {
         let mut page = vec![0; found.page_size.bytes()];
         let (counter, cookie) = self.next_counters(change)?;
         for pgno in (1..=commit).map(Pgno).filter(|pgno| *pgno != found.page_size.lock_pgno()) {
-            let filled = os::read_up_to(file, &mut page, found.page_size.offset(pgno))
-                .map_err(Error::io("read import", source))?;
+            let filled =
+                os::read_up_to("read:import", file, &mut page, found.page_size.offset(pgno))
+                    .map_err(Error::io("read import", source))?;
             if filled < page.len() {
                 return Err(self.corrupt("import", "the file is shorter than its header says"));
             }
@@ -341,7 +348,7 @@ impl Db {
             (Some(wal), Some(at)) => (FileKind::Wal, wal, at),
             _ => (FileKind::Database, &database, 0),
         };
-        os::read_up_to(&file.file, &mut page, at)
+        os::read_up_to("read:snapshot", &file.file, &mut page, at)
             .map_err(Error::io("read page 1", &self.files.path(kind)))?;
         DatabaseHeader::parse(&page)
             .map(Some)

@@ -308,7 +308,7 @@ impl Transaction {
             image.fill(0);
             return Ok(());
         }
-        let filled = os::read_up_to(&self.source, image, page.offset)?;
+        let filled = os::read_up_to("read:transaction", &self.source, image, page.offset)?;
         match overlay.lay_over(image, page.offset, filled) {
             filled if filled == image.len() => Ok(()),
             _ => Err(io::ErrorKind::UnexpectedEof.into()),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-/// A call that changes a file or a directory.
+/// A call that changes a file or a directory, or reads a file.
 #[derive(Debug, Clone, Copy)]
 pub enum Call<'a> {
     /// A file is opened, or made if it is missing.
@@ -21,6 +21,8 @@ pub enum Call<'a> {
     Make(Option<&'a Path>, &'a Path, Option<&'a File>),
     /// Bytes at an offset; after the call only those that were written.
     Write(&'a File, u64, &'a [u8]),
+    /// So many bytes at an offset are read; a watch hears nothing of it afterwards.
+    Read(&'a File, u64, usize),
     /// The content of a file becomes that of another one.
     Copy(&'a File, &'a Path),
     /// A file gets this length.
@@ -49,6 +51,7 @@ impl Call<'_> {
         match self {
             Call::Write(file, ..) | Call::Copy(file, _) => path_of(file),
             Call::Truncate(file, _) | Call::Sync(file) => path_of(file),
+            Call::Read(file, ..) => path_of(file),
             Call::Open(path) | Call::Make(_, path, _) | Call::SyncFs(path) => {
                 Some(path.to_path_buf())
             }
@@ -74,7 +77,7 @@ pub enum Verdict {
     Go,
     /// It fails with this errno and changes nothing. EINTR: it is made again.
     Fail(i32),
-    /// A write ends after so many bytes.
+    /// A write or a read ends after so many bytes.
     Short(usize),
 }
 

@@ -125,7 +125,7 @@ fn parts_of_pages_and_growth_by_truncation_are_captured() {
     let mut sum = ltx::Checksum::EMPTY;
     for pgno in 1..=pages {
         let mut page = [0; PAGE];
-        os::read_up_to(&path, &mut page, u64::from(pgno - 1) * PAGE as u64).unwrap();
+        os::read_up_to("read:test", &path, &mut page, u64::from(pgno - 1) * PAGE as u64).unwrap();
         sum = sum.toggle(ltx::page_checksum(Pgno(pgno), &page));
     }
     assert_eq!(sum, db.pos().checksum);

@@ -259,7 +259,7 @@ unsafe extern "C" fn read(
     // SAFETY: SQLite's buffer has `len` bytes.
     let (open, to) =
         unsafe { (opened(file), std::slice::from_raw_parts_mut(to.cast::<u8>(), len as usize)) };
-    match os::read_up_to(&open.backing.file, to, offset as u64) {
+    match os::read_up_to("read:client", &open.backing.file, to, offset as u64) {
         Ok(filled) if filled == to.len() => ffi::SQLITE_OK,
         Ok(filled) => {
             to[filled..].fill(0);

@@ -4,7 +4,8 @@
 //! The model of a disk: content and length of a file are durable by a sync of the file, names by a sync
 //! of their directory. What is not may be lost or kept, in any order, each 512 bytes for themselves, at
 //! any state between that they had. Names are kept in the order in which they were made (a journal), or
-//! in any order.
+//! in any order. After a sync that failed, the kernel takes what was written before for written: only
+//! what is written again is made durable by a later sync.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -18,6 +19,9 @@ use litefs::os::fault::{self, Call, Verdict, Watch, Watching};
 
 use crate::support::chance::Chance;
 
+/// The kind of a call that reads.
+const READ: &str = "read";
+
 /// What a disk writes whole.
 const SECTOR: usize = 512;
 
@@ -29,6 +33,8 @@ pub enum Step {
     Truncate(usize, u64),
     /// Covers the steps before a number.
     Sync(usize, usize),
+    /// A sync of a file, or of all, that failed; what was written before a number is not tried again.
+    SyncFailed(Option<usize>, usize),
     SyncDir(PathBuf, usize),
     SyncAll(usize),
     Rename(PathBuf, PathBuf),
@@ -59,6 +65,62 @@ pub enum Trouble {
     Short,
     /// From one call on, everything that needs room fails.
     Full,
+}
+
+impl Trouble {
+    /// Whether it does anything to a call of this kind.
+    pub fn concerns(self, kind: &str) -> bool {
+        match self {
+            Trouble::Errno(libc::ENOSPC) => kind != READ,
+            Trouble::Errno(_) => true,
+            Trouble::Short => kind == "write" || kind == READ,
+            Trouble::ShortAndFull => kind == "write",
+            Trouble::Full => ["write", "make", "copy", "link", "make dirs"].contains(&kind),
+        }
+    }
+}
+
+/// What to do to which call.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub label: String,
+    /// Which of the calls with that label.
+    pub nth: usize,
+    pub trouble: Trouble,
+}
+
+/// A call that was made.
+#[derive(Debug, Clone)]
+pub struct Called {
+    pub label: String,
+    pub kind: &'static str,
+    /// So many calls with that label were made before.
+    nth: usize,
+    /// So many steps were.
+    begun: usize,
+}
+
+impl Called {
+    /// The first call with its label.
+    pub fn first(&self) -> Called {
+        Called { nth: 0, ..self.clone() }
+    }
+
+    pub fn with(&self, trouble: Trouble) -> Plan {
+        Plan { label: self.label.clone(), nth: self.nth, trouble }
+    }
+}
+
+/// The first call that trouble came to.
+#[derive(Debug, Clone)]
+pub struct Hit {
+    pub label: String,
+    pub what: String,
+    /// So many calls that change something were made up to then.
+    pub calls: usize,
+    /// So many steps were made before.
+    pub step: usize,
+    pub is_sync: bool,
 }
 
 /// All files of a directory.
@@ -128,6 +190,12 @@ impl Disk {
 
     fn time_of(&self, file: usize) -> u64 {
         (self.changed[file] / self.tick.max(1)) as u64
+    }
+
+    /// How many files were set aside.
+    pub fn set_aside(&self) -> usize {
+        let is_aside = |name: &&PathBuf| name.iter().any(|part| part == "lost+found");
+        self.names.keys().filter(is_aside).count()
     }
 
     /// What a file holds.
@@ -317,6 +385,88 @@ fn apply(content: &mut Vec<u8>, step: &Step) {
     }
 }
 
+/// The sectors that a step changes, of a file that had this length before and has that one after it.
+fn touched(step: &Step, before: usize, after: usize) -> std::ops::Range<usize> {
+    match step {
+        Step::Write(_, offset, data) => {
+            let start = (*offset as usize).min(before);
+            start / SECTOR..(*offset as usize + data.len()).div_ceil(SECTOR)
+        }
+        _ => after.min(before) / SECTOR..after.max(before).div_ceil(SECTOR),
+    }
+}
+
+fn copy_sector(from: &[u8], to: &mut Vec<u8>, sector: usize) {
+    let (start, end) = (sector * SECTOR, (sector + 1) * SECTOR);
+    if to.len() < end {
+        to.resize(end, 0);
+    }
+    to[start..end].fill(0);
+    if start < from.len() {
+        let end = end.min(from.len());
+        to[start..end].copy_from_slice(&from[start..end]);
+    }
+}
+
+/// A file on the disk, and as whoever reads it sees it.
+struct Halves {
+    disk: Vec<u8>,
+    cache: Vec<u8>,
+    /// Sectors that the next sync writes.
+    dirty: BTreeSet<usize>,
+    /// The shortest that the file was since the last one.
+    shortest: usize,
+}
+
+impl Halves {
+    fn new(content: Vec<u8>) -> Halves {
+        let shortest = content.len();
+        Halves { disk: content.clone(), cache: content, dirty: BTreeSet::new(), shortest }
+    }
+
+    fn play(&mut self, step: &Step) {
+        let before = self.cache.len();
+        apply(&mut self.cache, step);
+        self.dirty.extend(touched(step, before, self.cache.len()));
+        self.shortest = self.shortest.min(self.cache.len());
+    }
+
+    /// A sync; one that fails leaves the length to the next one, but no content.
+    fn sync(&mut self, is_done: bool) {
+        let dirty = std::mem::take(&mut self.dirty);
+        if !is_done {
+            return;
+        }
+        self.disk.truncate(self.shortest);
+        dirty.iter().for_each(|sector| copy_sector(&self.cache, &mut self.disk, *sector));
+        self.disk.resize(self.cache.len(), 0);
+        self.shortest = self.cache.len();
+    }
+
+    /// Some of what a sync that failed was to write stands on the disk all the same.
+    fn keep_some(&mut self, chance: &mut Chance) {
+        for sector in 0..self.cache.len().div_ceil(SECTOR) {
+            let range = sector * SECTOR..((sector + 1) * SECTOR).min(self.cache.len());
+            if self.disk[range.clone()] != self.cache[range.clone()] && chance.below(2) == 0 {
+                self.disk[range.clone()].copy_from_slice(&self.cache[range]);
+            }
+        }
+    }
+}
+
+/// The syncs of a file in their order: what was written before which step, and whether it was.
+fn syncs_of(steps: &[Step], file: usize) -> Vec<(usize, bool)> {
+    let syncs = steps.iter().filter_map(|step| match step {
+        Step::Sync(of, upto) if *of == file => Some((*upto, true)),
+        Step::SyncAll(upto) => Some((*upto, true)),
+        Step::SyncFailed(of, upto) if of.is_none_or(|of| of == file) => Some((*upto, false)),
+        _ => None,
+    });
+    let mut syncs: Vec<_> = syncs.collect();
+    syncs.sort_by_key(|(upto, _)| *upto);
+    syncs
+}
+
 /// The content of a file, and when it was changed last.
 fn file_left(
     base: &Disk,
@@ -329,42 +479,46 @@ fn file_left(
         Step::Write(of, ..) | Step::Truncate(of, _) => *of == file,
         _ => false,
     };
-    let synced = steps.iter().filter_map(|step| match step {
-        Step::Sync(of, upto) if *of == file => Some(*upto),
-        Step::SyncAll(upto) => Some(*upto),
-        _ => None,
-    });
-    let durable = synced.max().unwrap_or(0);
-    let mut content = base.files.get(file).cloned().unwrap_or_default();
-    let is_made = |step: &Step| matches!(step, Step::Make(of, _) if *of == file);
-    let made = steps.iter().position(is_made).map_or(0, |at| at + 1);
-    let mut changed = base.changed.get(file).copied().unwrap_or(made);
-    let mut play = |content: &mut Vec<u8>, steps: &[(usize, &Step)]| {
-        steps.iter().for_each(|(_, step)| apply(content, step));
-        changed = steps.last().map_or(changed, |(at, _)| at + 1);
-        changed
-    };
+    let mut syncs = syncs_of(steps, file);
+    let last_done = syncs.iter().rposition(|(_, is_done)| *is_done);
+    syncs.truncate(last_done.map_or(0, |last| last + 1));
+    let durable = syncs.last().map_or(0, |(upto, _)| *upto);
     let its: Vec<(usize, &Step)> = steps.iter().enumerate().filter(is_its).collect();
     let (before, rest) = its.split_at(its.partition_point(|(at, _)| *at < durable));
-    let changed = play(&mut content, before);
+    let mut left = Halves::new(base.files.get(file).cloned().unwrap_or_default());
+    let mut syncs = syncs.into_iter().peekable();
+    for (at, step) in before {
+        while let Some((_, is_done)) = syncs.next_if(|(upto, _)| upto <= at) {
+            left.sync(is_done);
+        }
+        left.play(step);
+    }
+    syncs.for_each(|(_, is_done)| left.sync(is_done));
+    let is_made = |step: &Step| matches!(step, Step::Make(of, _) if *of == file);
+    let made = steps.iter().position(is_made).map_or(0, |at| at + 1);
+    let changed = base.changed.get(file).copied().unwrap_or(made);
+    let last_of = |steps: &[(usize, &Step)]| steps.last().map(|(at, _)| at + 1);
+    let changed = last_of(before).unwrap_or(changed);
     match loss.content {
-        Content::Lost => (content, changed),
+        Content::Lost => (left.disk, changed),
         Content::Kept => {
-            let changed = play(&mut content, rest);
-            (content, changed)
+            rest.iter().for_each(|(_, step)| left.play(step));
+            (left.cache, last_of(rest).unwrap_or(changed))
         }
         Content::InOrder => {
             let count = chance.below(rest.len() as u64 + 1) as usize;
-            let changed = play(&mut content, &rest[..count]);
+            rest[..count].iter().for_each(|(_, step)| left.play(step));
             if let Some((_, Step::Write(_, offset, data))) = rest.get(count) {
                 let sectors = data.len().div_ceil(SECTOR) as u64;
                 let end = (chance.below(sectors + 1) as usize * SECTOR).min(data.len());
-                apply(&mut content, &Step::Write(file, *offset, data[..end].to_vec()));
+                left.play(&Step::Write(file, *offset, data[..end].to_vec()));
             }
-            (content, changed)
+            left.sync(true);
+            (left.disk, last_of(&rest[..count]).unwrap_or(changed))
         }
         Content::Any => {
-            let (content, last) = any_part(content, rest, chance);
+            left.keep_some(chance);
+            let (content, last) = any_part(left, rest, chance);
             (content, last.map_or(changed, |last| rest[last].0 + 1))
         }
     }
@@ -374,11 +528,11 @@ fn file_left(
 /// the steps; the number of the last step that the inode knows of. What the inode knows to be cut off
 /// is gone, and what was written after a cut that it does not know of has no place in it.
 fn any_part(
-    mut now: Vec<u8>,
+    left: Halves,
     rest: &[(usize, &Step)],
     chance: &mut Chance,
 ) -> (Vec<u8>, Option<usize>) {
-    let steps = rest.len();
+    let (steps, mut out, mut now) = (rest.len(), left.disk, left.cache);
     let draw = |chance: &mut Chance, from: usize, upto: usize| match chance.below(4) {
         0 => from,
         1 => upto,
@@ -405,18 +559,11 @@ fn any_part(
         let from = of_it().filter(|number| *number <= inode).max().unwrap_or(0);
         (from, of_it().find(|number| *number > inode).map_or(steps, |number| number - 1))
     };
-    let (mut out, mut until) = (now.clone(), HashMap::new());
+    let mut until = HashMap::new();
     for (number, (_, step)) in (1..).zip(rest) {
         let before = now.len();
         apply(&mut now, step);
-        let touched = match step {
-            Step::Write(_, offset, data) => {
-                let start = (*offset as usize).min(before);
-                start / SECTOR..(*offset as usize + data.len()).div_ceil(SECTOR)
-            }
-            _ => now.len().min(before) / SECTOR..now.len().max(before).div_ceil(SECTOR),
-        };
-        for sector in touched {
+        for sector in touched(step, before, now.len()) {
             let state = until.entry(sector).or_insert_with(|| {
                 let (from, upto) = states_of(sector);
                 draw(chance, from, upto)
@@ -424,15 +571,7 @@ fn any_part(
             if number > *state {
                 continue;
             }
-            let (start, end) = (sector * SECTOR, (sector + 1) * SECTOR);
-            if out.len() < end {
-                out.resize(end, 0);
-            }
-            out[start..end].fill(0);
-            if start < now.len() {
-                let end = end.min(now.len());
-                out[start..end].copy_from_slice(&now[start..end]);
-            }
+            copy_sector(&now, &mut out, sector);
         }
     }
     out.resize(lens[inode], 0);
@@ -456,19 +595,19 @@ struct State {
     begun: HashMap<ThreadId, usize>,
     /// Directories that a call is about to make.
     missing: HashMap<ThreadId, Vec<PathBuf>>,
-    calls: usize,
-    trouble: Option<(usize, Trouble)>,
-    /// The label of each call.
-    labels: Vec<String>,
+    calls: Vec<Called>,
+    reads: Vec<Called>,
+    /// How many calls there were, by label.
+    made: HashMap<String, usize>,
+    trouble: Option<Plan>,
     /// Threads whose next call fails.
     full: Vec<ThreadId>,
-    /// What was hit.
-    hit: Option<String>,
+    hit: Option<Hit>,
 }
 
 impl Recorder {
     /// Watches `root` from now on.
-    pub fn start(root: &Path, trouble: Option<(usize, Trouble)>) -> (Arc<Recorder>, Watching) {
+    pub fn start(root: &Path, trouble: Option<Plan>) -> (Arc<Recorder>, Watching) {
         let base = Disk::load(root);
         let mut known = HashMap::new();
         for (name, file) in &base.names {
@@ -482,13 +621,25 @@ impl Recorder {
         (recorder, watching)
     }
 
-    /// The label of each call.
-    pub fn labels(&self) -> Vec<String> {
-        self.state.lock().unwrap().labels.clone()
+    /// The calls so far that only read.
+    pub fn reads(&self) -> Vec<Called> {
+        self.state.lock().unwrap().reads.clone()
     }
 
-    /// The label of the call that was hit.
-    pub fn hit(&self) -> Option<String> {
+    /// The calls so far that changed something.
+    pub fn calls(&self) -> Vec<Called> {
+        self.state.lock().unwrap().calls.clone()
+    }
+
+    /// How many steps were made before the call with this number; all that there are, if there is no
+    /// such call.
+    pub fn steps_before(&self, call: usize) -> usize {
+        let state = self.state.lock().unwrap();
+        state.calls.get(call).map_or(state.steps.len(), |called| called.begun)
+    }
+
+    /// The call that was hit.
+    pub fn hit(&self) -> Option<Hit> {
         self.state.lock().unwrap().hit.clone()
     }
 
@@ -514,35 +665,66 @@ impl Recorder {
 
 impl State {
     fn verdict(&mut self, label: &str, call: &Call<'_>) -> Verdict {
-        let (number, thread) = (self.calls, std::thread::current().id());
-        self.calls += 1;
-        self.labels.push(label.to_owned());
-        if let Some(at) = self.full.iter().position(|one| *one == thread) {
+        let (kind, begun) = (kind_of(call), self.steps.len());
+        let made = self.made.entry(label.to_owned()).or_default();
+        let nth = *made;
+        *made += 1;
+        let called = Called { label: label.to_owned(), kind, nth, begun };
+        match kind {
+            READ => self.reads.push(called),
+            _ => self.calls.push(called),
+        }
+        let verdict = self.trouble_of(label, nth, call);
+        if verdict != Verdict::Go {
+            let what = format!("{label}: {}", describe(call));
+            let (label, calls) = (label.to_owned(), self.calls.len());
+            let is_sync = matches!(call, Call::Sync(_) | Call::SyncFs(_));
+            let hit = Hit { label, what, calls, step: begun, is_sync };
+            self.hit.get_or_insert(hit);
+        }
+        verdict
+    }
+
+    fn trouble_of(&mut self, label: &str, nth: usize, call: &Call<'_>) -> Verdict {
+        let thread = std::thread::current().id();
+        let due = self.full.iter().position(|one| *one == thread);
+        if let Some(at) = due.filter(|_| kind_of(call) != READ) {
             self.full.swap_remove(at);
             return Verdict::Fail(libc::ENOSPC);
         }
-        let Some((due, trouble)) = self.trouble else { return Verdict::Go };
-        if number < due || (number > due && trouble != Trouble::Full) {
+        let Some(plan) = &self.trouble else { return Verdict::Go };
+        let is_due = plan.label == label && plan.nth == nth;
+        let goes_on = plan.trouble == Trouble::Full && self.hit.is_some();
+        if !(is_due || goes_on) || !plan.trouble.concerns(kind_of(call)) {
             return Verdict::Go;
         }
-        self.hit.get_or_insert_with(|| format!("{label}: {}", describe(call)));
-        match (trouble, call) {
-            (Trouble::Errno(errno), _) => Verdict::Fail(errno),
-            (
-                Trouble::Full,
-                Call::Write(..)
-                | Call::Make(..)
-                | Call::Copy(..)
-                | Call::Link(..)
-                | Call::MakeDirs(_),
-            ) => Verdict::Fail(libc::ENOSPC),
-            (Trouble::Full, _) => Verdict::Go,
-            (Trouble::Short, Call::Write(_, _, data)) => Verdict::Short((data.len() / 2).max(1)),
-            (Trouble::ShortAndFull, Call::Write(_, _, data)) => {
+        let half = match call {
+            Call::Write(_, _, data) => (data.len() / 2).max(1),
+            Call::Read(_, _, len) => (len / 2).max(1),
+            _ => 0,
+        };
+        match plan.trouble {
+            Trouble::Errno(errno) => Verdict::Fail(errno),
+            Trouble::Full => Verdict::Fail(libc::ENOSPC),
+            Trouble::Short => Verdict::Short(half),
+            Trouble::ShortAndFull => {
                 self.full.push(thread);
-                Verdict::Short((data.len() / 2).max(1))
+                Verdict::Short(half)
             }
-            (Trouble::Short | Trouble::ShortAndFull, _) => Verdict::Go,
+        }
+    }
+
+    /// The kernel takes for written what a sync could not write.
+    fn note_failed_sync(&mut self, call: &Call<'_>) {
+        let upto = self.steps.len();
+        match call {
+            Call::Sync(file) => {
+                if let Some(number) = self.file(file) {
+                    self.steps.push(Step::SyncFailed(Some(number), upto));
+                }
+            }
+            Call::SyncFs(_) => self.steps.push(Step::SyncFailed(None, upto)),
+            _ => {}
         }
     }
 
@@ -551,11 +733,12 @@ impl State {
     }
 }
 
-fn describe(call: &Call<'_>) -> String {
-    let kind = match call {
+fn kind_of(call: &Call<'_>) -> &'static str {
+    match call {
         Call::Open(_) => "open",
         Call::Make(..) => "make",
         Call::Write(..) => "write",
+        Call::Read(..) => READ,
         Call::Copy(..) => "copy",
         Call::Truncate(..) => "truncate",
         Call::Sync(_) => "sync",
@@ -566,9 +749,12 @@ fn describe(call: &Call<'_>) -> String {
         Call::Remove(_) => "remove",
         Call::MakeDirs(_) => "make dirs",
         Call::Mark(_) => "mark",
-    };
+    }
+}
+
+fn describe(call: &Call<'_>) -> String {
     let path = call.path().unwrap_or_default();
-    format!("{kind} {}", path.file_name().unwrap_or_default().to_string_lossy())
+    format!("{} {}", kind_of(call), path.file_name().unwrap_or_default().to_string_lossy())
 }
 
 impl Watch for Recorder {
@@ -581,7 +767,11 @@ impl Watch for Recorder {
             let missing = missing.map(|path| self.name(path)).collect();
             state.missing.insert(thread, missing);
         }
-        state.verdict(label, call)
+        let verdict = state.verdict(label, call);
+        if matches!(verdict, Verdict::Fail(errno) if errno != libc::EINTR) {
+            state.note_failed_sync(call);
+        }
+        verdict
     }
 
     fn after(&self, _label: &str, call: &Call<'_>) {
@@ -633,7 +823,38 @@ impl Watch for Recorder {
                 let missing = state.missing.remove(&thread).unwrap_or_default();
                 state.steps.extend(missing.into_iter().rev().map(Step::MakeDir));
             }
-            Call::Open(_) | Call::Mark(_) => {}
+            Call::Open(_) | Call::Mark(_) | Call::Read(..) => {}
         }
     }
+}
+
+/// What the next sync makes durable is only what was written after the one that failed.
+#[test]
+fn a_sync_that_failed_is_not_made_good_by_the_next() {
+    let sectors = |byte: u8| vec![byte; 2 * SECTOR];
+    let write = |offset: usize, data: Vec<u8>| Step::Write(0, offset as u64, data);
+    let name = PathBuf::from("file");
+    let steps = [
+        Step::Make(0, Some(name)),
+        Step::SyncDir(PathBuf::new(), 1),
+        write(0, sectors(1)),
+        Step::Sync(0, 3),
+        write(0, sectors(2)),
+        Step::SyncFailed(Some(0), 5),
+        write(SECTOR, vec![3]),
+        Step::Sync(0, 7),
+    ];
+    let left = |end, content| {
+        let loss = Loss { content, names: Names::Lost };
+        let disk = Disk::after_power_loss(&Disk::default(), &steps, end, loss, &mut Chance(1));
+        disk.content("file").unwrap().to_vec()
+    };
+    let mut rewritten = sectors(1);
+    rewritten[SECTOR..].fill(2);
+    rewritten[SECTOR] = 3;
+    assert_eq!(left(6, Content::Lost), sectors(1));
+    assert_eq!(left(8, Content::Lost), rewritten);
+    let mut whole = sectors(2);
+    whole[SECTOR] = 3;
+    assert_eq!(left(8, Content::Kept), whole);
 }

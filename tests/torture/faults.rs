@@ -1,15 +1,17 @@
 //! One call fails, or is the last one: for every call of every operation.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use litefs::engine::{DbState, Engine, Role};
 use litefs::os::fault::{self, Fault};
 
-use super::disk::{Content, Disk, Loss, Names, Recorder, Step, Trouble};
+use super::disk::{Called, Content, Disk, Hit, Loss, Names, Plan, Recorder, Step, Trouble};
+use super::power::Promise;
 use super::script::{
     Act, DB, Effect, Known, Mode, NotStarted, World, follow_up, key, open, receive, replica,
     replicate, restart,
@@ -108,8 +110,14 @@ pub struct Calm {
     pub effects: Vec<Effect>,
     /// Where the database was.
     pub positions: BTreeSet<(u64, u64)>,
-    /// The label of each call.
-    pub labels: Vec<String>,
+    pub calls: Vec<Called>,
+    pub reads: Vec<Called>,
+}
+
+/// Each script without trouble, those that are chosen.
+pub fn calms() -> &'static [Calm] {
+    static CALMS: OnceLock<Vec<Calm>> = OnceLock::new();
+    CALMS.get_or_init(|| chosen(scripts()).iter().map(calm).collect())
 }
 
 pub fn calm(script: &Script) -> Calm {
@@ -129,7 +137,8 @@ pub fn calm(script: &Script) -> Calm {
         steps: world.recorder.steps(),
         effects: world.effects.clone(),
         positions,
-        labels: world.recorder.labels(),
+        calls: world.recorder.calls(),
+        reads: world.recorder.reads(),
         base,
     }
 }
@@ -146,35 +155,43 @@ pub const TROUBLES: [Trouble; 6] = [
 /// One call of a run that is hit.
 struct Case<'a> {
     calm: &'a Calm,
-    call: usize,
-    trouble: Trouble,
+    plan: Plan,
     /// The run waits until the node has recovered from it.
     patient: bool,
     replicates: bool,
+    /// It also dies right after the hit.
+    dies: bool,
+    seed: u64,
 }
 
 impl Case<'_> {
     fn run(&self, hits: &Hits) -> Result<(), String> {
         let Calm { script, base, .. } = self.calm;
         let mut told = Vec::new();
-        let what = |told: &[String], hit: &str, error: String| {
+        let what = |told: &[String], hit: Option<Hit>, error: String| {
+            let hit = hit.map_or(String::new(), |hit| hit.what);
+            let Case { plan, patient, seed, .. } = self;
             format!(
-                "{} call {} {:?} at {hit}, patient: {}: {error}; told {told:?}",
-                script.name, self.call, self.trouble, self.patient
+                "{} {plan:?} at {hit}, patient: {patient}, {seed}: {error}; told {told:?}",
+                script.name
             )
         };
-        let trouble = Some((self.call, self.trouble));
-        let world = World::start(script.mode, &base.disk, base.effects.clone(), trouble);
+        let plan = Some(self.plan.clone());
+        let world = World::start(script.mode, &base.disk, base.effects.clone(), plan);
         let mut world = match world {
             Ok(world) => world,
             Err(NotStarted { root, recorder, reason }) => {
-                let hit = recorder.hit().unwrap_or_default();
-                hits.note(&hit);
+                let hit = recorder.hit();
+                hits.note(hit.as_ref());
                 told.push(reason);
                 recorder.calm();
                 let known = Known::at(&base.effects, base.effects.len(), &[]);
-                return found(&known, restart(root.path()))
-                    .map_err(|error| what(&told, &hit, error));
+                let kept = hit.as_ref().map(|hit| self.set_nothing_aside(hit, root.path()));
+                return kept
+                    .unwrap_or(Ok(()))
+                    .and_then(|()| found(&known, restart(root.path())))
+                    .and_then(|()| self.dies_after_hit(&recorder, &base.effects, hits))
+                    .map_err(|error| what(&told, hit, error));
             }
         };
         let mut waited = false;
@@ -182,18 +199,23 @@ impl Case<'_> {
             if let Err(error) = world.act(*act) {
                 told.push(format!("{act:?}: {error}"));
                 if self.patient && !waited && world.recorder.hit().is_some() {
-                    let hit = world.recorder.hit().unwrap_or_default();
-                    world.wait_until_mended().map_err(|error| what(&told, &hit, error))?;
+                    let hit = world.recorder.hit();
+                    world.wait_until_mended().map_err(|error| what(&told, hit, error))?;
                     waited = true;
                 }
             }
-            let hit = world.recorder.hit().unwrap_or_default();
-            world.check_in_use().map_err(|error| what(&told, &hit, error))?;
+            let hit = world.recorder.hit();
+            world.check_in_use().map_err(|error| what(&told, hit, error))?;
+        }
+        if world.recorder.hit().is_none()
+            && let Err(error) = world.close()
+        {
+            told.push(format!("the end: {error}"));
         }
         let Some(hit) = world.recorder.hit() else { return Ok(()) };
-        hits.note(&hit);
-        let what = |error: String| what(&told, &hit, error);
-        let harmless = matches!(self.trouble, Trouble::Errno(libc::EINTR) | Trouble::Short);
+        hits.note(Some(&hit));
+        let what = |error: String| what(&told, Some(hit.clone()), error);
+        let harmless = matches!(self.plan.trouble, Trouble::Errno(libc::EINTR) | Trouble::Short);
         if harmless && !told.is_empty() {
             return Err(what("it should not matter".to_owned()));
         }
@@ -204,10 +226,72 @@ impl Case<'_> {
         world.recorder.calm();
         let _ = world.close();
         let after = |when: &str, error: String| what(format!("{when}: {error}"));
+        self.set_nothing_aside(&hit, world.root.path()).map_err(what)?;
         found(&known, restart(crashed.path())).map_err(|error| after("after a crash", error))?;
         found(&known, restart(world.root.path())).map_err(|error| after("after a stop", error))?;
         if self.replicates {
             replicate(crashed.path()).map_err(|error| after("a replica", error))?;
+        }
+        self.dies_after_hit(&world.recorder, &world.effects, hits).map_err(what)
+    }
+
+    /// What could not be read is not taken for damaged; only an import puts something in the place of a
+    /// database that has failed.
+    fn set_nothing_aside(&self, hit: &Hit, root: &Path) -> Result<(), String> {
+        let is_replaced = self.calm.script.acts.contains(&Act::Import);
+        match Disk::load(root).set_aside() {
+            aside if aside > 0 && hit.label.starts_with("read:") && !is_replaced => {
+                Err(format!("{aside} files in lost+found"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The node dies at the hit or a few calls later, or the power is lost at some moment after it.
+    fn dies_after_hit(
+        &self,
+        recorder: &Recorder,
+        effects: &[Effect],
+        hits: &Hits,
+    ) -> Result<(), String> {
+        let Calm { script, base, .. } = self.calm;
+        let Some(hit) = recorder.hit() else { return Ok(()) };
+        let (steps, mut chance) = (recorder.steps(), Chance(self.seed));
+        let known = |end: usize| Known::at(effects, base.effects.len(), &steps[..end]);
+        let ends = [0, 1, 5].map(|later| recorder.steps_before(hit.calls + later));
+        for end in ends.iter().take(if self.dies { 3 } else { 0 }) {
+            let died = ram_dir();
+            Disk::after_crash(&recorder.base, &steps, *end).store(died.path());
+            hits.deaths.fetch_add(1, Ordering::Relaxed);
+            found(&known(*end), restart(died.path()))
+                .map_err(|error| format!("dead at step {end} of {ends:?}: {error}"))?;
+        }
+        if script.mode.synchronous == "off" {
+            return Ok(());
+        }
+        let images = match (is_whole(), hit.is_sync, self.dies) {
+            (_, true, _) | (true, ..) => 3,
+            (false, false, dies) => usize::from(!dies),
+        };
+        for number in 0..images {
+            let end = hit.step + chance.below((steps.len() - hit.step) as u64 + 1) as usize;
+            let loss = Loss::nth(number + chance.below(20) as usize);
+            let lost = ram_dir();
+            Disk::after_power_loss(&recorder.base, &steps, end, loss, &mut chance)
+                .store(lost.path());
+            hits.losses.fetch_add(1, Ordering::Relaxed);
+            let rows = restart(lost.path()).map(|restarted| restarted.rows);
+            let allowed = rows.and_then(|rows| match script.mode.promise() {
+                Promise::Kept => known(end).allows(&rows),
+                Promise::Earlier => known(end).allows_earlier(&rows),
+            });
+            allowed.map_err(|error| {
+                if env::var_os("LITEFS_TEST_DUMP").is_some() {
+                    super::power::dump(&steps[..end]);
+                }
+                let Hit { step, .. } = hit;
+                format!("hit at step {step}, without power after {end} {loss:?}: {error}")
+            })?;
         }
         Ok(())
     }
@@ -221,14 +305,49 @@ fn found(known: &Known, restarted: Result<super::script::Restarted, String>) -> 
 #[derive(Default)]
 struct Hits {
     runs: AtomicUsize,
+    deaths: AtomicUsize,
+    losses: AtomicUsize,
     labels: Mutex<BTreeMap<String, usize>>,
 }
 
 impl Hits {
-    fn note(&self, hit: &str) {
+    fn note(&self, hit: Option<&Hit>) {
+        let Some(hit) = hit else { return };
         self.runs.fetch_add(1, Ordering::Relaxed);
-        let label = hit.split(": ").next().unwrap_or_default().to_owned();
-        *self.labels.lock().unwrap().entry(label).or_default() += 1;
+        *self.labels.lock().unwrap().entry(hit.label.clone()).or_default() += 1;
+    }
+
+    /// One of the calls of each label that was never hit: the last of them may not have come again.
+    fn missed<'a>(&self, calls: &'a [Called]) -> Vec<&'a Called> {
+        // Some are chosen.
+        if ["LITEFS_TEST_SCRIPT", "LITEFS_TEST_LABEL"]
+            .iter()
+            .any(|name| env::var_os(name).is_some())
+        {
+            return Vec::new();
+        }
+        let labels = self.labels.lock().unwrap();
+        let missed = calls.iter().filter(|called| !labels.contains_key(&called.label));
+        let missed: BTreeMap<&str, &Called> =
+            missed.map(|called| (called.label.as_str(), called)).collect();
+        missed.into_values().collect()
+    }
+
+    /// Says what was hit; each of the labels that there are must be among it.
+    #[track_caller]
+    fn report(&self, calls: &[&[Called]]) {
+        let missed: Vec<_> = calls.iter().flat_map(|calls| self.missed(calls)).collect();
+        assert!(missed.is_empty(), "never hit: {missed:?}");
+        let labels = self.labels.lock().unwrap();
+        let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+        let all: usize = calls.iter().map(|calls| calls.len()).sum();
+        println!(
+            "{all} calls, {} hit; {} deaths and {} power losses soon after it",
+            count(&self.runs),
+            count(&self.deaths),
+            count(&self.losses)
+        );
+        println!("{labels:?}");
     }
 }
 
@@ -237,27 +356,30 @@ pub fn stride(all: usize, sample: usize) -> usize {
     if is_whole() { 1 } else { (all / sample).max(1) }
 }
 
-/// Calls with what happens to them: of each label one, or all.
-fn picks(labels: &[String], chance: &mut Chance) -> Vec<(usize, Trouble)> {
+/// What may happen to which call: of each label to one, or to all.
+fn picks(calls: &[Called], chance: &mut Chance) -> Vec<Plan> {
+    let troubles = |called: &Called| -> Vec<Trouble> {
+        TROUBLES.into_iter().filter(|trouble| trouble.concerns(called.kind)).collect()
+    };
     if is_whole() {
-        let only = std::env::var("LITEFS_TEST_LABEL").unwrap_or_default();
-        let with_all = |call| TROUBLES.iter().map(move |trouble| (call, *trouble));
-        let calls = (0..labels.len()).filter(|call| labels[*call].starts_with(&only));
+        let only = env::var("LITEFS_TEST_LABEL").unwrap_or_default();
+        let calls = calls.iter().filter(|called| called.label.starts_with(&only));
+        let with_all = |called: &Called| {
+            let plans = troubles(called).into_iter().map(|trouble| called.with(trouble));
+            plans.collect::<Vec<_>>()
+        };
         return calls.flat_map(with_all).collect();
     }
-    let mut by_label: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-    for (call, label) in labels.iter().enumerate() {
-        by_label.entry(label).or_default().push(call);
+    let mut by_label: BTreeMap<&str, Vec<&Called>> = BTreeMap::new();
+    for called in calls {
+        by_label.entry(&called.label).or_default().push(called);
     }
-    let one_of = |calls: &Vec<usize>| {
-        let call = calls[chance.below(calls.len() as u64) as usize];
-        (call, TROUBLES[chance.below(TROUBLES.len() as u64) as usize])
+    let one_of = |calls: &Vec<&Called>| {
+        let called = calls[chance.below(calls.len() as u64) as usize];
+        let troubles = troubles(called);
+        called.with(troubles[chance.below(troubles.len() as u64) as usize])
     };
-    // A shorter file needs no room; what came of it once stands in `docs/testing.md` as open.
-    let needs_room = |(call, trouble): &(usize, Trouble)| {
-        !(labels[*call] == "database:truncate" && matches!(trouble, Trouble::Errno(libc::ENOSPC)))
-    };
-    by_label.values().map(one_of).filter(needs_room).collect()
+    by_label.values().map(one_of).collect()
 }
 
 #[track_caller]
@@ -265,29 +387,46 @@ pub fn report(what: &str, failures: &[String]) {
     assert!(failures.is_empty(), "{what}: {} failures, the first: {}", failures.len(), failures[0]);
 }
 
+/// Hits the labels that were never hit, one script after the other.
+fn run_missed(calms: &[Calm], of: impl Fn(&Calm) -> &[Called], hits: &Hits) -> Vec<String> {
+    let mut failures = Vec::new();
+    for calm in calms {
+        let cases: Vec<Case<'_>> = hits
+            .missed(of(calm))
+            .into_iter()
+            .map(|called| {
+                let plan = called.first().with(IO_ERROR);
+                Case { calm, plan, patient: false, replicates: false, dies: true, seed: 1 }
+            })
+            .collect();
+        failures.extend(each(&cases, |case| case.run(hits)));
+    }
+    failures
+}
+
 #[test]
 fn every_call_may_fail() {
     let mut chance = Chance(seed());
-    let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
-    let all: usize = calms.iter().map(|calm| calm.labels.len()).sum();
+    let calms = calms();
     let mut cases = Vec::new();
-    for calm in &calms {
-        for (call, trouble) in picks(&calm.labels, &mut chance) {
+    for calm in calms {
+        for plan in picks(&calm.calls, &mut chance) {
             let patient = chance.below(if is_whole() { 5 } else { 20 }) == 0;
-            let replicates = chance.below(4) == 0;
-            cases.push(Case { calm, call, trouble, patient, replicates });
+            let (replicates, dies) = (chance.below(4) == 0, chance.below(4) == 0);
+            let seed = chance.next();
+            cases.push(Case { calm, plan, patient, replicates, dies, seed });
         }
     }
     let hits = Hits::default();
-    let failures = each(&cases, |case| case.run(&hits));
-    println!("{all} calls of {} scripts, {} hit", calms.len(), hits.runs.load(Ordering::Relaxed));
-    println!("{:?}", hits.labels.lock().unwrap());
+    let mut failures = each(&cases, |case| case.run(&hits));
+    failures.extend(run_missed(calms, |calm| &calm.calls, &hits));
     report("a call that fails", &failures);
+    hits.report(&calms.iter().map(|calm| &calm.calls[..]).collect::<Vec<_>>());
 }
 
 /// The scripts that `LITEFS_TEST_SCRIPT` is part of the name of.
 pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
-    match std::env::var("LITEFS_TEST_SCRIPT") {
+    match env::var("LITEFS_TEST_SCRIPT") {
         Ok(name) => scripts.into_iter().filter(|script| script.name.contains(&name)).collect(),
         Err(_) => scripts,
     }
@@ -296,11 +435,11 @@ pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
 #[test]
 fn every_call_may_be_the_last() {
     let mut chance = Chance(seed());
-    let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
+    let calms = calms();
     let mut cases = Vec::new();
     let all: usize = calms.iter().map(|calm| calm.steps.len() + 1).sum();
     let stride = stride(all, 250);
-    for calm in &calms {
+    for calm in calms {
         let first = chance.below(stride as u64) as usize;
         cases.extend((first..=calm.steps.len()).step_by(stride).map(|end| (calm, end)));
     }
@@ -372,7 +511,8 @@ pub fn feed(script: &Script) -> (Primary, Vec<Vec<u8>>) {
 
 /// What a replica did.
 struct Applied {
-    labels: Vec<String>,
+    calls: Vec<Called>,
+    reads: Vec<Called>,
     start: Disk,
     steps: Vec<Step>,
 }
@@ -383,13 +523,13 @@ fn apply(
     primary: &Primary,
     sent: &[Vec<u8>],
     passthrough: bool,
-    trouble: Option<(usize, Trouble)>,
+    plan: Option<Plan>,
     patient: bool,
     hits: &Hits,
 ) -> Result<Applied, String> {
     let root = ram_dir();
-    let (recorder, watching) = Recorder::start(root.path(), trouble);
-    let what = |error: String| format!("{trouble:?} at {:?}: {error}", recorder.hit());
+    let (recorder, watching) = Recorder::start(root.path(), plan.clone());
+    let what = |error: String| format!("{plan:?} at {:?}: {error}", recorder.hit());
     let primary_db = primary.engine.database(DB).unwrap();
     if let Ok(engine) = replica(root.path(), passthrough) {
         for bytes in sent {
@@ -407,26 +547,39 @@ fn apply(
         let steps = recorder.steps();
         let crashed = ram_dir();
         Disk::after_crash(&recorder.base, &steps, steps.len()).store(crashed.path());
-        recorder.calm();
+        // What is hit may be its end, too.
+        if recorder.hit().is_some() {
+            recorder.calm();
+        }
         let went_on = match patient && recorder.hit().is_some() {
             true => follow_up(&primary_db, primary.root.path(), &engine, root.path()),
             false => Ok(()),
         };
         let closed = engine.close();
         went_on.map_err(|error| what(format!("tried again: {error}")))?;
-        if trouble.is_none() {
+        if plan.is_none() {
             closed.map_err(|error| what(litefs::engine::chain_text(&error)))?;
         }
         rejoin(primary, crashed.path()).map_err(|error| what(format!("after a crash: {error}")))?;
     }
     recorder.calm();
     drop(watching);
-    if let Some(hit) = recorder.hit() {
-        hits.note(&hit);
-    }
+    let (calls, steps) = (recorder.calls(), recorder.steps());
     rejoin(primary, root.path()).map_err(|error| what(format!("after a stop: {error}")))?;
-    let (labels, steps) = (recorder.labels(), recorder.steps());
-    Ok(Applied { labels, start: recorder.base.clone(), steps })
+    if let Some(hit) = recorder.hit() {
+        hits.note(Some(&hit));
+        let mut chance = Chance(hit.step as u64 + 1);
+        let end = hit.step + chance.below((steps.len() - hit.step) as u64 + 1) as usize;
+        let (loss, lost) = (Loss::nth(chance.below(20) as usize), ram_dir());
+        Disk::after_power_loss(&recorder.base, &steps, end, loss, &mut chance).store(lost.path());
+        hits.losses.fetch_add(1, Ordering::Relaxed);
+        rejoin(primary, lost.path()).map_err(|error| {
+            let Hit { step, .. } = hit;
+            what(format!("hit at step {step}, without power after {end} {loss:?}: {error}"))
+        })?;
+    }
+    let reads = recorder.reads();
+    Ok(Applied { calls, reads, start: recorder.base.clone(), steps })
 }
 
 /// A replica on what stands in `root` follows again, and becomes equal.
@@ -464,26 +617,148 @@ fn feeds() -> Vec<(Script, bool)> {
     vec![(wal.clone(), true), (wal, false), (journal, true)]
 }
 
+fn first_of(missed: Vec<&Called>) -> Vec<Plan> {
+    let errors = missed.into_iter().map(|called| called.first().with(IO_ERROR));
+    errors.collect()
+}
+
 #[test]
 fn every_call_of_a_replica_may_fail() {
     let mut chance = Chance(seed());
     let hits = Hits::default();
-    let (mut failures, mut calls) = (Vec::new(), 0);
+    let (mut failures, mut calls) = (Vec::new(), Vec::new());
     for (script, passthrough) in feeds() {
         let (primary, sent) = feed(&script);
         let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
-        calls += calm.labels.len();
-        let cases = picks(&calm.labels, &mut chance);
-        failures.extend(each(&cases, |&(call, trouble)| {
-            let patient = call % 4 == 0;
-            apply(&primary, &sent, passthrough, Some((call, trouble)), patient, &hits)
+        let cases: Vec<(Plan, bool)> = picks(&calm.calls, &mut chance)
+            .into_iter()
+            .map(|plan| (plan, chance.below(4) == 0))
+            .collect();
+        let run = |(plan, patient): &(Plan, bool)| {
+            apply(&primary, &sent, passthrough, Some(plan.clone()), *patient, &hits)
                 .map(drop)
                 .map_err(|error| format!("{}, passthrough {passthrough}: {error}", script.name))
-        }));
+        };
+        failures.extend(each(&cases, run));
+        failures
+            .extend(each(&first_of(hits.missed(&calm.calls)), |plan| run(&(plan.clone(), false))));
+        calls.push(calm.calls);
     }
-    println!("{calls} calls, {} hit", hits.runs.load(Ordering::Relaxed));
-    println!("{:?}", hits.labels.lock().unwrap());
     report("a call of a replica that fails", &failures);
+    hits.report(&calls.iter().map(Vec::as_slice).collect::<Vec<_>>());
+}
+
+/// A read that fails, is interrupted, or ends early: two calls of each label, or all.
+fn reads<'a>(calls: &[(&'a Calm, &'a Called)], chance: &mut Chance) -> Vec<(&'a Calm, Plan)> {
+    let only = env::var("LITEFS_TEST_LABEL").unwrap_or_default();
+    let mut by_label: BTreeMap<&str, Vec<&(&Calm, &Called)>> = BTreeMap::new();
+    for call in calls.iter().filter(|(_, called)| called.label.starts_with(&only)) {
+        by_label.entry(&call.1.label).or_default().push(call);
+    }
+    let mut plans = Vec::new();
+    for calls in by_label.values() {
+        if is_whole() {
+            plans.extend(calls.iter().map(|(calm, called)| (*calm, called.with(IO_ERROR))));
+            continue;
+        }
+        for trouble in [IO_ERROR, IO_ERROR, *chance_of(&HARMLESS, chance)] {
+            let (calm, called) = chance_of(calls, chance);
+            plans.push((*calm, called.with(trouble)));
+        }
+    }
+    plans
+}
+
+const IO_ERROR: Trouble = Trouble::Errno(libc::EIO);
+const HARMLESS: [Trouble; 2] = [Trouble::Short, Trouble::Errno(libc::EINTR)];
+
+fn chance_of<'a, T>(items: &'a [T], chance: &mut Chance) -> &'a T {
+    &items[chance.below(items.len() as u64) as usize]
+}
+
+#[test]
+fn every_read_may_fail() {
+    let mut chance = Chance(seed());
+    let calms = calms();
+    let all = calms.iter().flat_map(|calm| calm.reads.iter().map(move |called| (calm, called)));
+    let all: Vec<(&Calm, &Called)> = all.collect();
+    let mut cases = Vec::new();
+    for (calm, plan) in reads(&all, &mut chance) {
+        let (patient, replicates, dies) = (false, chance.below(4) == 0, chance.below(4) == 0);
+        cases.push(Case { calm, plan, patient, replicates, dies, seed: chance.next() });
+    }
+    let hits = Hits::default();
+    let mut failures = each(&cases, |case| case.run(&hits));
+    failures.extend(run_missed(calms, |calm| &calm.reads, &hits));
+    report("a read that fails", &failures);
+    hits.report(&calms.iter().map(|calm| &calm.reads[..]).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_read_of_a_replica_may_fail() {
+    let mut chance = Chance(seed());
+    let hits = Hits::default();
+    let (mut failures, mut all) = (Vec::new(), Vec::new());
+    for (script, passthrough) in feeds() {
+        let (primary, sent) = feed(&script);
+        let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
+        let mut by_label: BTreeMap<&str, Vec<&Called>> = BTreeMap::new();
+        calm.reads.iter().for_each(|read| by_label.entry(&read.label).or_default().push(read));
+        let one_of = |calls: &Vec<&Called>| match is_whole() {
+            true => calls.iter().map(|called| called.with(IO_ERROR)).collect(),
+            false => vec![chance_of(calls, &mut chance).with(IO_ERROR)],
+        };
+        let plans: Vec<Plan> = by_label.values().flat_map(one_of).collect();
+        let run = |plan: &Plan| {
+            apply(&primary, &sent, passthrough, Some(plan.clone()), false, &hits)
+                .map(drop)
+                .map_err(|error| format!("{}, passthrough {passthrough}: {error}", script.name))
+        };
+        failures.extend(each(&plans, run));
+        failures.extend(each(&first_of(hits.missed(&calm.reads)), run));
+        all.push(calm.reads);
+    }
+    report("a read of a replica that fails", &failures);
+    hits.report(&all.iter().map(Vec::as_slice).collect::<Vec<_>>());
+}
+
+/// Its numbers begin anew: LTX files of the former chain that came back would have higher ones.
+#[test]
+fn an_import_in_the_place_of_a_failed_database_survives_the_files_that_it_replaced() {
+    let mode = Mode::new("delete", "full", true);
+    let base = base(mode);
+    let plan = Plan { label: "read:found".to_owned(), nth: 0, trouble: IO_ERROR };
+    let mut world = started(World::start(mode, &base.disk, base.effects.clone(), Some(plan)));
+    world.act(Act::Import).unwrap();
+    let steps = world.recorder.steps();
+    for seed in 1..=20 {
+        let loss = Loss { content: Content::Lost, names: Names::InOrder };
+        let (base_disk, lost) = (&world.recorder.base, ram_dir());
+        Disk::after_power_loss(base_disk, &steps, steps.len(), loss, &mut Chance(seed))
+            .store(lost.path());
+        let rows = restart(lost.path()).unwrap().rows;
+        assert_eq!(rows, BTreeSet::from([base.effects.len()]), "seed {seed}");
+    }
+}
+
+/// SQLite syncs the directory after a new journal or WAL, and goes on if that fails.
+#[test]
+fn a_commit_whose_log_has_no_durable_name_is_refused() {
+    for mode in [Mode::new("wal", "full", true), Mode::new("delete", "full", true)] {
+        let base = base(mode);
+        let mut world = started(World::start(mode, &base.disk, base.effects.clone(), None));
+        fault::arm_here(Fault { label: "files:dir".to_owned(), after: 0, errno: libc::EIO });
+        assert!(world.act(Act::Insert).is_err(), "{mode:?}");
+        assert!(!fault::disarm_here());
+        world.act(Act::Insert).unwrap();
+        let steps = world.recorder.steps();
+        let loss = Loss { content: Content::Lost, names: Names::Lost };
+        let lost = ram_dir();
+        Disk::after_power_loss(&world.recorder.base, &steps, steps.len(), loss, &mut Chance(1))
+            .store(lost.path());
+        let rows = restart(lost.path()).unwrap().rows;
+        assert!(rows.contains(&(base.effects.len() + 1)), "{mode:?}: {rows:?}");
+    }
 }
 
 /// The index and the WAL change one after the other.
@@ -493,14 +768,13 @@ fn a_wal_that_could_not_be_emptied_is_emptied_later() {
     let (script, passthrough) = feeds().remove(0);
     let (primary, sent) = feed(&script);
     let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
-    let is_its = |label: &String| label == "apply:wal" || label == "apply:index";
-    let calls: Vec<usize> =
-        (0..calm.labels.len()).filter(|call| is_its(&calm.labels[*call])).collect();
+    let is_its = |called: &&Called| called.label == "apply:wal" || called.label == "apply:index";
+    let calls: Vec<&Called> = calm.calls.iter().filter(is_its).collect();
     assert!(calls.len() > 5, "{calls:?}");
     // As many as fit into a second; the rest have their turn above.
     let failures = each(&calls, |call| {
-        let trouble = Some((*call, Trouble::Errno(libc::EIO)));
-        apply(&primary, &sent, passthrough, trouble, true, &hits).map(drop)
+        let plan = Some(call.with(Trouble::Errno(libc::EIO)));
+        apply(&primary, &sent, passthrough, plan, true, &hits).map(drop)
     });
     report("an empty wal", &failures);
 }

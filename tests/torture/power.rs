@@ -8,7 +8,7 @@ use std::time::Duration;
 use litefs::engine::Engine;
 
 use super::disk::{Content, Disk, Loss, Names, Recorder, Step};
-use super::faults::{Calm, Script, base, calm, chosen, feed, report, scripts, started};
+use super::faults::{Calm, Script, base, calms, feed, report, started};
 use super::script::{Act, DB, Known, Mode, World, data, key, receive, replica, replicate, restart};
 use super::{each, is_whole, ram_dir, seed};
 use crate::support::chance::Chance;
@@ -78,7 +78,7 @@ impl Case<'_> {
 }
 
 /// Says what happened.
-fn dump(steps: &[Step]) {
+pub fn dump(steps: &[Step]) {
     for (at, step) in steps.iter().enumerate() {
         let mut text = format!("{step:?}");
         text.truncate(100);
@@ -87,18 +87,18 @@ fn dump(steps: &[Step]) {
 }
 
 /// Those whose switches of the journal mode leave one promise.
-fn lossy() -> Vec<Script> {
-    scripts().into_iter().filter(|script| script.mode.synchronous != "off").collect()
+fn is_lossy(calm: &Calm) -> bool {
+    calm.script.mode.synchronous != "off"
 }
 
 #[test]
 fn the_power_may_be_lost_at_any_moment() {
     let mut chance = Chance(seed());
-    let calms: Vec<Calm> = chosen(lossy()).iter().map(calm).collect();
+    let calms: Vec<&Calm> = calms().iter().filter(|calm| is_lossy(calm)).collect();
     let moments: usize = calms.iter().map(|calm| calm.steps.len() + 1).sum();
     let (stride, images) = if is_whole() { (1, IMAGES) } else { ((moments / 300).max(1), 1) };
     let mut cases = Vec::new();
-    for calm in &calms {
+    for calm in calms.iter().copied() {
         let first = chance.below(stride as u64) as usize;
         for end in (first..=calm.steps.len()).step_by(stride) {
             for _ in 0..images {

@@ -20,7 +20,7 @@ use ltx::{Compression, NodeId, Pos};
 use rusqlite::Connection;
 
 use super::client::Client;
-use super::disk::{Disk, Ended, Recorder, Step, Trouble};
+use super::disk::{Disk, Ended, Plan, Recorder, Step};
 use super::ram_dir;
 use crate::support::image::{self, Image};
 use crate::support::no_cache::NoCache;
@@ -150,7 +150,7 @@ impl World {
         mode: Mode,
         disk: &Disk,
         effects: Vec<Effect>,
-        trouble: Option<(usize, Trouble)>,
+        trouble: Option<Plan>,
     ) -> Result<World, NotStarted> {
         let root = ram_dir();
         disk.store(root.path());
@@ -502,22 +502,14 @@ impl Known {
 
     /// Whether these rows are those after some number of the things that were done, in order.
     pub fn allows_earlier(&self, rows: &BTreeSet<usize>) -> Result<(), String> {
-        let mut state = BTreeSet::new();
-        if state == *rows {
-            return Ok(());
+        let is_after = |count: usize| {
+            let known = Known { effects: self.effects[..count].to_vec() };
+            known.allows(rows).is_ok()
+        };
+        match (0..=self.effects.len()).any(is_after) {
+            true => Ok(()),
+            false => Err(format!("rows of no earlier state: {rows:?}")),
         }
-        for (number, (effect, _)) in self.effects.iter().enumerate() {
-            match effect {
-                Effect::Same => {}
-                Effect::Row => _ = state.insert(number),
-                Effect::Only => state = BTreeSet::from([number]),
-                Effect::Nothing => state.clear(),
-            }
-            if state == *rows {
-                return Ok(());
-            }
-        }
-        Err(format!("rows of no earlier state: {rows:?}"))
     }
 }
 

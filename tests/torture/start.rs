@@ -1,8 +1,8 @@
 //! The start of a node on what a crash or a power loss has left, in which calls fail, and after each of
 //! which the node dies again.
 
-use super::disk::{Disk, Loss, Step, Trouble};
-use super::faults::{Calm, calm, chosen, report, scripts, started};
+use super::disk::{Called, Disk, Loss, Plan, Step, Trouble};
+use super::faults::{Calm, calms, report, started};
 use super::power::Promise;
 use super::script::{Known, NotStarted, World, restart};
 use super::{each, is_whole, ram_dir, seed};
@@ -39,16 +39,20 @@ impl Image<'_> {
         }
     }
 
-    /// Starts on it without trouble: what is done, and the labels of the calls.
-    fn start(&self, disk: &Disk) -> (Disk, Vec<Step>, Vec<String>) {
+    /// Starts on it without trouble: what is done, the calls for that, and those that read.
+    fn start(&self, disk: &Disk) -> (Disk, Vec<Step>, [Vec<Called>; 2]) {
         let mut world = started(World::start(self.calm.script.mode, disk, Vec::new(), None));
         world.close().unwrap();
-        (world.recorder.base.clone(), world.recorder.steps(), world.recorder.labels())
+        (
+            world.recorder.base.clone(),
+            world.recorder.steps(),
+            [world.recorder.calls(), world.recorder.reads()],
+        )
     }
 
     fn run(&self) -> Result<(), String> {
         let mut chance = Chance(self.seed);
-        let (disk, steps, labels) = self.start(&self.disk());
+        let (disk, steps, [calls, reads]) = self.start(&self.disk());
         let tries = if is_whole() { 60 } else { 4 };
         for number in 0..tries {
             let what = |how: String, error: String| {
@@ -56,12 +60,21 @@ impl Image<'_> {
                 format!("{} after step {end} {loss:?} {seed}, {how}: {error}", calm.script.name)
             };
             let (call, at) = (
-                chance.below(labels.len() as u64) as usize,
+                chance.below(calls.len() as u64) as usize,
                 chance.below(steps.len() as u64 + 1) as usize,
             );
-            let trouble = super::faults::TROUBLES[number % super::faults::TROUBLES.len()];
-            self.hit(&disk, call, trouble)
-                .map_err(|error| what(format!("{} {trouble:?}", labels[call]), error))?;
+            let all = super::faults::TROUBLES.into_iter();
+            let troubles: Vec<_> =
+                all.filter(|trouble| trouble.concerns(calls[call].kind)).collect();
+            let plan = calls[call].with(troubles[number % troubles.len()]);
+            self.hit(&disk, plan.clone(), &mut chance)
+                .map_err(|error| what(format!("{plan:?}"), error))?;
+            if number % 2 == 0 {
+                let read = &reads[chance.below(reads.len() as u64) as usize];
+                let plan = read.with(Trouble::Errno(libc::EIO));
+                self.hit(&disk, plan.clone(), &mut chance)
+                    .map_err(|error| what(format!("{plan:?}"), error))?;
+            }
             let dies = ram_dir();
             Disk::after_crash(&disk, &steps, at).store(dies.path());
             self.check(dies.path()).map_err(|error| what(format!("dies at {at}"), error))?;
@@ -75,29 +88,40 @@ impl Image<'_> {
         Ok(())
     }
 
-    fn hit(&self, disk: &Disk, call: usize, trouble: Trouble) -> Result<(), String> {
+    /// A call fails; then nothing does, or the power does some moments later.
+    fn hit(&self, disk: &Disk, plan: Plan, chance: &mut Chance) -> Result<(), String> {
         let mode = self.calm.script.mode;
-        match World::start(mode, disk, Vec::new(), Some((call, trouble))) {
+        let (root, recorder, world) = match World::start(mode, disk, Vec::new(), Some(plan)) {
             Ok(mut world) => {
                 world.recorder.calm();
                 let _ = world.close();
-                self.check(world.root.path())
+                (world.root.path().to_owned(), world.recorder.clone(), Ok(world))
             }
             Err(NotStarted { root, recorder, .. }) => {
                 recorder.calm();
-                self.check(root.path())
+                (root.path().to_owned(), recorder, Err(root))
             }
-        }
+        };
+        let steps = recorder.steps();
+        self.check(&root)?;
+        drop(world);
+        let (Some(hit), Some(_)) = (recorder.hit(), self.loss) else { return Ok(()) };
+        let end = hit.step + chance.below((steps.len() - hit.step) as u64 + 1) as usize;
+        let (loss, lost) = (Loss::nth(chance.below(20) as usize), ram_dir());
+        Disk::after_power_loss(disk, &steps, end, loss, chance).store(lost.path());
+        self.check(lost.path()).map_err(|error| {
+            format!("hit at step {}, without power after {end} {loss:?}: {error}", hit.step)
+        })
     }
 }
 
 #[test]
 fn every_call_of_a_start_may_fail_or_be_the_last() {
     let mut chance = Chance(seed());
-    let calms: Vec<Calm> = chosen(scripts()).iter().map(calm).collect();
+    let calms = calms();
     let of_each = if is_whole() { 40 } else { 2 };
     let mut images = Vec::new();
-    for calm in &calms {
+    for calm in calms {
         for _ in 0..of_each {
             let end = chance.below(calm.steps.len() as u64 + 1) as usize;
             let lossy = calm.script.mode.synchronous != "off" && images.len() % 3 != 0;

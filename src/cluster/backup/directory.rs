@@ -98,7 +98,7 @@ impl Directory {
         let copy = || -> io::Result<File> {
             os::remove_if_present("backup:file", &temporary)?;
             let file = os::create_new("backup:file", &temporary)?;
-            let mut from = os::FileCursor::new(&upload.file);
+            let mut from = os::FileCursor::new("read:backup", &upload.file);
             io::copy(&mut from, &mut os::Labelled::new("backup:file", &file))?;
             os::sync("backup:file", &file)?;
             Ok(file)
@@ -173,8 +173,8 @@ fn verify(path: &Path, file: &File, pos: Pos) -> Result<(), Error> {
     }
 }
 
-fn reader(file: &File) -> BufReader<os::FileCursor<'_>> {
-    BufReader::with_capacity(limits::MERGE_BUFFER, os::FileCursor::new(file))
+fn reader(file: &File) -> BufReader<os::FileCursor<&File>> {
+    BufReader::with_capacity(limits::MERGE_BUFFER, os::FileCursor::new("read:backup", file))
 }
 
 /// The files from the last change of the page size on.

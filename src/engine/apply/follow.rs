@@ -426,7 +426,9 @@ impl<'a> FollowerCache<'a> {
         else {
             return;
         };
-        if os::read_up_to(&backing.file, &mut last, offset).is_ok_and(|read| read == 1) {
+        if os::read_up_to("read:grown", &backing.file, &mut last, offset)
+            .is_ok_and(|read| read == 1)
+        {
             cache.file_grown(backing.ino, offset, &last);
         }
     }

@@ -5,7 +5,6 @@
 //! pages that clients map belong to the mount: dropping them makes the kernel write its old ones
 //! back, and those writes are swallowed meanwhile ([`super::Inbox::is_rewriting_index`]).
 
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use ltx::{PageSize, Pgno};
@@ -95,7 +94,7 @@ impl Db {
     fn next_index(&self, page_size: PageSize, pages: u32) -> Result<IndexHeader> {
         let mut old = [0; HEADER_COPY_SIZE];
         if let Some(shm) = self.files.get(FileKind::Shm) {
-            os::read_up_to(&shm.file, &mut old, 0)
+            os::read_up_to("read:index", &shm.file, &mut old, 0)
                 .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
         }
         let before = IndexHeader::parse(&old);
@@ -152,7 +151,8 @@ impl Db {
         let page_size = map.cursor.page_size();
         let mut page = vec![0; page_size.bytes()];
         for (pgno, offset) in map.pages.range(..=Pgno(map.commit)) {
-            wal.file.read_exact_at(&mut page, *offset).map_err(Error::io("read wal", &path))?;
+            os::read_exact_at("read:checkpoint", &wal.file, &mut page, *offset)
+                .map_err(Error::io("read wal", &path))?;
             os::write_at("checkpoint:database", &database.file, &page, page_size.offset(*pgno))
                 .map_err(Error::io("write database", &path))?;
         }

@@ -64,7 +64,8 @@ impl Db {
             return Ok(false);
         };
         let mut ours = vec![0; page_size.bytes()];
-        os::read_up_to(&database.file, &mut ours, 0).map_err(Error::io("read page 1", &path))?;
+        os::read_up_to("read:remembered", &database.file, &mut ours, 0)
+            .map_err(Error::io("read page 1", &path))?;
         let mut theirs = vec![0; received.header.page_size.bytes()];
         let ltx = |source| self.ltx_error("read received ltx file", source);
         if received.open().map_err(ltx)?.next_page(&mut theirs).map_err(ltx)? != Some(Pgno(1)) {
@@ -110,7 +111,7 @@ impl Db {
                 return Ok(false);
             }
             left -= 1;
-            os::read_up_to(database, &mut page, page_size.offset(pgno))
+            os::read_up_to("read:remembered", database, &mut page, page_size.offset(pgno))
                 .map_err(Error::io("read database", &path))?;
             let Some(links) = schema::links(link, &page, usable) else { return Ok(false) };
             todo.extend(links);

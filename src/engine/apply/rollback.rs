@@ -57,7 +57,8 @@ impl Db {
 
     /// Whether the journal is one of a transaction over several databases that has committed.
     fn has_committed_elsewhere(&self, path: &Path) -> Result<bool> {
-        let read = || super_journal(&std::fs::File::open(path)?);
+        let read =
+            || super_journal(os::FileCursor::new("read:rollback", std::fs::File::open(path)?));
         let Some(name) = read().map_err(Error::io("read journal", path))? else {
             return Ok(false);
         };
@@ -69,7 +70,9 @@ impl Db {
     fn play_back(&self, change: &Change, path: &Path, database: &std::fs::File) -> Result<()> {
         let error = || Error::io("read journal", path);
         let file = std::fs::File::open(path).map_err(error())?;
-        let Some(mut journal) = JournalReader::open(file, change.page_size).map_err(error())?
+        let Some(mut journal) =
+            JournalReader::open(os::FileCursor::new("read:rollback", file), change.page_size)
+                .map_err(error())?
         else {
             return Ok(());
         };

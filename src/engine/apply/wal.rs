@@ -32,8 +32,7 @@ mod mirror;
 mod tests;
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::io::{self, BufReader};
 use std::sync::Arc;
 
 use ltx::{PageSize, Pgno};
@@ -326,7 +325,7 @@ impl WalWriter {
     fn rebuild(&mut self) -> io::Result<()> {
         let log = BufReader::with_capacity(
             WRITE_SIZE,
-            ReadAt { file: self.files.wal.clone(), offset: HEADER_SIZE as u64 },
+            os::FileCursor::at("read:apply-wal", self.files.wal.clone(), HEADER_SIZE as u64),
         );
         let mut reader = FrameReader::new(log, self.cursor);
         let mut committed = self.published;
@@ -419,7 +418,8 @@ impl WalWriter {
 
     fn read_frame(&self, frame: u32, page: &mut [u8]) -> Result<(), Error> {
         let offset = wal::frame_offset(self.page_size, frame) + FRAME_HEADER_SIZE as u64;
-        self.files.wal.read_exact_at(page, offset).map_err(io_error("read wal frame"))
+        os::read_exact_at("read:apply-wal", &self.files.wal, page, offset)
+            .map_err(io_error("read wal frame"))
     }
 
     /// Appends one transaction, after which the database has `commit` pages. Nobody sees it.
@@ -722,7 +722,7 @@ impl WalWriter {
 /// The header of a log that can be continued; `None` if SQLite would take the log for empty.
 fn read_log_header(wal: &File, page_size: PageSize) -> io::Result<Option<WalHeader>> {
     let mut bytes = [0; HEADER_SIZE];
-    match wal.read_exact_at(&mut bytes, 0) {
+    match os::read_exact_at("read:apply-wal", wal, &mut bytes, 0) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         result => result?,
     }
@@ -731,31 +731,7 @@ fn read_log_header(wal: &File, page_size: PageSize) -> io::Result<Option<WalHead
 
 /// Reads `page`; what lies past the end of the file is zero.
 fn read_or_zero(file: &File, page: &mut [u8], offset: u64) -> io::Result<()> {
-    let mut read = 0;
-    while read < page.len() {
-        match file.read_at(&mut page[read..], offset + read as u64) {
-            Ok(0) => {
-                page[read..].fill(0);
-                break;
-            }
-            Ok(count) => read += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+    let read = os::read_up_to("read:apply-database", file, page, offset)?;
+    page[read..].fill(0);
     Ok(())
-}
-
-/// Reads a file from `offset` on without moving its own position, which others share.
-struct ReadAt {
-    file: Arc<File>,
-    offset: u64,
-}
-
-impl Read for ReadAt {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read_at(bytes, self.offset)?;
-        self.offset += count as u64;
-        Ok(count)
-    }
 }

@@ -252,7 +252,7 @@ impl Db {
         offset: u64,
         write: &Overlay<'_>,
     ) -> Result<usize> {
-        let filled = os::read_up_to(&wal.file, bytes, offset)
+        let filled = os::read_up_to("read:forward", &wal.file, bytes, offset)
             .map_err(Error::io("read wal", &self.files.path(FileKind::Wal)))?;
         Ok(write.lay_over(bytes, offset, filled))
     }

@@ -11,7 +11,6 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -354,7 +353,7 @@ impl Db {
             let len = database.metadata()?.len();
             let mut first = [0; 100];
             if len > 0 {
-                database.read_exact_at(&mut first, 0)?;
+                os::read_exact_at("read:header", database, &mut first, 0)?;
             }
             Ok((len, first))
         };
@@ -479,7 +478,7 @@ fn read_changed(
     let mut changed = Vec::new();
     for pgno in pages {
         let offset = page_size.offset(pgno);
-        let filled = os::read_up_to(database, &mut image, offset)?;
+        let filled = os::read_up_to("read:database", database, &mut image, offset)?;
         image[filled..].fill(0);
         let sum = ltx::page_checksum(pgno, &image);
         if sums.get(pgno) == sum {

@@ -133,7 +133,8 @@ impl Db {
     ) -> Result<Option<WalMap>> {
         let path = self.files.path(FileKind::Wal);
         let mut bytes = [0; wal::HEADER_SIZE];
-        let read = os::read_up_to(wal, &mut bytes, 0).map_err(Error::io("read wal", &path))?;
+        let read = os::read_up_to("read:resync", wal, &mut bytes, 0)
+            .map_err(Error::io("read wal", &path))?;
         let Some(header) =
             (read == bytes.len()).then(|| wal::WalHeader::parse(&bytes).ok()).flatten()
         else {
@@ -145,7 +146,8 @@ impl Db {
         let mut pending = Vec::new();
         while last.is_none_or(|last| cursor.frame() < last) {
             let offset = cursor.offset();
-            os::read_up_to(wal, &mut bytes, offset).map_err(Error::io("read wal", &path))?;
+            os::read_up_to("read:resync", wal, &mut bytes, offset)
+                .map_err(Error::io("read wal", &path))?;
             // A short read leaves a mix of two frames, which does not verify.
             let Ok(frame) = cursor.verify(&bytes) else { break };
             pending.push((frame.pgno, offset + wal::FRAME_HEADER_SIZE as u64));
@@ -168,8 +170,8 @@ pub(in crate::engine) fn read_page(
     image: &mut [u8],
 ) -> std::io::Result<()> {
     let filled = match map.pages.get(&pgno) {
-        Some(offset) => os::read_up_to(wal, image, *offset)?,
-        None => os::read_up_to(database, image, page_size.offset(pgno))?,
+        Some(offset) => os::read_up_to("read:page", wal, image, *offset)?,
+        None => os::read_up_to("read:page", database, image, page_size.offset(pgno))?,
     };
     image[filled..].fill(0);
     Ok(())

@@ -292,7 +292,7 @@ impl Db {
     pub(super) fn index_header(&self) -> Result<[u8; CKPT_AT]> {
         let mut bytes = [0; CKPT_AT];
         let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(bytes) };
-        let read = os::read_up_to(&shm.file, &mut bytes, 0)
+        let read = os::read_up_to("read:index", &shm.file, &mut bytes, 0)
             .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
         Ok(if read == bytes.len() { bytes } else { [0; CKPT_AT] })
     }
@@ -304,7 +304,7 @@ impl Db {
 
     pub(super) fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {
         let mut bytes = [0; wal::HEADER_SIZE];
-        let read = os::read_up_to(wal, &mut bytes, 0)
+        let read = os::read_up_to("read:wal", wal, &mut bytes, 0)
             .map_err(Error::io("read wal header", &self.files.path(FileKind::Wal)))?;
         Ok((read == bytes.len()).then(|| WalHeader::parse(&bytes).ok()).flatten())
     }
@@ -334,12 +334,13 @@ impl Db {
             }
             let want = left.min((limits::IO_BUFFER / frame_size).max(1)) * frame_size;
             buffer.resize(want.max(buffer.len()), 0);
-            let filled = match os::read_up_to(wal, &mut buffer[..want], walk.cursor.offset()) {
-                Ok(filled) => filled,
-                Err(error) => {
-                    break Err(Error::io("read wal", &self.files.path(FileKind::Wal))(error));
-                }
-            };
+            let filled =
+                match os::read_up_to("read:wal", wal, &mut buffer[..want], walk.cursor.offset()) {
+                    Ok(filled) => filled,
+                    Err(error) => {
+                        break Err(Error::io("read wal", &self.files.path(FileKind::Wal))(error));
+                    }
+                };
             match self.take_frames(change, &mut walk, wal, &buffer[..filled], sink) {
                 Ok(()) if filled == want => {}
                 Ok(()) | Err(Stop::End) if end == End::LastCommit => break Ok(()),

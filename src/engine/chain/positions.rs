@@ -62,7 +62,7 @@ pub(super) fn contains(
         opened => opened?,
     };
     let mut bytes = vec![0; len];
-    if os::read_up_to(&opened, &mut bytes, 0)? != len {
+    if os::read_up_to("read:positions", &opened, &mut bytes, 0)? != len {
         return Ok(false);
     }
     let sums: Vec<u64> = bytes

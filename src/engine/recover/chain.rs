@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +10,7 @@ use ltx::{Checksum, Decoder, HEADER_SIZE, Header, Pgno, Pos, TRAILER_SIZE, Trail
 
 use super::image::Image;
 use super::{Error, io_error};
+use crate::os;
 
 /// How much of a file is read at once, in bytes.
 const READ_SIZE: usize = 256 << 10;
@@ -280,8 +280,8 @@ pub(super) fn peek(file: &LtxFile) -> Result<Option<End>, Error> {
     let Some(trailer_at) = len.checked_sub(TRAILER_SIZE as u64).filter(|at| *at > 100) else {
         return Ok(None);
     };
-    source.read_exact_at(&mut header, 0).map_err(error())?;
-    source.read_exact_at(&mut trailer, trailer_at).map_err(error())?;
+    os::read_exact_at("read:ltx", &source, &mut header, 0).map_err(error())?;
+    os::read_exact_at("read:ltx", &source, &mut trailer, trailer_at).map_err(error())?;
     let Ok(header) = Header::decode(&header) else {
         return Ok(None);
     };
@@ -293,7 +293,7 @@ pub(super) fn peek(file: &LtxFile) -> Result<Option<End>, Error> {
 pub(super) fn load(file: &LtxFile) -> Result<Option<(End, Pages)>, Error> {
     let error = || io_error("read ltx file", &file.path);
     let source = File::open(&file.path).map_err(error())?;
-    match decode(BufReader::with_capacity(READ_SIZE, source)) {
+    match decode(BufReader::with_capacity(READ_SIZE, os::FileCursor::new("read:ltx", source))) {
         Err(ltx::Error::Read(source)) => Err(error()(source)),
         Err(_) => Ok(None),
         Ok((header, trailer, pages)) => Ok(named(file, header, trailer).map(|end| (end, pages))),

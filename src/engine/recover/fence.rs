@@ -96,8 +96,8 @@ fn take_over(old: &File, new: &File, path: &Path) -> io::Result<()> {
     let (mut theirs, mut ours) = (vec![0; PIECE], vec![0; PIECE]);
     for offset in (0..len).step_by(PIECE) {
         let piece = (len - offset).min(PIECE as u64) as usize;
-        old.read_exact_at(&mut theirs[..piece], offset)?;
-        new.read_exact_at(&mut ours[..piece], offset)?;
+        os::read_exact_at("read:fence", old, &mut theirs[..piece], offset)?;
+        os::read_exact_at("read:fence", new, &mut ours[..piece], offset)?;
         if theirs[..piece] != ours[..piece] {
             os::write_at("fence:write", new, &theirs[..piece], offset)?;
             changed = true;

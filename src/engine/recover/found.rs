@@ -14,6 +14,7 @@ use super::image::Image;
 use super::log::Log;
 use super::{Error, Recovery, io_error, repair};
 use crate::engine::checksum::{self, PageSums, Saved};
+use crate::os;
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE, HeaderError};
 use crate::sqlite::journal::{JournalReader, super_journal};
 
@@ -22,7 +23,7 @@ pub(super) enum Journal {
     /// Missing, or not to be played back.
     Cold,
     /// To be played back.
-    Hot(JournalReader<File>),
+    Hot(JournalReader<os::FileCursor<File>>),
     /// Of a transaction over several databases, which has committed.
     Stale,
 }
@@ -120,7 +121,7 @@ impl Recovery<'_> {
         let path = self.dir.database();
         let len = file.metadata().map_err(io_error("stat database", &path))?.len();
         let mut bytes = vec![0; len.min(HEADER_SIZE as u64) as usize];
-        checksum::read_zero_extended(file, &mut bytes, 0)
+        checksum::read_zero_extended("read:found", file, &mut bytes, 0)
             .map_err(io_error("read database", &path))?;
         Ok(DatabaseHeader::parse(&bytes))
     }
@@ -137,11 +138,12 @@ impl Recovery<'_> {
     pub(super) fn open_journal(
         &self,
         known: Option<PageSize>,
-    ) -> Result<Option<JournalReader<File>>, Error> {
+    ) -> Result<Option<JournalReader<os::FileCursor<File>>>, Error> {
         let path = self.dir.journal();
         let error = || io_error("read journal", &path);
         match open_if_present(&path).map_err(error())? {
-            Some(file) => JournalReader::open(file, known).map_err(error()),
+            Some(file) => JournalReader::open(os::FileCursor::new("read:journal", file), known)
+                .map_err(error()),
             None => Ok(None),
         }
     }
@@ -158,7 +160,9 @@ impl Recovery<'_> {
             return Ok(Journal::Cold);
         };
         let file = File::open(&path).map_err(error())?;
-        let Some(name) = super_journal(&file).map_err(error())? else {
+        let Some(name) =
+            super_journal(os::FileCursor::new("read:journal", &file)).map_err(error())?
+        else {
             return Ok(Journal::Hot(journal));
         };
         let name = String::from_utf8_lossy(&name);

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use ltx::{Checksum, Pgno};
 
+use crate::os;
 use crate::sqlite::wal::{self, FrameReader, WalCursor, WalHeader};
 
 /// How much of the log is read at once, in bytes.
@@ -45,11 +45,12 @@ impl Log {
             file => file?,
         };
         let mut bytes = Vec::with_capacity(wal::HEADER_SIZE);
-        (&file).take(wal::HEADER_SIZE as u64).read_to_end(&mut bytes)?;
+        let mut cursor = os::FileCursor::new("read:log", file.try_clone()?);
+        (&mut cursor).take(wal::HEADER_SIZE as u64).read_to_end(&mut bytes)?;
         let Ok(header) = WalHeader::parse(&bytes) else {
             return Ok(None);
         };
-        let reader = BufReader::with_capacity(READ_SIZE, file.try_clone()?);
+        let reader = BufReader::with_capacity(READ_SIZE, cursor);
         let mut reader = FrameReader::new(reader, WalCursor::start(&header));
         let (mut frames, mut commits) = (Vec::new(), Vec::new());
         while let Ok(frame) = reader.next_frame()? {
@@ -106,6 +107,6 @@ impl Log {
     /// Reads the page of a frame.
     pub(super) fn read_frame(&self, frame: usize, page: &mut [u8]) -> io::Result<()> {
         let start = frame * wal::frame_size(self.header.page_size) + wal::FRAME_HEADER_SIZE;
-        self.file.read_exact_at(page, (wal::HEADER_SIZE + start) as u64)
+        os::read_exact_at("read:log", &self.file, page, (wal::HEADER_SIZE + start) as u64)
     }
 }

@@ -63,7 +63,7 @@ impl Sources<'_> {
                 log.read_frame(frame, page).map_err(io_error("read wal", self.wal_path))
             }
             (Source::Database, _, Some(file)) => {
-                read_zero_extended(file, page, self.page_size.offset(pgno))
+                read_zero_extended("read:repair", file, page, self.page_size.offset(pgno))
                     .map_err(io_error("read database", self.database_path))
             }
             _ => {
@@ -183,7 +183,11 @@ pub(super) fn apply(
 ) -> Result<(), Error> {
     let error = |source| Error::Ltx { what: "apply ltx file", path: file.path.clone(), source };
     let source = File::open(&file.path).map_err(io_error("open ltx file", &file.path))?;
-    let mut decoder = Decoder::new(io::BufReader::with_capacity(IO_SIZE, source)).map_err(error)?;
+    let mut decoder = Decoder::new(io::BufReader::with_capacity(
+        IO_SIZE,
+        os::FileCursor::new("read:repair-ltx", source),
+    ))
+    .map_err(error)?;
     let mut page = vec![0; sources.page_size.bytes()];
     while let Some(pgno) = decoder.next_page(&mut page).map_err(error)? {
         if pgno.0 <= pages {
@@ -230,7 +234,10 @@ pub(super) fn sync_names(dir: &DbDir) -> Result<(), Error> {
 }
 
 /// Rolls a hot journal back. It stays.
-pub(super) fn roll_back(dir: &DbDir, mut journal: JournalReader<File>) -> Result<(), Error> {
+pub(super) fn roll_back(
+    dir: &DbDir,
+    mut journal: JournalReader<os::FileCursor<File>>,
+) -> Result<(), Error> {
     let (path, journal_path) = (dir.database(), dir.journal());
     let header = *journal.header();
     let database =
@@ -250,7 +257,7 @@ pub(super) fn roll_back(dir: &DbDir, mut journal: JournalReader<File>) -> Result
 
 /// The former content of the pages in a journal, as checksums.
 pub(super) fn journal_sums(
-    journal: &mut JournalReader<File>,
+    journal: &mut JournalReader<os::FileCursor<File>>,
 ) -> io::Result<BTreeMap<Pgno, Checksum>> {
     let mut sums = BTreeMap::new();
     while let Some(record) = journal.next_record()? {

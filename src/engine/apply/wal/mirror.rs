@@ -10,7 +10,6 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -86,7 +85,7 @@ impl Mirror {
         if self.len < REGION_SIZE as u64 {
             return Ok(None);
         }
-        self.shm.read_exact_at(&mut bytes, 0)?;
+        os::read_exact_at("read:apply-index", &self.shm, &mut bytes, 0)?;
         Ok(IndexHeader::parse(&bytes).zip(CheckpointInfo::parse(&bytes)))
     }
 
@@ -96,7 +95,12 @@ impl Mirror {
         let count = if mx_frame == 0 { 0 } else { wal_index::region_count(mx_frame) };
         for region in 0..count {
             let mut copy = RegionCopy::new();
-            self.shm.read_exact_at(&mut copy.bytes[..], (region * REGION_SIZE) as u64)?;
+            os::read_exact_at(
+                "read:apply-index",
+                &self.shm,
+                &mut copy.bytes[..],
+                (region * REGION_SIZE) as u64,
+            )?;
             self.regions.push(copy);
         }
         self.drop_after(mx_frame);
@@ -249,7 +253,12 @@ impl Mirror {
     /// Read mark `i`, which its reader may be changing.
     pub(super) fn read_mark(&self, i: usize) -> io::Result<u32> {
         let mut bytes = [0; 4];
-        self.shm.read_exact_at(&mut bytes, wal_index::read_mark_at(i) as u64)?;
+        os::read_exact_at(
+            "read:apply-index",
+            &self.shm,
+            &mut bytes,
+            wal_index::read_mark_at(i) as u64,
+        )?;
         Ok(u32::from_ne_bytes(bytes))
     }
 

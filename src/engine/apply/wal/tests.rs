@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -316,7 +317,7 @@ fn several_transactions_become_visible_at_once() {
 /// The sizes in pages of the commit frames that follow from the start of a log.
 fn commits(wal: &Arc<File>, page_size: PageSize) -> Vec<u32> {
     let Some(header) = read_log_header(wal, page_size).unwrap() else { return Vec::new() };
-    let log = ReadAt { file: wal.clone(), offset: HEADER_SIZE as u64 };
+    let log = os::FileCursor::at("read:apply-wal", wal.clone(), HEADER_SIZE as u64);
     let mut reader = FrameReader::new(log, WalCursor::start(&header));
     let mut commits = Vec::new();
     while let Ok(frame) = reader.next_frame().unwrap() {

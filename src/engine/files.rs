@@ -95,8 +95,10 @@ pub struct Files {
     /// Held over the file calls that make and remove files, so that the directory and the slots
     /// change together.
     naming: Mutex<()>,
-    /// A name was made or removed since the directory was synced.
-    names_changed: AtomicBool,
+    /// How many names were made and removed.
+    names: AtomicU64,
+    /// How many of them are durable. Held while the directory is synced: who comes meanwhile may rely on just that.
+    durable_names: Mutex<u64>,
     /// Files that do not exist any more could not be removed from the directory.
     has_leftovers: AtomicBool,
 }
@@ -115,7 +117,8 @@ impl Files {
             dir,
             slots: Mutex::default(),
             naming: Mutex::default(),
-            names_changed: AtomicBool::new(false),
+            names: AtomicU64::new(0),
+            durable_names: Mutex::default(),
             has_leftovers: AtomicBool::new(false),
         }
     }
@@ -164,8 +167,9 @@ impl Files {
         self.remove_leftovers()?;
         let path = kind.path(&self.dir);
         let file = os::create_new("files:create", &path).map_err(Error::io("create", &path))?;
+        // Before anybody can find the file.
+        self.name_changed();
         let backing = self.set(kind, Some(file));
-        self.names_changed.store(true, Ordering::SeqCst);
         Ok(backing.expect("a file was given"))
     }
 
@@ -175,8 +179,10 @@ impl Files {
         let path = kind.path(&self.dir);
         os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
         let existed = self.get(kind).is_some();
+        if existed {
+            self.name_changed();
+        }
         self.set(kind, None);
-        self.names_changed.fetch_or(existed, Ordering::SeqCst);
         Ok(existed)
     }
 
@@ -187,7 +193,6 @@ impl Files {
         for kind in FileKind::ALL {
             self.set(kind, None);
         }
-        self.names_changed.store(true, Ordering::SeqCst);
         self.has_leftovers.store(true, Ordering::SeqCst);
         self.remove_leftovers()
     }
@@ -201,6 +206,7 @@ impl Files {
         for kind in [FileKind::Journal, FileKind::Database, FileKind::Wal, FileKind::Shm] {
             let path = kind.path(&self.dir);
             os::remove_if_present("files:remove", &path).map_err(Error::io("remove", &path))?;
+            self.name_changed();
         }
         self.has_leftovers.store(false, Ordering::SeqCst);
         Ok(())
@@ -219,15 +225,20 @@ impl Files {
     }
 
     /// Makes the names durable, if any changed: what SQLite asks for by a sync of the directory once
-    /// it has made a journal or a WAL.
+    /// it has made a journal or a WAL. Returns when they are, also if somebody else makes them so.
     pub fn sync_names(&self) -> Result<()> {
-        if !self.names_changed.swap(false, Ordering::SeqCst) {
-            return Ok(());
+        let mut durable = self.durable_names.lock().unwrap();
+        let names = self.names.load(Ordering::SeqCst);
+        if *durable < names {
+            os::sync_dir("files:dir", self.dir.path())
+                .map_err(Error::io("sync database directory", self.dir.path()))?;
+            *durable = names;
         }
-        os::sync_dir("files:dir", self.dir.path()).map_err(|error| {
-            self.names_changed.store(true, Ordering::SeqCst);
-            Error::io("sync database directory", self.dir.path())(error)
-        })
+        Ok(())
+    }
+
+    fn name_changed(&self) {
+        self.names.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Where a file stands.
@@ -245,6 +256,7 @@ impl Files {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::os::fault::{self, Fault};
 
     /// An applier makes the WAL at the moment in which a client does.
     #[test]
@@ -260,5 +272,32 @@ mod tests {
             assert_eq!(one, other);
             assert!(files.remove(FileKind::Wal).unwrap());
         }
+    }
+
+    /// A commit is reported when its log has a durable name, not when somebody has begun to see to that.
+    #[test]
+    fn who_asks_for_durable_names_during_a_sync_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Arc::new(Files::open(DbDir::new(dir.path())).unwrap());
+        files.create(FileKind::Wal).unwrap();
+        let others = files.clone();
+        fault::meanwhile("files:dir", move || {
+            assert!(others.durable_names.try_lock().is_err(), "another one is answered now");
+        });
+        files.sync_names().unwrap();
+
+        // What failed is tried again by each that asks.
+        files.remove(FileKind::Wal).unwrap();
+        for _ in 0..2 {
+            fault::arm_here(Fault { label: "files:dir".into(), after: 0, errno: nix::libc::EIO });
+            assert!(files.sync_names().is_err());
+            assert!(!fault::disarm_here());
+        }
+        files.sync_names().unwrap();
+
+        // With nothing new there is nothing to sync.
+        fault::arm_here(Fault { label: "files:dir".into(), after: 0, errno: nix::libc::EIO });
+        files.sync_names().unwrap();
+        assert!(fault::disarm_here());
     }
 }

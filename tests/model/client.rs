@@ -17,6 +17,10 @@ const END: &str = "-- end of answer --";
 pub struct Transaction {
     /// Whether it locked its databases at once.
     pub is_immediate: bool,
+    /// Whether nobody else has done anything since it began.
+    pub is_alone: bool,
+    /// What ends it, and keeps what it has done.
+    pub commit: &'static str,
     /// What it has changed so far.
     pub changes: Vec<Change>,
     /// What it must find in the tables of a database from which it has read.
@@ -24,6 +28,19 @@ pub struct Transaction {
 }
 
 impl Transaction {
+    /// One that a statement has begun: `begin` in one of its ways, or the savepoint `s0`.
+    pub fn of(opener: &str) -> Transaction {
+        let is_immediate = matches!(opener, "begin immediate" | "begin exclusive");
+        let commit = if opener == "savepoint s0" { "release s0" } else { "commit" };
+        let (changes, seen) = (Vec::new(), [None, None]);
+        Transaction { is_immediate, is_alone: true, commit, changes, seen }
+    }
+
+    /// Whether what it reads of a database may be older than what others have committed.
+    pub fn may_be_old(&self, database: usize) -> bool {
+        !self.is_immediate && !self.is_alone && !self.holds(database)
+    }
+
     /// Whether it changes this database, or keeps others from doing it.
     pub fn holds(&self, database: usize) -> bool {
         let changes = |change: &Change| match change {

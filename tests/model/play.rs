@@ -3,7 +3,7 @@
 //! same.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ltx::Pos;
 
@@ -18,11 +18,16 @@ use crate::support::{sqlite, wait};
 /// Bytes of a database that say whether it has a WAL.
 const VERSIONS_AT: usize = 18;
 
+/// How long a lock may be in the way that none of the applications has: one of the node itself.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The state of a script.
 struct Play {
     setup: Setup,
     cluster: Cluster,
     clients: [Option<Client>; CLIENTS],
+    /// What each client opens again when it has something to do and is gone.
+    views: [Option<View>; CLIENTS],
     reference: Reference,
     /// Databases whose file may hold what a killed client has left; SQLite's next reader mends it.
     is_dirty: [bool; 2],
@@ -30,17 +35,44 @@ struct Play {
     known: [Option<(Pos, String)>; 2],
     /// Numbers for `user_version`, each used once.
     marks: Cell<u32>,
+    /// A kill has left a transaction in one of its databases: what comes of later ones is not foreseen.
+    is_half: bool,
+    tally: Tally,
+}
+
+/// What came of the changes of a script.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tally {
+    /// Changes that were asked for.
+    pub asked: u32,
+    /// Those that were made.
+    pub made: u32,
+    /// Those that an application kept from being made by its locks.
+    pub kept_out: u32,
+}
+
+impl Tally {
+    /// Of two scripts.
+    pub fn add(&mut self, other: Tally) {
+        self.asked += other.asked;
+        self.made += other.made;
+        self.kept_out += other.kept_out;
+    }
 }
 
 /// Plays it; panics at what is wrong.
-pub fn play(setup: Setup, steps: &[(usize, &Step)]) {
+pub fn play(setup: Setup, steps: &[(usize, &Step)]) -> Tally {
     let mut play = Play::start(setup);
     for &(number, step) in steps {
         let story = format!("step {number}: {step}");
         play.step(step, &story);
+        if play.is_half {
+            play.cluster.check();
+            return play.tally;
+        }
         play.check(&story);
     }
-    play.end();
+    play.end()
 }
 
 impl Play {
@@ -60,8 +92,10 @@ impl Play {
         }
         let known = [None, None];
         let marks = Cell::new(1000);
-        let clients = [None, None, None];
-        Play { setup, cluster, clients, reference, is_dirty: [false; 2], known, marks }
+        let (clients, views) = ([None, None, None], [None; CLIENTS]);
+        let (is_dirty, tally) = ([false; 2], Tally::default());
+        let is_half = false;
+        Play { setup, cluster, clients, views, reference, is_dirty, known, marks, is_half, tally }
     }
 
     fn primary(&self) -> &Node {
@@ -70,12 +104,11 @@ impl Play {
 
     fn step(&mut self, step: &Step, story: &str) {
         let at = step.client;
+        let others = self.clients.iter_mut().enumerate().filter(|(other, _)| *other != at);
+        for transaction in others.filter_map(|(_, other)| other.as_mut()?.transaction.as_mut()) {
+            transaction.is_alone = false;
+        }
         match &step.action {
-            // Known to be open, see docs/testing.md; `make torture` plays it.
-            Action::KillDuring(Victim::Client, ..)
-            | Action::KillDuringCommit(Victim::Client, _)
-                if self.setup.passthrough == "off"
-                    && std::env::var("LITEFS_TEST_MINUTES").is_err() => {}
             Action::Open(view) => self.open(at, *view),
             Action::KillClient => self.kill_client(at),
             Action::KillPrimary => self.restart_primary(Node::kill),
@@ -115,45 +148,44 @@ impl Play {
 
     /// What a client does in SQL.
     fn tell(&mut self, at: usize, action: &Action, story: &str) {
+        if let (None, Some(view)) = (&self.clients[at], self.views[at]) {
+            self.open(at, view);
+        }
         let Some(mut client) = self.clients[at].take() else { return };
         match action {
-            Action::Begin(kind) if client.transaction.is_none() => {
-                let is_immediate = *kind != "deferred";
-                if let Answer::Done(_) = client.ask(&format!("begin {kind}")) {
-                    let (changes, seen) = (Vec::new(), [None, None]);
-                    client.transaction = Some(Transaction { is_immediate, changes, seen });
+            Action::Begin(opener) if client.transaction.is_none() => {
+                match self.ask(&mut client, opener, story) {
+                    Answer::Done(_) => client.transaction = Some(Transaction::of(opener)),
+                    Answer::Busy => {}
+                    answer => panic!("{story}: {answer:?}"),
                 }
             }
             Action::Change(sql) if self.may_change(&client, sql) => {
-                let answer = client.ask(&reference::named(sql, client.schemas()));
+                let text = reference::named(sql, client.schemas());
+                let answer = self.ask(&mut client, &text, story);
                 self.changed(&mut client, sql, answer, story);
             }
             Action::Read(database, table) if client.view.has(*database) => {
                 let sql = reference::sums(client.schemas()[*database], *table);
-                let answer = client.ask(&sql);
+                let answer = self.ask(&mut client, &sql, story);
                 self.read(&mut client, *database, *table, answer, story);
             }
             Action::Outside(sql) if client.transaction.is_none() => {
-                self.aside(&mut client, sql);
+                self.aside(&mut client, sql, story);
             }
-            Action::Anywhere(sql) => self.aside(&mut client, sql),
-            Action::Savepoint(sql) => {
-                if let Some(mut transaction) = client.transaction.take() {
-                    if let Answer::Done(_) = client.ask(sql) {
-                        transaction.changes.push(Change::Savepoint(sql.clone()));
-                    }
-                    client.transaction = Some(transaction);
+            Action::Anywhere(sql) => self.aside(&mut client, sql, story),
+            Action::Savepoint(sql) if client.transaction.is_some() => {
+                let answer = self.ask(&mut client, sql, story);
+                let transaction = client.transaction.as_mut().expect("was looked at");
+                let change = Change::Savepoint(sql.clone());
+                let takes = self.reference.takes(&transaction.changes, &change);
+                match answer {
+                    Answer::Done(_) if takes => transaction.changes.push(change),
+                    Answer::Refused(_) if !takes => {}
+                    answer => panic!("{story}: {answer:?}; plain SQLite takes it: {takes}"),
                 }
             }
-            Action::Commit => {
-                if let Some(transaction) = client.transaction.take() {
-                    match client.ask("commit") {
-                        Answer::Done(_) => self.reference.commit(&transaction.changes),
-                        Answer::Busy => client.transaction = Some(transaction),
-                        answer => panic!("{story}: {answer:?}"),
-                    }
-                }
-            }
+            Action::Commit => self.commit(&mut client, story),
             Action::Rollback if client.transaction.take().is_some() => {
                 let answer = client.ask("rollback");
                 assert!(matches!(answer, Answer::Done(_)), "{story}: {answer:?}");
@@ -164,6 +196,7 @@ impl Play {
     }
 
     fn open(&mut self, at: usize, view: View) {
+        self.views[at] = Some(view);
         if let Some(client) = self.clients[at].take() {
             client.close();
         }
@@ -179,24 +212,90 @@ impl Play {
         self.clients[at] = Some(client);
     }
 
-    /// A statement that changes no row.
-    fn aside(&mut self, client: &mut Client, sql: &str) {
-        let missing = (0..2).any(|n| sql.contains(&format!("@{n}")) && !client.view.has(n));
-        if !missing {
-            let schemas = client.schemas();
-            client.ask(&sql.replace("@0", schemas[0]).replace("@1", schemas[1]));
+    /// Asks; again and again, if a lock is in the way that none of the applications can have.
+    fn ask(&self, client: &mut Client, sql: &str, story: &str) -> Answer {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let answer = match client.ask(sql) {
+                // Its way to say that it found a lock.
+                Answer::Done(row) if sql.contains("checkpoint(") && row.starts_with("1|") => {
+                    Answer::Busy
+                }
+                answer => answer,
+            };
+            if answer != Answer::Busy || self.may_be_busy(client, sql) {
+                return answer;
+            }
+            assert!(Instant::now() < end, "{story}: refused for {PATIENCE:?}, nobody has a lock");
         }
     }
 
-    fn changed(&self, client: &mut Client, sql: &Sql, answer: Answer, story: &str) {
+    /// Whether another application, or a snapshot of its own that is old, may be in the way of one.
+    fn may_be_busy(&self, client: &Client, sql: &str) -> bool {
+        // Who has a WAL open keeps a lock for as long.
+        let is_switch = sql.contains("journal_mode=");
+        let meets = |other: &Client| (0..2).any(|n| client.view.has(n) && other.view.has(n));
+        let mut others = self.clients.iter().flatten();
+        let is_old = |own: &Transaction| (0..2).any(|database| own.may_be_old(database));
+        others.any(|other| meets(other) && (is_switch || other.transaction.is_some()))
+            || client.transaction.as_ref().is_some_and(is_old)
+    }
+
+    /// A statement that changes no row.
+    fn aside(&mut self, client: &mut Client, sql: &str, story: &str) {
+        let named = |n: usize| sql.contains(&format!("@{n}"));
+        if (0..2).any(|n| named(n) && !client.view.has(n)) {
+            return;
+        }
+        let schemas = client.schemas();
+        let text = sql.replace("@0", schemas[0]).replace("@1", schemas[1]);
+        match self.ask(client, &text, story) {
+            Answer::Done(row) => {
+                let mode = sql.split_once("journal_mode=").map(|(_, mode)| mode);
+                let wanted = if sql.ends_with("quick_check") { Some("ok") } else { mode };
+                assert!(wanted.is_none_or(|wanted| row == wanted), "{story}: {row}");
+            }
+            Answer::Busy => {}
+            Answer::Refused(_) if (0..2).any(|n| named(n) && self.is_held(n)) => {}
+            Answer::Refused(complaint) => {
+                assert!(!self.reference.takes_aside(sql), "{story}: {complaint}");
+            }
+            Answer::Gone => panic!("{story}: sqlite3 has ended"),
+        }
+    }
+
+    fn commit(&mut self, client: &mut Client, story: &str) {
+        let Some(commit) = client.transaction.as_ref().map(|own| own.commit) else { return };
+        match self.ask(client, commit, story) {
+            Answer::Done(_) => {
+                let transaction = client.transaction.take().expect("was looked at");
+                self.reference.commit(&transaction.changes);
+            }
+            Answer::Busy => {}
+            answer => panic!("{story}: {answer:?}"),
+        }
+    }
+
+    fn changed(&mut self, client: &mut Client, sql: &Sql, answer: Answer, story: &str) {
+        self.tally.asked += 1;
+        self.tally.made += u32::from(matches!(answer, Answer::Done(_)));
+        self.tally.kept_out += u32::from(answer == Answer::Busy);
         match (&mut client.transaction, answer) {
             (_, Answer::Busy) => {}
             (_, Answer::Gone) => panic!("{story}: sqlite3 has ended"),
             (Some(transaction), Answer::Done(_)) => {
-                transaction.changes.push(Change::Sql(sql.clone()));
+                let change = Change::Sql(sql.clone());
+                let takes = self.reference.takes(&transaction.changes, &change);
+                assert!(takes, "{story}: plain SQLite refuses it");
+                transaction.changes.push(change);
             }
-            // It had no effect.
-            (Some(_), Answer::Refused(_)) => {}
+            (Some(transaction), Answer::Refused(_)) if transaction.may_be_old(sql.database) => {}
+            (Some(_), Answer::Refused(_)) if self.is_held(sql.database) => {}
+            (Some(transaction), Answer::Refused(complaint)) => {
+                let change = Change::Sql(sql.clone());
+                let takes = self.reference.takes(&transaction.changes, &change);
+                assert!(!takes, "{story}: {complaint}");
+            }
             (None, Answer::Done(_)) => {
                 assert!(self.reference.apply(sql), "{story}: plain SQLite refuses it");
             }
@@ -280,7 +379,8 @@ impl Play {
             self.clients[at] = Some(client);
             return;
         };
-        self.kill_in(at, client, (victim, delay), "commit", &transaction.changes, story);
+        let Transaction { commit, changes, .. } = transaction;
+        self.kill_in(at, client, (victim, delay), commit, &changes, story);
     }
 
     fn kill_in(
@@ -295,8 +395,8 @@ impl Play {
         self.settle_others();
         let was_wal = self.has_wal();
         client.tell(sql);
-        let end = std::time::Instant::now() + Duration::from_micros(delay);
-        while std::time::Instant::now() < end {
+        let end = Instant::now() + Duration::from_micros(delay);
+        while Instant::now() < end {
             std::thread::park_timeout(Duration::from_micros(50));
         }
         let answer = match victim {
@@ -340,6 +440,11 @@ impl Play {
             self.reference.commit(changes);
         } else if !(is(&before) && may_be_before) {
             let half = (0..2).all(|n| found[n] == before[n] || found[n] == after[n]);
+            // Databases are bound together by a super-journal, and a WAL needs none (sqlite.org/atomiccommit.html).
+            if half && answer == Answer::Gone && was_wal.contains(&true) {
+                self.is_half = true;
+                return;
+            }
             let words = (0..2)
                 .map(|n| reference::difference(&found[n], &after[n]))
                 .collect::<Vec<_>>()
@@ -487,7 +592,7 @@ impl Play {
         text
     }
 
-    fn end(mut self) {
+    fn end(mut self) -> Tally {
         self.settle_others();
         for client in self.clients.iter_mut() {
             if let Some(client) = client.take() {
@@ -507,6 +612,7 @@ impl Play {
                 assert!(!aside.exists(), "{} holds something", aside.display());
             }
         }
+        self.tally
     }
 
     /// Whether what comes of a change can be foreseen.

@@ -27,6 +27,20 @@ impl Reference {
         self.0.execute_batch(&text).is_ok()
     }
 
+    /// Whether SQLite takes a change after others of its transaction; all are taken back.
+    pub fn takes(&self, before: &[Change], change: &Change) -> bool {
+        self.with(before, |reference| match change {
+            Change::Sql(sql) => reference.apply(sql),
+            Change::Savepoint(text) => reference.0.execute_batch(text).is_ok(),
+        })
+    }
+
+    /// Whether SQLite takes a statement that changes no row, with `@0` and `@1` for the databases.
+    pub fn takes_aside(&self, sql: &str) -> bool {
+        let text = sql.replace("@0", SCHEMAS[0]).replace("@1", SCHEMAS[1]);
+        self.0.execute_batch(&text).is_ok()
+    }
+
     /// Runs a statement that must succeed.
     pub fn run(&self, sql: &str) {
         self.0.execute_batch(sql).unwrap_or_else(|error| panic!("{sql}: {error}"));

@@ -67,7 +67,7 @@ pub enum Victim {
 pub enum Action {
     /// A new process opens databases.
     Open(View),
-    /// `begin` in one of its ways.
+    /// `begin` in one of its ways, or the savepoint `s0`, which nothing else names.
     Begin(&'static str),
     /// A change, in a transaction or as one.
     Change(Sql),
@@ -132,7 +132,7 @@ impl fmt::Display for Step {
 /// The way a script begins.
 pub fn setup(chance: &mut Chance) -> Setup {
     let mut database = || {
-        let page_size = chance.of(&[512, 1024, 4096, 4096, 8192, 65536]);
+        let page_size = chance.of(&[512, 1024, 2048, 4096, 4096, 8192, 32768, 65536]);
         let auto_vacuum = chance.of(&["none", "none", "full", "incremental"]);
         (page_size, auto_vacuum, chance.of(&["delete", "truncate", "persist", "wal", "wal", "wal"]))
     };
@@ -185,7 +185,13 @@ fn action(chance: &mut Chance) -> Action {
         chance.below(limit)
     };
     match chance.below(200) {
-        0..20 => Action::Begin(chance.of(&["deferred", "immediate", "immediate", "exclusive"])),
+        0..20 => Action::Begin(chance.of(&[
+            "begin deferred",
+            "begin immediate",
+            "begin immediate",
+            "begin exclusive",
+            "savepoint s0",
+        ])),
         20..88 => Action::Change(change(chance)),
         88..100 => Action::Read(chance.below(2) as usize, 1 + chance.below(TABLES)),
         100..124 => Action::Commit,
@@ -239,7 +245,7 @@ fn vacuum(chance: &mut Chance) -> String {
     let schema = schema(chance);
     match chance.below(4) {
         0 => {
-            let size = chance.of(&[512, 1024, 4096, 16384, 65536]);
+            let size = chance.of(&[512, 1024, 2048, 4096, 16384, 32768, 65536]);
             format!("pragma {schema}.page_size={size}; vacuum {schema}")
         }
         1 => {

@@ -3,12 +3,14 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use litefs::engine::Db;
 use litefs::engine::db::{DbState, Refusal};
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
-use litefs::os::fault::{self, Fault};
+use litefs::os::fault::{self, Call, Fault, Verdict, Watch};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno, Txid};
@@ -158,6 +160,47 @@ fn a_commit_that_fails_does_not_come_back_at_the_next_start() {
             let left = fs::read_dir(dir.path().join("dbs/db/ltx")).unwrap().count();
             assert_eq!(left, 1, "{label} {after}");
         }
+    }
+}
+
+/// Writes of zeros end after some bytes, and then the disk is full.
+struct TornEnd {
+    bytes: AtomicUsize,
+}
+
+impl Watch for TornEnd {
+    fn before(&self, label: &str, call: &Call<'_>) -> Verdict {
+        match call {
+            Call::Write(.., data) if label == "journal:write" && data.iter().all(|b| *b == 0) => {
+                match self.bytes.swap(0, Ordering::SeqCst) {
+                    0 => Verdict::Fail(libc::ENOSPC),
+                    bytes => Verdict::Short(bytes),
+                }
+            }
+            _ => Verdict::Go,
+        }
+    }
+
+    fn after(&self, _: &str, _: &Call<'_>) {}
+}
+
+#[test]
+fn a_journal_whose_header_is_zeroed_in_part_has_ended() {
+    for bytes in [0, 1, 14] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let db = database(&engine, "db");
+        commit(&db, &image(3));
+        begin(&db, &image(4));
+        let torn = Arc::new(TornEnd { bytes: AtomicUsize::new(bytes) });
+        let watching = fault::watch(dir.path(), torn);
+        let journal = file(&db, FileKind::Journal);
+        let ended = asked(|answer| db.write_journal(&journal, 0, &[0; 28], answer));
+        drop(watching);
+        assert_eq!(
+            (ended.is_ok(), db.pos().txid.0),
+            if bytes > 0 { (true, 2) } else { (false, 1) }
+        );
     }
 }
 

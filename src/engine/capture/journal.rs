@@ -302,8 +302,7 @@ impl Db {
             JournalEnd::Cut(journal) => os::truncate("journal:truncate", &journal.file, 0)
                 .map_err(Error::io("truncate journal", &path)),
             JournalEnd::Zero(journal) => {
-                os::write_at("journal:write", &journal.file, &[0; HEADER_SIZE], 0)
-                    .map_err(Error::io("write journal", &path))
+                zero_header(&journal.file).map_err(Error::io("write journal", &path))
             }
             JournalEnd::CutForGood(journal) => os::truncate("rollback:journal", &journal.file, 0)
                 .and_then(|()| os::sync("rollback:journal", &journal.file))
@@ -464,6 +463,18 @@ impl Change {
         };
         self.journal.dirty.extend((first.0..=last.0).map(Pgno));
     }
+}
+
+/// Writes zeros over the header of a journal. If that ends early, the journal has ended all the same:
+/// SQLite plays none back whose first byte is zero (pager.c, `hasHotJournal`), so the transaction counts.
+fn zero_header(journal: &File) -> io::Result<()> {
+    os::write_at("journal:write", journal, &[0; HEADER_SIZE], 0).or_else(|error| {
+        let mut first = [1];
+        match os::read_exact_at("read:journal", journal, &mut first, 0) {
+            Ok(()) if first == [0] => Ok(()),
+            _ => Err(error),
+        }
+    })
 }
 
 /// Those of `pages` whose image is not the one in `sums`. A page past the end of the file is one of

@@ -1,9 +1,9 @@
 //! Random scripts against a simple model: what applications, nodes and chance do to two databases,
 //! on a primary with a replica, and the same changes in plain SQLite in memory.
 //!
-//! Each script has a seed. `LITEFS_TEST_SEED` plays that one, `LITEFS_TEST_STEPS` only these of its
-//! steps; `LITEFS_TEST_MINUTES` plays new ones for so long. A script that fails is made shorter: steps
-//! are left out as long as it fails.
+//! Each script has a seed; by default those from 1 on are played, as many as the time allows.
+//! `LITEFS_TEST_SEED` plays that one, `LITEFS_TEST_STEPS` only these of its steps; `LITEFS_TEST_MINUTES`
+//! plays new ones for so long. A script that fails is made shorter: steps are left out as long as it fails.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +23,7 @@ mod reference;
 /// What happens, by chance.
 mod script;
 
-/// How long new scripts are begun.
+/// How long scripts are begun.
 const TIME: Duration = Duration::from_secs(24);
 /// How long a script that fails is made shorter, in a run of so many minutes at the least.
 const SHRINK_TIME: Duration = Duration::from_secs(60);
@@ -101,12 +101,16 @@ fn chosen() -> Option<Vec<usize>> {
     Some(text.split(',').map(|step| step.parse().expect("a number")).collect())
 }
 
+fn new_seed() -> u64 {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    clock.as_millis() as u64 % 1_000_000_000
+}
+
 #[test]
 fn random_scripts_do_what_plain_sqlite_does() {
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     let given = of_environment("LITEFS_TEST_SEED");
     let minutes = of_environment("LITEFS_TEST_MINUTES");
-    let first = given.unwrap_or(clock.as_millis() as u64 % 1_000_000_000);
+    let first = given.unwrap_or_else(|| if minutes.is_some() { new_seed() } else { 1 });
     let time = minutes.map_or(TIME, |minutes| Duration::from_secs(60 * minutes));
     let end = Instant::now() + time;
     let (mut scripts, mut steps) = (0, 0);

@@ -54,6 +54,10 @@ enum End {
     LastCommit,
 }
 
+/// How many frames are read first where nobody says how many there are: those of a small transaction,
+/// and one behind them.
+const FIRST_FRAMES: usize = 4;
+
 /// Whether the chain has all that is committed to the WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Captured {
@@ -322,6 +326,9 @@ impl Db {
             return Err(self.corrupt("read wal header", "its page size is not the database's"));
         }
         let frame_size = cursor.frame_size();
+        let all = (limits::IO_BUFFER / frame_size).max(1);
+        // Behind the last commit a log that was started over has the frames of before.
+        let mut most = if end == End::LastCommit { FIRST_FRAMES.min(all) } else { all };
         let mut walk = Walk::new(cursor);
         let mut buffer = std::mem::take(&mut change.wal.buffer);
         let result = loop {
@@ -332,7 +339,8 @@ impl Db {
             if left == 0 {
                 break Ok(());
             }
-            let want = left.min((limits::IO_BUFFER / frame_size).max(1)) * frame_size;
+            let want = left.min(most) * frame_size;
+            most = (4 * most).min(all);
             buffer.resize(want.max(buffer.len()), 0);
             let filled =
                 match os::read_up_to("read:wal", wal, &mut buffer[..want], walk.cursor.offset()) {

@@ -52,6 +52,9 @@ pub enum Error {
         /// The last transaction of the header.
         max: Txid,
     },
+    /// The last transaction is one that none can follow.
+    #[error("transaction id {0} is too large")]
+    TxidTooLarge(Txid),
     /// The WAL offset is negative (bytes).
     #[error("negative wal offset {0}")]
     WalOffset(i64),

@@ -11,14 +11,16 @@ pub fn file_name(min: Txid, max: Txid) -> String {
 }
 
 /// The first and the last transaction of the file `name`; `None` if it is not the name of an LTX
-/// file, such as that of a temporary one.
+/// file, such as that of a temporary one, or of one that none can follow.
 pub fn parse_file_name(name: &str) -> Option<(Txid, Txid)> {
     let digits = |part: &str| part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if name.len() != LEN || !name.is_ascii() {
         return None;
     }
     let (min, max) = name.strip_suffix(".ltx")?.split_once('-')?;
-    (digits(min) && digits(max)).then_some((min.parse().ok()?, max.parse().ok()?))
+    let (min, max): (Txid, Txid) =
+        (digits(min) && digits(max)).then_some((min.parse().ok()?, max.parse().ok()?))?;
+    (max <= Txid::MAX).then_some((min, max))
 }
 
 #[cfg(test)]
@@ -27,9 +29,9 @@ mod tests {
 
     #[test]
     fn a_name_is_two_txids() {
-        let name = "00000000000000ab-ffffffffffffffff.ltx";
-        assert_eq!(file_name(Txid(0xab), Txid(u64::MAX)), name);
-        assert_eq!(parse_file_name(name), Some((Txid(0xab), Txid(u64::MAX))));
+        let name = "00000000000000ab-7fffffffffffffff.ltx";
+        assert_eq!(file_name(Txid(0xab), Txid::MAX), name);
+        assert_eq!(parse_file_name(name), Some((Txid(0xab), Txid::MAX)));
     }
 
     #[test]
@@ -43,6 +45,7 @@ mod tests {
             "000000000000001-00000000000000001.ltx",
             "000000000000000g-0000000000000001.ltx",
             "000000000000000é-000000000000001.ltx",
+            "0000000000000001-8000000000000000.ltx",
         ] {
             assert_eq!(parse_file_name(name), None, "{name}");
         }

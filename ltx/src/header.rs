@@ -123,6 +123,7 @@ impl Header {
             () if min.is_zero() => Err(Error::MinTxid),
             () if max.is_zero() => Err(Error::MaxTxid),
             () if min > max => Err(Error::TxidOrder { min, max }),
+            () if max > Txid::MAX => Err(Error::TxidTooLarge(max)),
             () if self.wal_offset < 0 => Err(Error::WalOffset(self.wal_offset)),
             () if self.wal_size < 0 => Err(Error::WalSize(self.wal_size)),
             () => Ok(()),

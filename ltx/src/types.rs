@@ -35,6 +35,10 @@ pub enum ParseError {
 pub struct Txid(pub u64);
 
 impl Txid {
+    /// The last one that a file may lead to. No database comes near to it, and what follows on it can be
+    /// counted.
+    pub const MAX: Txid = Txid(u64::MAX / 2);
+
     /// The transaction after this one.
     pub fn next(self) -> Txid {
         Txid(self.0.checked_add(1).expect("2^64 transactions take longer than the sun lasts"))

@@ -22,6 +22,7 @@ fn bad_headers_are_neither_written_nor_read() {
     refuses_header(id(0, 2), "minimum transaction id required");
     refuses_header(id(2, 0), "maximum transaction id required");
     refuses_header(id(3, 2), "transaction ids out of order: 0000000000000003 to 0000000000000002");
+    refuses_header(id(1 << 63, 1 << 63), "transaction id 8000000000000000 is too large");
     refuses_header(Header { wal_offset: -1, ..good }, "negative wal offset -1");
     refuses_header(Header { wal_size: -5, wal_offset: 1, ..good }, "negative wal size -5");
     refuses_header(Header { wal_size: 1, ..good }, "wal offset required");

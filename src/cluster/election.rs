@@ -212,7 +212,7 @@ impl Field<'_> {
     pub fn next_term(&self) -> u64 {
         let recorded = self.record.map_or(0, |record| record.standing.term);
         let rivals = self.rivals.iter().map(|rival| rival.standing.term);
-        rivals.chain([recorded, self.own.term]).max().unwrap_or_default() + 1
+        rivals.chain([recorded, self.own.term]).max().unwrap_or_default().saturating_add(1)
     }
 }
 
@@ -278,6 +278,15 @@ mod tests {
         let late = verdict(&own, None, &rivals, limits::ELECTION_RIVAL_WAIT);
         assert!(matches!(late, Verdict::RunBehind(_)));
         assert_eq!(verdict(&rivals[1].standing, None, &[rival(own)], NO_TIME), Verdict::Run);
+    }
+
+    #[test]
+    fn a_term_that_nobody_can_reach_ends_the_counting() {
+        let last = record(standing(u64::MAX, 1, 0));
+        let own = standing(3, 10, 0);
+        let (record, force, waited) = (Some(&last), Force::No, NO_TIME);
+        let field = Field { own: &own, positions: &[], record, rivals: &[], waited, force };
+        assert_eq!(field.next_term(), u64::MAX);
     }
 
     #[test]

@@ -250,11 +250,22 @@ impl Receiver {
         while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
             sums.push((pgno, decoder.page_checksum()));
             if pgno == Pgno(1) {
-                mode = DatabaseHeader::parse(&page).ok().map(|header| header.journal_mode);
+                mode = Some(self.check_first_page(&header, &page)?);
             }
         }
         let trailer = decoder.finish().map_err(ltx)?;
         Ok(Received { header, trailer, sums, mode, body: Body::Memory(Arc::default()) })
+    }
+
+    /// The journal mode that page 1 says, which must be that of a database of pages of the file's size.
+    /// Otherwise nobody could read the database any more, and this node not go on from it.
+    fn check_first_page(&self, header: &Header, page: &[u8]) -> Result<JournalMode> {
+        let corrupt = |detail: &str| self.db.corrupt("verify received ltx file", detail);
+        let found = DatabaseHeader::parse(page).map_err(|error| corrupt(&error.to_string()))?;
+        match found.page_size == header.page_size {
+            true => Ok(found.journal_mode),
+            false => Err(corrupt("page 1 says another page size")),
+        }
     }
 
     /// Moves what is buffered to the temporary file, once the file is too large for memory.

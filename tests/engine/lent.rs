@@ -11,7 +11,7 @@ use litefs::engine::db::Refusal;
 use litefs::engine::halt::HaltId;
 use litefs::engine::layout::DbDir;
 use litefs::engine::locks::LockKind;
-use litefs::engine::{self, Db, Engine};
+use litefs::engine::{self, Db, DbState, Engine};
 use litefs::os::fault::{self, Fault};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos};
 
@@ -23,6 +23,11 @@ const ID: HaltId = HaltId(7);
 
 /// The next transaction of a database: other bytes in page 2.
 fn transaction(dir: &Path, db: &Db) -> (Vec<u8>, Checksum) {
+    change(dir, db, Pgno(2), &[7; PAGE])
+}
+
+/// The next transaction of a database: `pgno` is `page`.
+fn change(dir: &Path, db: &Db, pgno: Pgno, page: &[u8]) -> (Vec<u8>, Checksum) {
     let Pos { txid, checksum } = db.pos();
     let header = Header {
         compression: Compression::None,
@@ -39,9 +44,10 @@ fn transaction(dir: &Path, db: &Db) -> (Vec<u8>, Checksum) {
         node_id: NodeId(9),
     };
     let file = std::fs::read(dir.join("dbs/db/database")).unwrap();
-    let old = ltx::page_checksum(Pgno(2), &file[PAGE..2 * PAGE]);
+    let start = PageSize::new(PAGE as u32).unwrap().offset(pgno) as usize;
+    let old = ltx::page_checksum(pgno, &file[start..start + PAGE]);
     let mut encoder = Encoder::new(Vec::new(), header).unwrap();
-    let new = encoder.page(Pgno(2), &[7; PAGE]).unwrap();
+    let new = encoder.page(pgno, page).unwrap();
     let post = checksum.toggle(old).toggle(new);
     (encoder.finish(post).unwrap().0, post)
 }
@@ -89,6 +95,29 @@ fn a_disk_error_under_a_loan_leaves_all_or_nothing() {
         }
     }
     assert!(failures > 2, "the disk never failed: {failures}");
+}
+
+/// What would leave something that SQLite does not open is refused before anything of it is kept.
+#[test]
+fn a_transaction_must_leave_a_database() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    let content = image(3);
+    commit(&db, &content);
+    db.lend(ID, Duration::from_secs(20), &AtomicBool::new(false)).unwrap();
+    let before = db.pos();
+    let mut other_size = content[..PAGE].to_vec();
+    other_size[16] = 2;
+    for page in [&[7; PAGE], &other_size[..]] {
+        let (ltx, _) = change(dir.path(), &db, Pgno(1), page);
+        let error = send(&engine, &db, &ltx).unwrap_err();
+        assert!(matches!(error, engine::Error::Corrupt { .. }), "{error}");
+        assert_eq!((db.pos(), db.state()), (before, DbState::Ready));
+    }
+    let (ltx, post) = transaction(dir.path(), &db);
+    assert_eq!(send(&engine, &db, &ltx).unwrap().checksum, post);
+    engine.close().unwrap();
 }
 
 /// `docs/differences.md`, cluster 12: a lock "does not end while a transaction is applied under it", and

@@ -14,7 +14,7 @@ pub mod halt;
 pub mod lease;
 mod lineage;
 mod lookout;
-mod memory;
+pub(crate) mod memory;
 pub mod node;
 mod pace;
 pub mod peers;

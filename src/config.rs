@@ -24,6 +24,7 @@ mod duration;
 mod environment;
 mod exec;
 mod expand;
+#[cfg(any(test, fuzzing))]
 pub(crate) mod properties;
 
 pub use environment::Environment;

@@ -24,6 +24,8 @@ use crate::{limits, os};
 pub mod error;
 pub mod layout;
 pub mod name;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod properties;
 
 pub mod apply;
 pub mod backup;

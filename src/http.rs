@@ -13,6 +13,8 @@ mod gauges;
 mod halt;
 mod page;
 mod peers;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod properties;
 pub mod proxy;
 mod query;
 pub mod report;

@@ -21,6 +21,7 @@ pub mod engine;
 pub mod http;
 pub mod limits;
 pub mod os;
+#[cfg(any(test, fuzzing))]
 pub mod properties;
 pub mod sqlite;
 pub mod supervisor;

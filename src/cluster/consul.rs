@@ -28,6 +28,8 @@ use crate::limits;
 
 pub mod address;
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod properties;
 
 pub use client::Error;
 use client::{Client, Consistency, Entry, NewSession, Outcome, Renewed, Step};

@@ -72,6 +72,24 @@ impl Memory {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod properties {
+    use super::*;
+
+    /// The bytes as the content of both files.
+    pub(crate) fn memory(content: &[u8]) {
+        let dir = crate::properties::ram_dir();
+        let layout = DataDir::new(dir.path());
+        for path in [layout.lease(), layout.term()] {
+            os::write_atomic("fuzz", &path, content).expect("memory takes it");
+        }
+        let memory = Memory::load(&layout);
+        let text = std::str::from_utf8(content).map(str::trim).unwrap_or_default();
+        assert_eq!(memory.session().unwrap_or_default(), text);
+        assert_eq!(memory.term(), text.parse::<u64>().unwrap_or_default());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,7 +34,7 @@ pub use writer::{Waker, Writer};
 
 #[cfg(test)]
 mod orders;
-mod positions;
+pub(in crate::engine) mod positions;
 mod recent;
 #[cfg(test)]
 mod tests;

@@ -236,6 +236,21 @@ pub fn load(path: &Path, database: &File) -> io::Result<Option<Saved>> {
     }))
 }
 
+/// Gives bytes that are to be read as saved checksums what `database` and their checksum demand.
+#[cfg(any(test, fuzzing))]
+pub(super) fn make_whole(bytes: &mut Vec<u8>, database: &File) {
+    bytes.resize(bytes.len().next_multiple_of(8).max(HEADER_SIZE + CRC_SIZE), 0);
+    let end = bytes.len() - CRC_SIZE;
+    let (content, own) = bytes.split_at_mut(end);
+    let identity = identity(database).expect("it is open");
+    for (word, value) in content[32..HEADER_SIZE].chunks_exact_mut(8).zip(identity) {
+        word.copy_from_slice(&value.to_le_bytes());
+    }
+    let pages = (content.len() - HEADER_SIZE) as u32 / 8;
+    content[12..16].copy_from_slice(&pages.to_le_bytes());
+    own.copy_from_slice(&crc(content).to_le_bytes());
+}
+
 /// Size, inode and times of a file: what changes when anybody writes to it or puts another in its
 /// place.
 fn identity(file: &File) -> io::Result<[u64; 4]> {

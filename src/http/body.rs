@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::timeout;
 
+use crate::engine::chain_text;
 use crate::limits;
 
 /// Any body that we send.
@@ -86,6 +87,26 @@ impl Sender {
     /// Ends the body cleanly after what was queued.
     pub fn finish(self) {
         self.finished.store(true, Ordering::Release);
+    }
+}
+
+/// The next data of a body that a peer sends; `None` at its end. In words, why there is none: it broke off,
+/// or nothing came for [`limits::BODY_STALL_WAIT`].
+pub(super) async fn next_data<B>(body: &mut B) -> Result<Option<Bytes>, String>
+where
+    B: hyper::body::Body<Data = Bytes, Error: std::error::Error> + Unpin,
+{
+    loop {
+        let frame = timeout(limits::BODY_STALL_WAIT, body.frame()).await;
+        match frame.map_err(|_| "no data for too long".to_owned())? {
+            None => return Ok(None),
+            Some(Err(error)) => return Err(chain_text(&error)),
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
     }
 }
 

@@ -325,7 +325,7 @@ impl Client {
     /// `GET /events`, of which only the node's role counts.
     pub async fn roles(&self) -> Result<Roles, Error> {
         let answer = self.call(self.request(Method::GET, "/events", body::empty())).await?;
-        Ok(Roles { client: self.clone(), answer, text: BytesMut::new() })
+        Ok(Roles { client: self.clone(), answer, lines: RoleLines::default() })
     }
 
     /// `POST /stream`.
@@ -566,32 +566,48 @@ impl Answer {
 pub struct Roles {
     client: Client,
     answer: Answer,
-    /// What has come of the next lines.
-    text: BytesMut,
+    lines: RoleLines,
 }
 
 impl Roles {
     /// Waits until the node says its role again; whether it is primary.
     pub async fn next_is_primary(&mut self) -> Result<bool, Error> {
+        let address = || self.client.address();
         loop {
-            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
-                let line = self.text.split_to(end + 1);
-                match said_role(&line) {
-                    Ok(Some(is_primary)) => return Ok(is_primary),
-                    Ok(None) => continue,
-                    Err(source) => {
-                        return Err(Error::Decode { address: self.client.address(), source });
-                    }
-                }
+            let said = self.lines.next();
+            if let Some(is_primary) =
+                said.map_err(|source| Error::Decode { address: address(), source })?
+            {
+                return Ok(is_primary);
             }
-            if self.text.len() > limits::DOCUMENT_BYTES_MAX {
-                return Err(Error::TooLarge { address: self.client.address() });
+            if self.lines.0.len() > limits::DOCUMENT_BYTES_MAX {
+                return Err(Error::TooLarge { address: address() });
             }
             // A node has nothing to say for as long as nothing happens.
             let data = self.client.next_data(&mut self.answer.body, limits::EVENTS_WAIT).await?;
-            let ended = || Error::Ended { address: self.client.address() };
-            self.text.extend_from_slice(&data.ok_or_else(ended)?);
+            self.lines.push(&data.ok_or_else(|| Error::Ended { address: address() })?);
         }
+    }
+}
+
+/// Lines of events as they come.
+#[derive(Debug, Default)]
+pub(super) struct RoleLines(BytesMut);
+
+impl RoleLines {
+    /// The next bytes.
+    pub(super) fn push(&mut self, data: &[u8]) {
+        self.0.extend_from_slice(data);
+    }
+
+    /// Whether the node is primary, as the next line about that says; none if there is no such line yet.
+    pub(super) fn next(&mut self) -> Result<Option<bool>, serde_json::Error> {
+        while let Some(end) = self.0.iter().position(|byte| *byte == b'\n') {
+            if let Some(is_primary) = said_role(&self.0.split_to(end + 1))? {
+                return Ok(Some(is_primary));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -100,7 +100,7 @@ fn init(role: &Role) -> Bytes {
     encode(&Line::Init { data }).into()
 }
 
-fn line(event: &Event) -> Vec<u8> {
+pub(super) fn line(event: &Event) -> Vec<u8> {
     match event {
         Event::Tx { db, pos, page_size, commit, timestamp_ms } => encode(&Line::Tx {
             db: db.as_str(),

@@ -17,10 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::{Method, Request, StatusCode};
-use ltx::Pos;
+use ltx::{NodeId, Pos};
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
@@ -37,17 +36,22 @@ use crate::engine::{self, Db, DbName, Receiver, chain_text};
 use crate::limits;
 
 /// What both routes of `/halt` are asked.
-struct Call {
-    name: String,
-    id: HaltId,
+pub(super) struct Call {
+    pub(super) name: String,
+    pub(super) id: HaltId,
 }
 
 impl Call {
-    fn of(api: &Api, request: &Request<Incoming>, parameter_of_id: &str) -> Result<Call, Refusal> {
+    /// What `request` asks the node `own`.
+    pub(super) fn of<B>(
+        own: NodeId,
+        request: &Request<B>,
+        parameter_of_id: &str,
+    ) -> Result<Call, Refusal> {
         let id = parameter(request.uri().query(), parameter_of_id);
         let invalid = || refuse(StatusCode::BAD_REQUEST, &format!("invalid id: {id:?}"));
         let id = id.parse().map_err(|_| invalid())?;
-        if peer_id(request.headers()) == api.engine.node_id() {
+        if peer_id(request.headers()) == own {
             let un = if request.method() == Method::DELETE { "un" } else { "" };
             return Err(refuse(StatusCode::BAD_REQUEST, &format!("cannot remotely {un}halt self")));
         }
@@ -65,7 +69,7 @@ fn not_found(name: &str) -> Refusal {
 
 /// `POST /halt`
 pub(super) async fn lend(api: Arc<Api>, request: Request<Incoming>) -> Answer {
-    let Call { name, id } = Call::of(&api, &request, "id")?;
+    let Call { name, id } = Call::of(api.engine.node_id(), &request, "id")?;
     let failed = |text: &str| {
         refuse(StatusCode::INTERNAL_SERVER_ERROR, &format!("acquire halt lock: {text}"))
     };
@@ -136,7 +140,7 @@ async fn expire(db: Arc<Db>, id: HaltId, mut until: BootTime) {
 
 /// `DELETE /halt`
 pub(super) async fn take_back(api: Arc<Api>, request: Request<Incoming>) -> Answer {
-    let Call { name, id } = Call::of(&api, &request, "id")?;
+    let Call { name, id } = Call::of(api.engine.node_id(), &request, "id")?;
     let db = api.engine.database(&name).ok_or_else(|| not_found(&name))?;
     let ended = spawn_blocking(move || db.take_back(Some(id), "released")).await;
     ended.map_err(|error| Refusal::internal(&error))?;
@@ -145,7 +149,7 @@ pub(super) async fn take_back(api: Arc<Api>, request: Request<Incoming>) -> Answ
 
 /// `POST /tx`
 pub(super) async fn take(api: Arc<Api>, request: Request<Incoming>) -> Answer {
-    let Call { name, id } = Call::of(&api, &request, "lockID")?;
+    let Call { name, id } = Call::of(api.engine.node_id(), &request, "lockID")?;
     let primaryship = api.primaryship()?;
     let db = api.engine.database(&name).ok_or_else(|| not_found(&name))?;
     let pos = parameter(request.uri().query(), "pos").parse().ok();
@@ -190,10 +194,18 @@ async fn lock_ended(db: &Db, id: HaltId, mut until: BootTime) {
 }
 
 /// Takes the body, of any length that the disk has room for.
-async fn receive(db: &Db, mut receiver: Receiver, mut body: Incoming) -> Result<Receiver, Refusal> {
+pub(super) async fn receive<B>(
+    db: &Db,
+    mut receiver: Receiver,
+    mut body: B,
+) -> Result<Receiver, Refusal>
+where
+    B: Body<Data = Bytes, Error: std::error::Error> + Unpin,
+{
+    let broken = |text: String| refuse(StatusCode::BAD_REQUEST, &format!("write ltx file: {text}"));
     let mut block = Vec::new();
     loop {
-        let data = next_data(&mut body).await?;
+        let data = body::next_data(&mut body).await.map_err(broken)?;
         block.extend_from_slice(data.as_deref().unwrap_or_default());
         if block.len() >= limits::BODY_PIECE_BYTES || data.is_none() {
             if db.is_disk_full() {
@@ -221,23 +233,6 @@ fn write_refusal(error: &io::Error) -> Refusal {
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     refuse(status, &format!("write ltx file: {error}"))
-}
-
-async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, Refusal> {
-    loop {
-        let frame = timeout(limits::BODY_STALL_WAIT, body.frame()).await;
-        let broken =
-            |text: &str| refuse(StatusCode::BAD_REQUEST, &format!("write ltx file: {text}"));
-        match frame.map_err(|_| broken("no data for too long"))? {
-            None => return Ok(None),
-            Some(Err(error)) => return Err(broken(&chain_text(&error))),
-            Some(Ok(frame)) => {
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
-        }
-    }
 }
 
 /// What is wrong with the file is the sender's; that it could not be applied is ours.

@@ -52,6 +52,7 @@ mod exchange;
 mod expect;
 mod headers;
 mod pace;
+#[cfg(any(test, fuzzing))]
 pub(crate) mod properties;
 mod rules;
 mod state;

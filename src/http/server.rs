@@ -585,7 +585,7 @@ pub(super) fn peer_id(headers: &HeaderMap) -> NodeId {
     id.and_then(|id| id.parse().ok()).unwrap_or_default()
 }
 
-fn identity(node_id: NodeId, headers: &HeaderMap) -> Identity {
+pub(super) fn identity(node_id: NodeId, headers: &HeaderMap) -> Identity {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     Identity {
         node_id,
@@ -605,7 +605,7 @@ fn accepted_overlap(headers: &HeaderMap) -> Overlap {
     }
 }
 
-pub(super) fn required_name(request: &Request<Incoming>) -> Result<String, Refusal> {
+pub(super) fn required_name<B>(request: &Request<B>) -> Result<String, Refusal> {
     let name = parameter(request.uri().query(), "name");
     if name.is_empty() {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "name required"));

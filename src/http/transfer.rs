@@ -12,16 +12,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use hyper::body::Body;
 use ltx::Pos;
 use rusqlite::{Connection, OpenFlags};
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::timeout;
 
 use super::server::Api;
-use super::spool;
-use crate::engine::{self, Db, chain_text};
+use super::{body, spool};
+use crate::engine::{self, Db};
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE};
 use crate::{limits, os};
 
@@ -119,7 +117,10 @@ pub(super) struct Upload {
 
 impl Upload {
     /// Stores `body` in the spool directory.
-    pub(super) async fn store(spool_dir: &Path, mut body: Incoming) -> Result<Upload, Error> {
+    pub(super) async fn store<B>(spool_dir: &Path, mut body: B) -> Result<Upload, Error>
+    where
+        B: Body<Data = Bytes, Error: std::error::Error> + Unpin,
+    {
         let upload = Upload { path: spool::unique_path(spool_dir) };
         let path = upload.path.clone();
         let create = move || os::create_new("import:create", &path);
@@ -127,7 +128,7 @@ impl Upload {
         let mut end = 0;
         let mut block = Vec::with_capacity(limits::BODY_PIECE_BYTES);
         loop {
-            let data = next_data(&mut body).await?;
+            let data = body::next_data(&mut body).await.map_err(Error::Upload)?;
             block.extend_from_slice(data.as_deref().unwrap_or_default());
             if block.len() >= limits::BODY_PIECE_BYTES || data.is_none() {
                 (file, block, end) = write_block(file, block, end).await?;
@@ -154,22 +155,6 @@ impl Drop for Upload {
     fn drop(&mut self) {
         if let Err(error) = os::remove_if_present("import:remove", &self.path) {
             tracing::warn!(path = %self.path.display(), %error, "remove upload");
-        }
-    }
-}
-
-async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, Error> {
-    loop {
-        let frame = timeout(limits::BODY_STALL_WAIT, body.frame()).await;
-        let frame = frame.map_err(|_| Error::Upload("no data for too long".to_owned()))?;
-        match frame {
-            None => return Ok(None),
-            Some(Err(error)) => return Err(Error::Upload(chain_text(&error))),
-            Some(Ok(frame)) => {
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
         }
     }
 }

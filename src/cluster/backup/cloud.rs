@@ -47,6 +47,11 @@ const INSTANCE: HeaderName = HeaderName::from_static("lfsc-instance-id");
 const FORCE_INSTANCE: HeaderName = HeaderName::from_static("fly-force-instance-id");
 /// The error of a file that does not go on from where the backup stands.
 const POSITION_MISMATCH: &str = "EPOSMISMATCH";
+/// So much of what a server says is shown.
+const TEXT_CHARS_MAX: usize = 300;
+
+#[cfg(any(test, fuzzing))]
+pub(crate) mod properties;
 
 /// Why a call failed, or why there can be none.
 #[derive(Debug, thiserror::Error)]
@@ -184,14 +189,7 @@ impl Cloud {
         let request = self.request(Method::GET, "/pos", None, body::empty());
         let answer = self.expect_ok(what, self.call(what, request).await?).await?;
         let text = self.collect(what, answer).await?;
-        let raw: BTreeMap<String, Option<HaltPos>> =
-            serde_json::from_slice(&text).map_err(|error| self.nonsense(what, &error))?;
-        let pos = |(name, pos): (String, Option<HaltPos>)| {
-            let pos = pos.map_or(Some(Pos::ZERO), |pos| pos.pos());
-            Some((name, pos?))
-        };
-        let positions: Option<BTreeMap<_, _>> = raw.into_iter().map(pos).collect();
-        positions.ok_or_else(|| self.nonsense(what, &"a position is none"))
+        positions_in(&text).map_err(|error| self.nonsense(what, &error))
     }
 
     pub(super) async fn write(&self, name: &DbName, upload: Upload) -> Result<Written, Error> {
@@ -319,31 +317,16 @@ impl Cloud {
     }
 
     async fn refusal(&self, what: &'static str, answer: Response<Incoming>) -> Refusal {
-        #[derive(Deserialize)]
-        struct Said {
-            #[serde(default)]
-            code: String,
-            #[serde(default)]
-            error: String,
-            pos: Option<HaltPos>,
-        }
         let code = answer.status().as_u16();
         // The status counts, whatever comes of the text.
         let body = self.collect(what, answer).await.unwrap_or_default();
-        let said: Option<Said> = serde_json::from_slice(&body).ok();
-        let text = match said {
-            Some(Said { code, pos, .. }) if code == POSITION_MISMATCH => {
-                let pos = pos.map_or(Some(Pos::ZERO), |pos| pos.pos());
-                return match pos {
-                    Some(pos) => Refusal::Mismatch(pos),
-                    None => Refusal::Other(self.nonsense(what, &"its position is none")),
-                };
+        match said_in(&body) {
+            Said::Mismatch(pos) => Refusal::Mismatch(pos),
+            Said::NoPosition => Refusal::Other(self.nonsense(what, &"its position is none")),
+            Said::Text(text) => {
+                Refusal::Other(Error::Refused { what, url: self.url.clone(), code, text })
             }
-            Some(said) => format!("{} {}", said.code, said.error),
-            None => String::from_utf8_lossy(&body).into_owned(),
-        };
-        let text = text.lines().next().unwrap_or_default().chars().take(300).collect();
-        Refusal::Other(Error::Refused { what, url: self.url.clone(), code, text })
+        }
     }
 
     async fn collect(
@@ -380,4 +363,49 @@ enum Refusal {
     /// The backup stands elsewhere.
     Mismatch(Pos),
     Other(Error),
+}
+
+/// The text of a refusal.
+#[derive(Debug, PartialEq, Eq)]
+enum Said {
+    /// The backup stands there.
+    Mismatch(Pos),
+    /// The backup stands elsewhere, at what is no position.
+    NoPosition,
+    /// Something else, in one line.
+    Text(String),
+}
+
+/// What the text of a refusal says.
+fn said_in(text: &[u8]) -> Said {
+    #[derive(Deserialize)]
+    struct Document {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        error: String,
+        pos: Option<HaltPos>,
+    }
+    let said: Option<Document> = serde_json::from_slice(text).ok();
+    let text = match said {
+        Some(Document { code, pos, .. }) if code == POSITION_MISMATCH => {
+            let pos = pos.map_or(Some(Pos::ZERO), |pos| pos.pos());
+            return pos.map_or(Said::NoPosition, Said::Mismatch);
+        }
+        Some(said) => format!("{} {}", said.code, said.error),
+        None => String::from_utf8_lossy(text).into_owned(),
+    };
+    Said::Text(text.lines().next().unwrap_or_default().chars().take(TEXT_CHARS_MAX).collect())
+}
+
+/// The positions in a document; in words, why there are none.
+fn positions_in(text: &[u8]) -> Result<BTreeMap<String, Pos>, String> {
+    let raw: BTreeMap<String, Option<HaltPos>> =
+        serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    let pos = |(name, pos): (String, Option<HaltPos>)| {
+        let pos = pos.map_or(Some(Pos::ZERO), |pos| pos.pos());
+        Some((name, pos?))
+    };
+    let positions: Option<BTreeMap<_, _>> = raw.into_iter().map(pos).collect();
+    positions.ok_or_else(|| "a position is none".to_owned())
 }

@@ -172,10 +172,10 @@ struct Call<'a> {
 }
 
 /// An answer, whatever its status.
-struct Answer {
-    status: StatusCode,
-    index: u64,
-    body: Bytes,
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) index: u64,
+    pub(super) body: Bytes,
 }
 
 #[derive(Deserialize)]
@@ -285,6 +285,14 @@ impl Client {
 
     /// Takes all steps together or none.
     pub async fn transact(&self, steps: &[Step<'_>], wait: Duration) -> Result<Outcome, Error> {
+        let what = "change keys together";
+        let steps: Vec<_> = steps.iter().map(Step::json).collect();
+        let body = serde_json::to_vec(&steps).expect("plain texts and numbers encode");
+        self.outcome(what, self.put(what, "/v1/txn", String::new(), body, wait).await?)
+    }
+
+    /// What the answer to a transaction says.
+    pub(super) fn outcome(&self, what: &'static str, answer: Answer) -> Result<Outcome, Error> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Results {
@@ -303,10 +311,6 @@ impl Client {
         struct Failure {
             what: String,
         }
-        let what = "change keys together";
-        let steps: Vec<_> = steps.iter().map(Step::json).collect();
-        let body = serde_json::to_vec(&steps).expect("plain texts and numbers encode");
-        let answer = self.put(what, "/v1/txn", String::new(), body, wait).await?;
         if answer.status != StatusCode::CONFLICT {
             let answer = self.expect_ok(what, answer)?;
             let results: Results = self.decode(what, &answer.body)?;
@@ -324,14 +328,18 @@ impl Client {
         session: &NewSession<'_>,
         wait: Duration,
     ) -> Result<String, Error> {
+        let what = "create a session";
+        let body = serde_json::to_vec(session).expect("plain texts encode");
+        self.session(what, self.put(what, "/v1/session/create", String::new(), body, wait).await?)
+    }
+
+    /// The id in the answer to a new session.
+    pub(super) fn session(&self, what: &'static str, answer: Answer) -> Result<String, Error> {
         #[derive(Deserialize)]
         struct Created {
             #[serde(rename = "ID")]
             id: String,
         }
-        let what = "create a session";
-        let body = serde_json::to_vec(session).expect("plain texts encode");
-        let answer = self.put(what, "/v1/session/create", String::new(), body, wait).await?;
         let answer = self.expect_ok(what, answer)?;
         Ok(self.decode::<Created>(what, &answer.body)?.id)
     }
@@ -340,7 +348,11 @@ impl Client {
     pub async fn renew(&self, session: &str, wait: Duration) -> Result<Renewed, Error> {
         let what = "renew the session";
         let path = format!("/v1/session/renew/{}", escape(session, b""));
-        let answer = self.put(what, &path, String::new(), Vec::new(), wait).await?;
+        self.renewed(what, self.put(what, &path, String::new(), Vec::new(), wait).await?)
+    }
+
+    /// What the answer to a renewal says.
+    pub(super) fn renewed(&self, what: &'static str, answer: Answer) -> Result<Renewed, Error> {
         if answer.status == StatusCode::NOT_FOUND {
             return Ok(Renewed::Gone);
         }
@@ -445,11 +457,16 @@ impl Client {
         Err(Error::Refused { address, what, code: answer.status.as_u16(), text })
     }
 
-    fn decode<T: DeserializeOwned>(&self, what: &'static str, body: &[u8]) -> Result<T, Error> {
+    pub(super) fn decode<T: DeserializeOwned>(
+        &self,
+        what: &'static str,
+        body: &[u8],
+    ) -> Result<T, Error> {
         serde_json::from_slice(body).map_err(|error| self.nonsense(what, error))
     }
 
-    fn entries(&self, what: &'static str, answer: Answer) -> Result<Vec<Entry>, Error> {
+    /// The keys in an answer; none where it says that there are none.
+    pub(super) fn entries(&self, what: &'static str, answer: Answer) -> Result<Vec<Entry>, Error> {
         if answer.status == StatusCode::NOT_FOUND {
             return Ok(Vec::new());
         }

@@ -25,7 +25,7 @@ use crate::{limits, os};
 
 const EXTENSION: &str = "positions";
 /// Bytes of a checksum.
-const SUM_SIZE: usize = 8;
+pub(in crate::engine) const SUM_SIZE: usize = 8;
 
 /// Writes what lies inside the file of `batch`, transactions that follow on one another.
 pub(super) fn write(dir: &DbDir, batch: &[Arc<Transaction>]) -> io::Result<()> {
@@ -47,7 +47,7 @@ pub(super) fn write(dir: &DbDir, batch: &[Arc<Transaction>]) -> io::Result<()> {
 }
 
 /// Whether `pos` is known to lie inside `file`, which leads from one checksum to another.
-pub(super) fn contains(
+pub(in crate::engine) fn contains(
     dir: &DbDir,
     file: &LtxFile,
     [pre, post]: [Checksum; 2],

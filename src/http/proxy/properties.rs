@@ -1,13 +1,14 @@
 //! The head of a request or an answer, whatever stands in it, and the small JSON documents of peers.
 
 use hyper::header::{CONNECTION, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE};
-use hyper::{HeaderMap, Method};
-use ltx::Txid;
+use hyper::{HeaderMap, Method, Request};
+use ltx::{NodeId, Pos, Txid};
 
 use super::rules::{Kind, Rules};
 use super::{cookie, headers};
-use crate::http::query;
+use crate::http::halt::Call;
 use crate::http::report::{HaltLock, Info, Status};
+use crate::http::{HOSTNAME, query, server};
 
 /// The bytes as lines: a path with a query, then headers; and as a document.
 pub fn head(bytes: &[u8]) {
@@ -23,6 +24,7 @@ pub fn head(bytes: &[u8]) {
         }
     }
     let mut map: HeaderMap = lines.filter_map(header).collect();
+    calls(asked, &map);
     let upgrade = headers::upgrade(&map);
     headers::strip(&mut map, upgrade.clone());
     assert!(!map.contains_key(TRANSFER_ENCODING));
@@ -37,6 +39,28 @@ pub fn head(bytes: &[u8]) {
     document::<Info>(bytes);
     document::<Status>(bytes);
     document::<HaltLock>(bytes);
+}
+
+/// Calls of other nodes that say everything in their query and headers.
+fn calls(asked: &str, headers: &HeaderMap) {
+    let identity = server::identity(server::peer_id(headers), headers);
+    assert!(headers.contains_key(HOSTNAME) || identity.hostname.is_empty());
+    let Ok(uri) = format!("/halt?{asked}").parse::<hyper::Uri>() else { return };
+    let mut request = Request::new(());
+    *request.uri_mut() = uri;
+    *request.headers_mut() = headers.clone();
+    for id in ["id", "lockID"] {
+        if let Ok(call) = Call::of(NodeId(5), &request, id) {
+            assert!(!call.name.is_empty() && identity.node_id != NodeId(5));
+            assert_eq!(query::parameter(Some(asked), id).parse(), Ok(call.id.0));
+        }
+    }
+    if let Ok(pos) = query::parameter(Some(asked), "pos").parse::<Pos>() {
+        assert_eq!(pos.to_string().parse(), Ok(pos));
+    }
+    if let Ok(node) = query::parameter(Some(asked), "nodeID").parse::<NodeId>() {
+        assert_eq!(node.to_string().parse(), Ok(node));
+    }
 }
 
 fn header(line: &[u8]) -> Option<(HeaderName, HeaderValue)> {

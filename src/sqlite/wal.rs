@@ -114,7 +114,7 @@ impl Salts {
     }
 }
 
-/// Why bytes are not the header of a log. SQLite treats such a log as empty.
+/// Why bytes are not the header of a log. SQLite treats such a log as empty, but for [`Self::Version`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WalHeaderError {
     /// Fewer than [`HEADER_SIZE`] bytes.

@@ -10,7 +10,7 @@ use std::path::Path;
 use ltx::{Checksum, Pgno};
 
 use crate::os;
-use crate::sqlite::wal::{self, FrameReader, WalCursor, WalHeader};
+use crate::sqlite::wal::{self, FrameReader, WalCursor, WalHeader, WalHeaderError};
 
 /// How much of the log is read at once, in bytes.
 const READ_SIZE: usize = 1 << 20;
@@ -38,7 +38,8 @@ struct Commit {
 pub(super) type Latest = BTreeMap<Pgno, usize>;
 
 impl Log {
-    /// The log in the file `path`; `None` if there is no file or no committed transaction in it.
+    /// The log in the file `path`; `None` if there is no file or no committed transaction in it. One of
+    /// another version is an error.
     pub(super) fn read(path: &Path) -> io::Result<Option<Log>> {
         let file = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -47,8 +48,13 @@ impl Log {
         let mut bytes = Vec::with_capacity(wal::HEADER_SIZE);
         let mut cursor = os::FileCursor::new("read:log", file.try_clone()?);
         (&mut cursor).take(wal::HEADER_SIZE as u64).read_to_end(&mut bytes)?;
-        let Ok(header) = WalHeader::parse(&bytes) else {
-            return Ok(None);
+        let header = match WalHeader::parse(&bytes) {
+            Ok(header) => header,
+            // SQLite does not open such a database: nobody knows what the log holds.
+            Err(error @ WalHeaderError::Version) => {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            Err(_) => return Ok(None),
         };
         let reader = BufReader::with_capacity(READ_SIZE, cursor);
         let mut reader = FrameReader::new(reader, WalCursor::start(&header));

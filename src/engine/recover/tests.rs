@@ -16,6 +16,8 @@ use super::*;
 use crate::engine::checksum::{self, Saved};
 use crate::os::fault;
 
+mod against_sqlite;
+
 const PAGE_SIZE: usize = 512;
 
 const OPTIONS: Options =
@@ -162,7 +164,10 @@ struct Target {
 
 impl Target {
     fn new() -> Target {
-        let root = tempfile::tempdir().unwrap();
+        Target::in_dir(tempfile::tempdir().unwrap())
+    }
+
+    fn in_dir(root: TempDir) -> Target {
         let path = root.path().join("dbs/db");
         fs::create_dir_all(path.join("ltx")).unwrap();
         fs::create_dir_all(root.path().join("super-journals")).unwrap();

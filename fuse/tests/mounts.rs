@@ -12,7 +12,7 @@ use fuse::{Error, Transport};
 use nix::errno::Errno;
 
 use crate::child::Process;
-use crate::volume::{TRANSPORTS, TempVolume, Way, directories, mounted, options, wait_for};
+use crate::volume::{Place, TRANSPORTS, TempVolume, Way, directories, mounted, options, wait_for};
 
 const VARIABLE: &str = "FUSE_TEST_MOUNT";
 const TRANSPORT: &str = "FUSE_TEST_TRANSPORT";
@@ -178,8 +178,7 @@ fn wait_until_cut_off(dir: &Path) {
 #[test]
 fn a_stale_mount_is_replaced() {
     for transport in TRANSPORTS {
-        let temp = tempfile::tempdir().unwrap();
-        directories(temp.path());
+        let temp = Place::new();
         let mut child = start_mounting(temp.path(), transport);
         let dir = temp.path().join("mount");
         assert!(dir.join("db").exists());
@@ -205,8 +204,7 @@ fn a_stale_mount_is_replaced() {
 #[test]
 fn a_killed_process_takes_the_calls_with_it_that_wait() {
     for transport in TRANSPORTS {
-        let temp = tempfile::tempdir().unwrap();
-        directories(temp.path());
+        let temp = Place::new();
         let mut child = start_mounting(temp.path(), transport);
         let dir = temp.path().join("mount");
         let waits = || File::open(dir.join("waiting-1")).is_ok();
@@ -227,7 +225,7 @@ fn a_killed_process_takes_the_calls_with_it_that_wait() {
 /// Started by other tests, to be killed or to be somebody else; alone, it mounts for itself.
 #[test]
 fn mounts_for_another_test() {
-    let own = tempfile::tempdir().unwrap();
+    let own = Place::new();
     let variable = std::env::var_os(VARIABLE);
     let temp = variable.as_ref().map_or(own.path(), Path::new);
     directories(temp);

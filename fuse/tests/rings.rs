@@ -10,7 +10,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::child::Process;
-use crate::volume::{Way, directories, mounted, options, wait_for};
+use crate::volume::{Place, Way, mounted, options, wait_for};
 
 /// Forbids io_uring to this thread and those that it starts, as containers do.
 fn forbid_uring() {
@@ -39,8 +39,7 @@ fn where_io_uring_is_forbidden_the_device_does_it() {
     // In a thread of its own, since nothing allows it again.
     let forbidden = std::thread::spawn(|| {
         forbid_uring();
-        let temp = tempfile::tempdir().unwrap();
-        directories(temp.path());
+        let temp = Place::new();
         let volume =
             || std::sync::Arc::new(crate::volume::TempVolume::new(temp.path(), Way::Cached));
         let error = fuse::mount(volume(), options(temp.path(), Transport::Uring)).unwrap_err();

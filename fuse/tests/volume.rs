@@ -15,6 +15,7 @@ use fuse::{
     Lookup, Mount, MountOptions, OpenMode, Opened, Owner, PassthroughMode, ROOT, Range, Reply,
     SetAttr, StatFs, Transport, Volume, Wait, WaitId, Write,
 };
+use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
 /// How long a condition may take to become true.
@@ -411,7 +412,7 @@ pub struct Mounted {
     pub volume: Arc<TempVolume>,
     pub mount: Mount,
     pub dir: PathBuf,
-    _temp: TempDir,
+    _place: Place,
 }
 
 impl Mounted {
@@ -437,6 +438,44 @@ fn probe_file(temp: &Path) -> File {
     options.open(temp.join("probe")).unwrap()
 }
 
+/// A temporary directory with `mount` and `backing`. Dropped, nothing is mounted there any more: a
+/// [`Mount`] that is dropped gives up at once if it is in use, and it is for a moment wherever another test
+/// starts a process, which has our files until its exec.
+pub struct Place(TempDir);
+
+impl Place {
+    pub fn new() -> Place {
+        let temp = tempfile::tempdir().unwrap();
+        directories(temp.path());
+        Place(temp)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Place {
+    #[track_caller]
+    fn drop(&mut self) {
+        let dir = self.path().join("mount");
+        let start = Instant::now();
+        while is_mounted(&dir) && start.elapsed() < DEADLINE && !std::thread::panicking() {
+            let _ = umount2(&dir, MntFlags::empty());
+            std::thread::yield_now();
+        }
+        let is_left = is_mounted(&dir);
+        while is_mounted(&dir) && umount2(&dir, MntFlags::MNT_DETACH).is_ok() {}
+        assert!(!is_left || std::thread::panicking(), "{} stays in use", dir.display());
+    }
+}
+
+/// Whether something is mounted there.
+fn is_mounted(dir: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    table.lines().any(|line| line.split(' ').nth(1) == dir.to_str())
+}
+
 /// Makes `mount` and `backing` below `temp`.
 #[allow(clippy::disallowed_methods, reason = "a test's own directory")]
 pub fn directories(temp: &Path) {
@@ -460,17 +499,16 @@ pub const EVERY: [(Transport, Way); 6] = [
 /// Mounts a new volume whose files are opened in this way.
 #[track_caller]
 pub fn mounted(transport: Transport, way: Way) -> Mounted {
-    let temp = tempfile::tempdir().unwrap();
-    directories(temp.path());
-    let volume = Arc::new(TempVolume::new(&temp.path().join("backing"), way));
-    let mut options = options(temp.path(), transport);
+    let place = Place::new();
+    let volume = Arc::new(TempVolume::new(&place.path().join("backing"), way));
+    let mut options = options(place.path(), transport);
     if way != Way::Passthrough {
         options.passthrough = PassthroughMode::Off;
     }
     let mount = fuse::mount(volume.clone(), options).unwrap();
     assert_eq!(mount.transport(), transport);
-    let dir = temp.path().join("mount");
+    let dir = place.path().join("mount");
     let passthrough = volume.kernel.get().unwrap().passthrough;
     assert_eq!(passthrough, way == Way::Passthrough, "kernel grants what is asked for");
-    Mounted { volume, mount, dir, _temp: temp }
+    Mounted { volume, mount, dir, _place: place }
 }

@@ -181,6 +181,15 @@ impl WalHeader {
         bytes
     }
 
+    /// The bytes of a log that has no frame yet: the header, and an empty frame header. SQLite takes a log that
+    /// ends with its header for one without salts, and then a client with a read-only wal-index, who compares
+    /// them, asks for ten seconds whether the log has started over, and gives up.
+    pub fn encode_log(&self) -> [u8; HEADER_SIZE + FRAME_HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE + FRAME_HEADER_SIZE];
+        bytes[..HEADER_SIZE].copy_from_slice(&self.encode());
+        bytes
+    }
+
     /// The checksum that the first frame continues.
     pub fn checksum(&self) -> WalChecksum {
         WalChecksum::read(&self.encode(), HEADER_CHECKSUM_AT)

@@ -2,6 +2,7 @@
 //! databases.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use litefs::engine::layout::DbDir;
 use test_case::{test_case, test_matrix};
@@ -209,6 +210,25 @@ fn an_exclusive_connection_to_a_wal_is_captured_when_it_becomes_normal(passthrou
     shell.run("insert into t(a, b) values (1, 'normal')");
     let watched = Watched::new(&node, DB);
     watched.check_chain();
+}
+
+/// SQLite does not wait for anybody here, nor does it on a bare file system.
+#[test_case("auto")]
+#[test_case("off")]
+fn a_read_only_wal_index_is_no_obstacle_after_an_import(passthrough: &'static str) {
+    let node = strict(passthrough);
+    let source = node.scratch("source.db");
+    sqlite::run(&source, "pragma journal_mode=wal; create table t(x); insert into t values (7)");
+    let mut shell = Shell::open(&node.file(DB));
+    shell.run("pragma journal_mode=wal; create table t(x); insert into t values (1)");
+    let imported = node.litefs("import", &["-name", DB, source.to_str().unwrap()]);
+    assert!(imported.status.success(), "{imported:?}");
+    // Nobody is left who has the wal-index open, and nobody removed it.
+    shell.kill();
+    let read_only = format!("file:{}?readonly_shm=1", node.file(DB).display());
+    assert_eq!(sqlite::run(Path::new(&read_only), "select x from t"), "7");
+    assert_eq!(sqlite::run(&node.file(DB), "insert into t values (8); select sum(x) from t"), "15");
+    check_chain(&node.db_dir(DB), node.pos(DB));
 }
 
 #[test_matrix(["delete", "truncate", "persist", "wal"], ["auto", "off"])]

@@ -64,7 +64,7 @@ impl Db {
             };
             stale.files.push(wal.ino);
             os::truncate("apply:wal", &wal.file, 0)
-                .and_then(|()| os::write_at("apply:wal", &wal.file, &empty.encode(), 0))
+                .and_then(|()| os::write_at("apply:wal", &wal.file, &empty.encode_log(), 0))
                 .and_then(|()| os::sync("apply:wal", &wal.file))
                 .map_err(Error::io("truncate wal", &path))?;
         }

@@ -484,7 +484,7 @@ impl WalWriter {
     /// Writes the header of a new run. It is synced, so that after a power failure no frame of the
     /// former run follows from it.
     fn start_log(&mut self) -> io::Result<()> {
-        os::write_at("apply:wal", &self.files.wal, &self.header.encode(), 0)?;
+        os::write_at("apply:wal", &self.files.wal, &self.header.encode_log(), 0)?;
         os::sync("apply:wal", &self.files.wal)?;
         self.log = Log::Started;
         Ok(())

@@ -45,7 +45,7 @@ pub fn consul(bytes: &[u8]) {
     let body = text.to_string().into();
     let entries = client.entries("read a key", Answer { status: StatusCode::OK, index: 9, body });
     let entry = Entry { key: "k".to_owned(), value: bytes.to_vec(), session, index: 9 };
-    assert_eq!(entries.expect("an entry"), [entry.clone()]);
+    assert_eq!(entries.expect("an entry"), std::slice::from_ref(&entry));
     key(Entry { session: None, ..entry.clone() });
     key(entry);
 }

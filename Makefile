@@ -8,7 +8,7 @@ SHELL := /bin/bash
 OURS := ^(litefs|fuse|ltx)
 NETWORK := ^(tokio|hyper|fuser)
 
-.PHONY: help run wordpress test test-transports check quick bench reads chaos torture soak fuzz deny prove direction
+.PHONY: help run wordpress test test-transports check quick bench reads chaos torture soak tsan fuzz deny prove direction
 
 help:
 	@echo "make run    build, and mount a primary of its own on ./.run/mnt"
@@ -22,6 +22,7 @@ help:
 	@echo "make chaos  ten minutes of three nodes with faults by chance"
 	@echo "make torture  what docs/testing.md describes, for long"
 	@echo "make soak   three nodes for MINUTES=60, and what they use in target/soak"
+	@echo "make tsan   tests with a mount, the program under the thread sanitizer"
 	@echo "make fuzz   each fuzz target for 60 s"
 	@echo "make deny   licences and sources of the dependencies"
 	@echo "make prove  the Dockerfile's steps, in a Debian root"
@@ -109,6 +110,29 @@ soak:
 	@.ci/packages test
 	LITEFS_TEST_MINUTES=$(MINUTES) LITEFS_TEST_RUN_MAX=$$((60 * $(MINUTES) + 600)) \
 	  LITEFS_TEST_DIR=$(CURDIR)/target/soak cargo test --test main -- cluster::soak --nocapture
+
+# The program and a standard library built for the thread sanitizer, and tests that run that program. What it finds
+# goes to target/tsan/reports, and is a failure. ONLY="mount::locks cluster::halt" for other tests.
+TSAN := $(CURDIR)/target/tsan
+TSAN_ONLY := mount::locks mount::modes mount::roles mount::table cluster::follow cluster::halt cluster::lease \
+  cluster::readers
+
+tsan: ONLY = $(TSAN_ONLY)
+tsan:
+	@.ci/packages test
+	@library=$$(rustc +nightly --print sysroot)/lib/rustlib/src/rust/library && [ -d $$library/std ] || { \
+	  echo "make tsan: no nightly Rust with its source here:" \
+	    "rustup toolchain install nightly --component rust-src" >&2; exit 1; }
+	host=$$(rustc +nightly -vV | sed -n 's/^host: //p'); \
+	RUSTFLAGS=-Zsanitizer=thread CARGO_TARGET_DIR=$(TSAN) \
+	  cargo +nightly build -Zbuild-std --target $$host --bin litefs; \
+	cargo test --test main --no-run; \
+	cc -O2 -Wall -Werror -shared -fPIC -o $(TSAN)/shim.so tests/tsan/shim.c -ldl; \
+	rm -rf $(TSAN)/reports; mkdir $(TSAN)/reports; \
+	LITEFS_TEST_PROGRAM=$(TSAN)/$$host/debug/litefs LITEFS_TEST_RUN_MAX=3000 LITEFS_TEST_WAIT_MAX=300 \
+	  LD_PRELOAD=$(TSAN)/shim.so TSAN_OPTIONS="log_path=$(TSAN)/reports/of history_size=4" \
+	  cargo test --test main -- $(ONLY) && failed=0 || failed=1; \
+	cat $(TSAN)/reports/* 2>/dev/null && failed=1; exit $$failed
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz

@@ -88,7 +88,7 @@ fn a_site_to_look_at_is_made_and_ended() {
     let ports = addresses.iter().map(|address| address.rsplit_once(':').unwrap().1);
     let mut script =
         Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/wordpress/try"));
-    script.env("RUN_DIR", dir.path()).env("LITEFS", env!("CARGO_BIN_EXE_litefs"));
+    script.env("RUN_DIR", dir.path()).env("LITEFS", program::litefs());
     script.env("PORTS", ports.collect::<Vec<_>>().join(" "));
     let mut child = script.stdout(std::process::Stdio::null()).spawn().unwrap();
     let _limit = program::Limit::new(&child);

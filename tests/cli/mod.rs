@@ -15,7 +15,7 @@ mod usage;
 /// Runs the program and waits for it. Its working directory and home are `/`, where no
 /// configuration file is found.
 fn litefs(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let mut command = Command::new(program::litefs());
     program::output(command.args(arguments).current_dir("/").env("HOME", "/")).unwrap()
 }
 

@@ -21,7 +21,7 @@ fn read(path: &str) -> String {
 #[test]
 fn configurations_that_are_handed_out_are_valid() {
     for file in ["litefs.yml.example", "packaging/wordpress/litefs.yml"] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+        let mut command = Command::new(program::litefs());
         command.args(["config", "check", "-config"]).arg(root().join(file));
         command.env("HOSTNAME", "one").env("CONSUL_URL", "http://consul:8500");
         let output = program::output(&mut command).unwrap();

@@ -28,7 +28,7 @@ fn the_exit_code_is_the_commands(script: &str, code: i32, stderr: &str) {
 #[test]
 fn a_command_gets_its_words_and_its_streams() {
     let script = "printf '%s|' \"$0\" \"$@\"; cat; echo problem >&2; echo $WORD";
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let mut command = Command::new(program::litefs());
     command.args(["run", "--", "sh", "-c", script, "a b", "--", "$c"]).env("WORD", "inherited");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -68,7 +68,7 @@ fn mistakes_of_a_run_are_named() {
 
 /// Starts `litefs run` on a script that reports in files of `dir`.
 fn start(dir: &std::path::Path, script: &str) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let mut command = Command::new(program::litefs());
     command.args(shell(script)).current_dir(dir).stdin(Stdio::null());
     command.stderr(Stdio::null()).spawn().unwrap()
 }

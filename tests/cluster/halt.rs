@@ -13,7 +13,7 @@ use test_case::test_matrix;
 use super::Cluster;
 use crate::support::node::{Node, Settings};
 use crate::support::shell::Shell;
-use crate::support::sqlite;
+use crate::support::{program, sqlite};
 
 pub(super) const DB: &str = "app.db";
 
@@ -195,8 +195,7 @@ fn a_command_runs_under_the_lock(mode: &str) {
         let path = path.to_str().unwrap();
         let command = ["sqlite3", path, "insert into t(b) values ('run')"];
         let arguments = [&["-with-halt-lock-on", path, "--"][..], &command].concat();
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_litefs")).arg("run").args(arguments).output().unwrap();
+        let output = Command::new(program::litefs()).arg("run").args(arguments).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         assert!(!is_held(node));
         cluster.sync(DB);

@@ -30,7 +30,7 @@ fn curl(arguments: &[&str], url: &str) -> (u16, String) {
 }
 
 fn litefs(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let mut command = Command::new(program::litefs());
     program::output(command.args(arguments).current_dir("/").env("HOME", "/")).unwrap()
 }
 

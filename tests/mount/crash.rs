@@ -158,7 +158,7 @@ fn a_second_process_on_a_data_directory_is_refused() {
     let other = node.scratch("other.yml");
     let config = config.replace(&mount, &format!("{mount}-2")).replace("addr: '", "addr: ':0' #");
     fs::write(&other, config.replace("#", "}\n# ")).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+    let mut command = Command::new(program::litefs());
     let output = program::output(command.args(["mount", "-config"]).arg(&other)).unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "{said}");

@@ -130,7 +130,7 @@ impl OfNobody {
         chown(root, Some(NOBODY), Some(NOBODY)).unwrap();
         // The program may stand where others cannot reach it.
         let program = root.join("litefs");
-        let built = env!("CARGO_BIN_EXE_litefs");
+        let built = program::litefs();
         if fs::hard_link(built, &program).is_err() {
             fs::copy(built, &program).unwrap();
         }

@@ -172,7 +172,7 @@ impl Node {
         assert!(self.child.is_none(), "is running already");
         self.run_start = fs::metadata(self.log_path()).map_or(0, |meta| meta.len());
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_litefs"));
+        let mut command = Command::new(program::litefs());
         command.arg("mount").arg("-config").arg(self.dir.path().join("litefs.yml"));
         command.envs(self.environment.iter().copied());
         command
@@ -349,7 +349,7 @@ impl Node {
 
     /// Runs a command of the command line against this node; `-url` is added.
     pub fn litefs(&self, command: &str, arguments: &[&str]) -> Output {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_litefs"));
+        let mut process = Command::new(program::litefs());
         process.arg(command).args(["-url", &self.url()]).args(arguments);
         program::output(process.current_dir(self.dir.path())).unwrap()
     }

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -16,6 +16,14 @@ const RUN_MAX: Duration = Duration::from_secs(300);
 fn run_max() -> Duration {
     let given = std::env::var("LITEFS_TEST_RUN_MAX").ok().and_then(|text| text.parse().ok());
     given.map_or(RUN_MAX, Duration::from_secs)
+}
+
+/// The program that is tested: the one that was built with the tests, or the one that
+/// `LITEFS_TEST_PROGRAM` names, which may have been built in another way (`make tsan`).
+pub fn litefs() -> &'static str {
+    static CHOSEN: OnceLock<String> = OnceLock::new();
+    let built = || env!("CARGO_BIN_EXE_litefs").to_owned();
+    CHOSEN.get_or_init(|| std::env::var("LITEFS_TEST_PROGRAM").unwrap_or_else(|_| built()))
 }
 
 /// Kills a process after [`RUN_MAX`], unless it is dropped before. It must be dropped before the

@@ -130,7 +130,7 @@ fn run(file: &Path, dir: &Path, node: Option<&Node>) -> Outcome {
     command.arg(file).args(["--testdir=", "--verbose=0"]).current_dir(dir);
     command.env("TCL_ELSEWHERE", elsewhere.path()).env("HOME", elsewhere.path());
     if let Some(node) = node {
-        let import = format!("{} import -url {}", env!("CARGO_BIN_EXE_litefs"), node.url());
+        let import = format!("{} import -url {}", program::litefs(), node.url());
         command.env("TCL_MOUNT", dir).env("TCL_IMPORT", import);
     }
     let output = program::output(&mut command).unwrap();

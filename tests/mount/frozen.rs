@@ -45,6 +45,7 @@ impl Drop for Disk {
 #[test]
 fn a_request_that_hangs_is_named_in_the_log() {
     let mut node = Node::new(&Settings::default(), Member::Primary);
+    node.may_hang();
     let disk = Disk::mount(&node);
     node.start();
     let mut shell = Shell::open(&node.file(DB));

@@ -121,11 +121,12 @@ fn check_stopped(dir: &DbDir) -> Pos {
     pos
 }
 
-/// A strict node has nothing to say.
+/// A strict node has nothing to say, but that its machine is slow; how slow it may be, [`Node`] itself checks.
 #[track_caller]
 fn check_silent(node: &Node) {
     let log = node.log();
     let loud = log.lines().filter(|line| line.contains("ERROR") || line.contains("WARN"));
+    let loud = loud.filter(|line| !line.contains("is not answered yet"));
     let loud: Vec<&str> = loud.collect();
     assert!(loud.is_empty(), "the log should be silent: {loud:#?}");
 }

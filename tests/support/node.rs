@@ -28,6 +28,10 @@ const TRANSPORT: &str = "LITEFS_TEST_TRANSPORT";
 /// How many lines of a log are shown when a test fails.
 const LOG_LINES: usize = 100;
 
+/// Seconds after which a request to a mount counts as one that hangs. What requests wait for on purpose has a limit of
+/// ten seconds or so (`limits.rs`), and a loaded machine may add to it; a test that waits gives up after thirty.
+const ANSWER_MAX: u64 = 40;
+
 /// What differs from one test to the other.
 #[derive(Clone, Default)]
 pub struct Settings {
@@ -97,6 +101,8 @@ pub struct Node {
     child: Option<Running>,
     /// Where in the log the present run began.
     run_start: u64,
+    /// Whether requests to its mount may hang, see [`ANSWER_MAX`].
+    may_hang: bool,
 }
 
 impl Node {
@@ -105,9 +111,15 @@ impl Node {
         let address = free_address();
         let (dir, environment) = (tempfile::tempdir().unwrap(), settings.environment);
         let scheme = if settings.http.contains("tls:") { "https" } else { "http" };
-        let node = Node { dir, address, scheme, environment, child: None, run_start: 0 };
+        let (child, run_start, may_hang) = (None, 0, false);
+        let node = Node { dir, address, scheme, environment, child, run_start, may_hang };
         node.configure(settings, member);
         node
+    }
+
+    /// The test makes requests to its mount hang, so that is no failure.
+    pub fn may_hang(&mut self) {
+        self.may_hang = true;
     }
 
     /// A primary, ready.
@@ -369,12 +381,29 @@ impl Drop for Node {
                 let _ = Command::new("umount").arg("-l").arg(&mount).status();
             }
         }
+        let log = self.whole_log();
         if std::thread::panicking() {
-            let log = self.whole_log();
             let last = log.lines().skip(log.lines().count().saturating_sub(LOG_LINES));
             eprintln!("--- log of {}\n{}", self.url(), last.collect::<Vec<_>>().join("\n"));
+        } else if !self.may_hang {
+            let hanging = log.lines().find(|line| is_hanging(line));
+            assert!(hanging.is_none(), "{}: {}", self.url(), hanging.unwrap_or_default());
         }
     }
+}
+
+/// Whether a line of a log names a request that was not answered for [`ANSWER_MAX`].
+fn is_hanging(line: &str) -> bool {
+    let seconds = |word: &str| word.strip_prefix("seconds=")?.parse().ok();
+    line.contains("is not answered yet")
+        && line.split([' ', '"']).filter_map(seconds).any(|age: u64| age >= ANSWER_MAX)
+}
+
+#[test]
+fn a_request_that_hangs_fails_a_test() {
+    let line = "level=WARN msg=\"fuse request is not answered yet\" request=SETLK seconds=";
+    assert!(is_hanging(&format!("{line}40")) && is_hanging(&format!("{line}80 file=a")));
+    assert!(!is_hanging(&format!("{line}20")) && !is_hanging("seconds=40"));
 }
 
 /// Has the kernel offer io_uring, so that `auto` takes it. Where that is impossible, `auto` has to do

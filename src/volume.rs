@@ -25,7 +25,7 @@ use crate::sqlite::lock_byte::{Lock, LockFile, LockSet};
 
 mod halt;
 mod past;
-mod plain;
+pub mod plain;
 mod shown;
 mod text;
 

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::engine::files::next_ino;
@@ -17,6 +18,9 @@ pub struct PlainFile {
     pub ino: u64,
     /// The open file.
     pub file: File,
+    dir: PathBuf,
+    /// The name is durable.
+    is_named: AtomicBool,
 }
 
 /// The directory of such files.
@@ -42,7 +46,8 @@ impl PlainFiles {
         let path = self.dir.join(name);
         os::remove_if_present("super-journal:create", &path)?;
         let file = os::create_new("super-journal:create", &path)?;
-        let plain = Arc::new(PlainFile { ino: next_ino(), file });
+        let (dir, is_named) = (self.dir.clone(), AtomicBool::new(false));
+        let plain = Arc::new(PlainFile { ino: next_ino(), file, dir, is_named });
         self.open.lock().unwrap().insert(name.to_owned(), plain.clone());
         Ok(plain)
     }
@@ -66,8 +71,14 @@ impl PlainFile {
         os::truncate("super-journal:truncate", &self.file, len)
     }
 
-    /// Makes it durable.
+    /// Makes it durable, with its name: a journal that names a missing super-journal is one of a
+    /// transaction that has committed.
     pub fn sync(&self) -> io::Result<()> {
-        os::sync("super-journal:sync", &self.file)
+        os::sync("super-journal:sync", &self.file)?;
+        if !self.is_named.load(Ordering::SeqCst) {
+            os::sync_dir("super-journal:sync", &self.dir)?;
+            self.is_named.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 }

@@ -261,8 +261,7 @@ pub fn set_modified(label: &str, path: &Path, time: SystemTime) -> io::Result<()
 /// Has the file system refuse every change of a file from now on, also through open descriptors where
 /// it can do that.
 pub fn make_immutable(label: &str, file: &File) -> io::Result<()> {
-    fault::check(label)?;
-    uninterrupted(|| {
+    change(label, Call::Flag(file), || {
         let flags = rustix::fs::ioctl_getflags(file)?;
         Ok(rustix::fs::ioctl_setflags(file, flags | rustix::fs::IFlags::IMMUTABLE)?)
     })

@@ -28,7 +28,7 @@ use crate::http::{Stop, stopped};
 use crate::limits;
 
 pub mod cloud;
-mod directory;
+pub mod directory;
 
 use cloud::Cloud;
 use directory::Directory;
@@ -91,9 +91,12 @@ pub enum Store {
 }
 
 /// What came of a file that was sent.
-enum Written {
-    /// It was taken; everything before this transaction is durable.
-    Taken { hwm: Txid },
+pub enum Written {
+    /// It was taken.
+    Taken {
+        /// Everything before this transaction is durable.
+        hwm: Txid,
+    },
     /// The backup stands elsewhere.
     Mismatch(Pos),
 }

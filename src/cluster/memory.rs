@@ -8,7 +8,6 @@
 //! Neither is proof of anything: the session has to be found again in Consul, and the term only says
 //! how old the data is.
 
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,13 +27,15 @@ impl Memory {
     /// What the directory holds. A file that cannot be read is as good as none.
     pub fn load(dir: &DataDir) -> Memory {
         let (lease, term_file) = (dir.lease(), dir.term());
-        let term = fs::read_to_string(&term_file).ok().and_then(|text| text.trim().parse().ok());
+        let term = os::read_to_string("read:term", &term_file)
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
         Memory { lease, term_file, term: AtomicU64::new(term.unwrap_or_default()) }
     }
 
     /// The session of the lease that this node had.
     pub fn session(&self) -> Option<String> {
-        let text = fs::read_to_string(&self.lease).ok()?;
+        let text = os::read_to_string("read:lease", &self.lease).ok()?;
         Some(text.trim().to_owned()).filter(|session| !session.is_empty())
     }
 

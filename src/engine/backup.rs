@@ -10,9 +10,8 @@
 //!
 //! Invariant: what is handed out to be sent is durable here.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write as _};
-use std::os::unix::fs::FileExt as _;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
@@ -85,7 +84,7 @@ struct Confirmed {
 impl Backed {
     /// As a former process left it; a file that cannot be read is as good as none.
     pub(super) fn load(dir: &DbDir) -> Backed {
-        let text = fs::read_to_string(dir.backup()).unwrap_or_default();
+        let text = os::read_to_string("read:backup-state", &dir.backup()).unwrap_or_default();
         let (hwm, confirmed) = parse(&text).unwrap_or_default();
         let known = Known { confirmed, problem: None };
         Backed { hwm: AtomicU64::new(hwm.0), known: Mutex::new(known) }
@@ -288,7 +287,7 @@ impl Receiver {
 /// The header of an LTX file; none if there is none.
 fn header_of(file: &File) -> Option<Header> {
     let mut bytes = [0; ltx::HEADER_SIZE];
-    file.read_exact_at(&mut bytes, 0).ok()?;
+    os::read_exact_at("read:backup", file, &mut bytes, 0).ok()?;
     Header::decode(&bytes).ok()
 }
 

@@ -10,7 +10,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -251,7 +250,7 @@ impl Reader {
     async fn read(&self, file: Arc<File>, offset: u64, len: usize) -> io::Result<Bytes> {
         let read = tokio::task::spawn_blocking(move || {
             let mut data = vec![0; len];
-            file.read_exact_at(&mut data, offset).map(|()| Bytes::from(data))
+            os::read_exact_at("read:spool", &file, &mut data, offset).map(|()| Bytes::from(data))
         });
         let data = read.await.map_err(io::Error::other)??;
         self.shared.state.lock().unwrap().file_pending -= len as u64;

@@ -11,7 +11,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,7 +27,7 @@ use super::{Stop, stopped, transfer};
 use crate::cluster::peers::Membership;
 use crate::engine::chain::Successor;
 use crate::engine::{Db, LtxBytes, Next, Overlap, Subscription, chain_text};
-use crate::limits;
+use crate::{limits, os};
 
 /// What a replica asked for.
 pub(super) struct Request {
@@ -456,7 +455,7 @@ impl Filler {
                 }
                 LtxBytes::File(file, len) if len <= limits::BODY_PIECE_BYTES as u64 => {
                     let mut bytes = vec![0; len as usize]; // at most BODY_PIECE_BYTES
-                    let read = file.read_exact_at(&mut bytes, 0);
+                    let read = os::read_exact_at("read:stream", &file, &mut bytes, 0);
                     read.map_err(|source| read_error(&self.name, source))?;
                     self.append(&bytes, out);
                 }
@@ -494,7 +493,7 @@ fn read_chunks(
         out.put_u16(len as u16); // at most CHUNK_BYTES_MAX
         let start = out.len();
         out.resize(start + len, 0);
-        file.read_exact_at(&mut out[start..], offset)?;
+        os::read_exact_at("read:stream", file, &mut out[start..], offset)?;
         offset += len as u64;
     }
     Ok(offset - range.start)

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -180,7 +179,7 @@ fn check_header(path: &Path) -> Result<(), Error> {
     let len = file.metadata().map_err(Error::Store)?.len();
     let mut page = [0; HEADER_SIZE];
     let start = &mut page[..HEADER_SIZE.min(len as usize)];
-    file.read_exact_at(start, 0).map_err(Error::Store)?;
+    os::read_exact_at("read:upload", &file, start, 0).map_err(Error::Store)?;
     let header = DatabaseHeader::parse(start)
         .map_err(|error| unhealthy(&format!("read database header: {error}")))?;
     let page_size = u64::from(header.page_size.get());

@@ -41,8 +41,10 @@ pub enum Call<'a> {
     Remove(&'a Path),
     /// A directory and its parents, where they are missing.
     MakeDirs(&'a Path),
-    /// The time or the flags of a file.
+    /// The time of a file.
     Mark(&'a Path),
+    /// The flags of a file.
+    Flag(&'a File),
 }
 
 impl Call<'_> {
@@ -50,7 +52,7 @@ impl Call<'_> {
     pub fn path(&self) -> Option<PathBuf> {
         match self {
             Call::Write(file, ..) | Call::Copy(file, _) => path_of(file),
-            Call::Truncate(file, _) | Call::Sync(file) => path_of(file),
+            Call::Truncate(file, _) | Call::Sync(file) | Call::Flag(file) => path_of(file),
             Call::Read(file, ..) => path_of(file),
             Call::Open(path) | Call::Make(_, path, _) | Call::SyncFs(path) => {
                 Some(path.to_path_buf())

@@ -11,16 +11,18 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::AsRawFd as _;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use litefs::engine::db::{Answer, Patience, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
+use litefs::engine::name::is_super_journal;
 use litefs::engine::{Db, DbName, Engine};
 use litefs::os;
 use litefs::sqlite::lock_byte::{Lock, LockFile, LockSet};
+use litefs::volume::plain::{PlainFile, PlainFiles};
 use rusqlite::ffi;
 
 /// The first byte of the locks in the wal-index.
@@ -38,6 +40,18 @@ struct Shared {
     name: String,
     /// The wal-index by the inode of its file, where the engine does not see it.
     memory: Mutex<HashMap<u64, Vec<Box<[u64]>>>>,
+    /// The super-journals.
+    plain: PlainFiles,
+    /// What is open, by the number of its owner.
+    open: Mutex<HashMap<u64, Arc<Db>>>,
+    /// The process is being killed: none of its calls is made any more.
+    is_dead: AtomicBool,
+}
+
+impl Shared {
+    fn is_dead(&self) -> bool {
+        self.is_dead.load(Ordering::SeqCst)
+    }
 }
 
 /// What SQLite has instead of an open file.
@@ -51,6 +65,7 @@ struct Open {
     shared: *const Shared,
     db: Arc<Db>,
     backing: Arc<Backing>,
+    number: u64,
     owner: Owner,
     via: Handle,
     level: c_int,
@@ -98,9 +113,14 @@ static METHODS: ffi::sqlite3_io_methods = ffi::sqlite3_io_methods {
 impl Client {
     pub fn new(engine: &Arc<Engine>) -> Client {
         let name = format!("litefs-{}", next());
-        let shared =
-            Shared { engine: engine.clone(), name: name.clone(), memory: Mutex::default() };
-        let shared = Box::new(shared);
+        let shared = Box::new(Shared {
+            engine: engine.clone(),
+            name: name.clone(),
+            memory: Mutex::default(),
+            plain: PlainFiles::new(engine.layout().super_journals()),
+            open: Mutex::default(),
+            is_dead: AtomicBool::new(false),
+        });
         let name = CString::new(name).unwrap();
         // SAFETY: SQLite's default VFS exists as long as the process.
         let unix = unsafe { &*ffi::sqlite3_vfs_find(ptr::null()) };
@@ -130,6 +150,18 @@ impl Client {
             rusqlite::Connection::open_with_flags_and_vfs(name, flags, &*self.shared.name)?;
         connection.busy_timeout(Duration::ZERO)?;
         Ok(connection)
+    }
+
+    /// The process of the only connection is killed: the kernel closes its files as they are.
+    pub fn kill(&self, connection: rusqlite::Connection) {
+        self.shared.is_dead.store(true, Ordering::SeqCst);
+        let open = std::mem::take(&mut *self.shared.open.lock().unwrap());
+        for (number, db) in open {
+            db.flush(Owner::client(number), LockSet::ALL);
+            db.release_handle(Handle(number));
+        }
+        drop(connection);
+        self.shared.is_dead.store(false, Ordering::SeqCst);
     }
 }
 
@@ -194,6 +226,9 @@ unsafe extern "C" fn open(
     }
     // SAFETY: of our VFS.
     let (shared, name) = unsafe { call(vfs, name) };
+    if is_super_journal(name) {
+        return open_plain(shared, name, file, flags, out_flags);
+    }
     let (base, kind) = parse(name);
     let found =
         shared.engine.database(base).and_then(|db| Some((db.clone(), db.files().get(kind)?)));
@@ -207,10 +242,12 @@ unsafe extern "C" fn open(
         return ffi::SQLITE_CANTOPEN;
     }
     let number = next();
+    shared.open.lock().unwrap().insert(number, db.clone());
     let open = Box::new(Open {
         shared,
         db,
         backing,
+        number,
         owner: Owner::client(number),
         via: Handle(number),
         level: ffi::SQLITE_LOCK_NONE,
@@ -245,6 +282,9 @@ fn create(engine: &Engine, base: &str, kind: FileKind) -> Result<(Arc<Db>, Arc<B
 unsafe extern "C" fn close(file: *mut ffi::sqlite3_file) -> c_int {
     // SAFETY: made by `open`, and not used again.
     let open = unsafe { Box::from_raw((*file.cast::<Handle3>()).open) };
+    if open.shared().open.lock().unwrap().remove(&open.number).is_none() {
+        return ffi::SQLITE_OK; // It was killed.
+    }
     open.db.flush(open.owner, LockSet::ALL);
     open.db.release_handle(open.via);
     ffi::SQLITE_OK
@@ -278,11 +318,16 @@ unsafe extern "C" fn write(
     // SAFETY: SQLite's buffer has `len` bytes.
     let (open, data) =
         unsafe { (opened(file), std::slice::from_raw_parts(from.cast::<u8>(), len as usize)) };
+    if open.shared().is_dead() {
+        return ffi::SQLITE_IOERR_WRITE;
+    }
     let (db, backing, offset) = (&open.db, &open.backing, offset as u64);
     let result = match backing.kind {
         FileKind::Database => db.write_database(backing, offset, data),
         FileKind::Journal => asked(|answer| db.write_journal(backing, offset, data, answer)),
-        FileKind::Wal if open.shared().engine.shared().is_passthrough() => {
+        FileKind::Wal
+            if open.shared().engine.shared().is_passthrough() && !db.opens_wal_directly() =>
+        {
             os::write_at("client:wal", &backing.file, data, offset)
                 .map_err(|error| Refusal::Os(error.raw_os_error().unwrap_or(libc::EIO)))
         }
@@ -295,6 +340,9 @@ unsafe extern "C" fn write(
 unsafe extern "C" fn truncate(file: *mut ffi::sqlite3_file, size: ffi::sqlite3_int64) -> c_int {
     // SAFETY: one of ours.
     let open = unsafe { opened(file) };
+    if open.shared().is_dead() {
+        return ffi::SQLITE_IOERR_TRUNCATE;
+    }
     let (db, backing, len) = (&open.db, &open.backing, size as u64);
     let result = match backing.kind {
         FileKind::Database => db.truncate_database(backing, len),
@@ -308,6 +356,9 @@ unsafe extern "C" fn truncate(file: *mut ffi::sqlite3_file, size: ffi::sqlite3_i
 unsafe extern "C" fn sync(file: *mut ffi::sqlite3_file, _flags: c_int) -> c_int {
     // SAFETY: one of ours.
     let open = unsafe { opened(file) };
+    if open.shared().is_dead() {
+        return ffi::SQLITE_IOERR_FSYNC;
+    }
     if let Err(refusal) = open.db.sync_file(&open.backing, open.via) {
         return code(Err(refusal), ffi::SQLITE_IOERR_FSYNC);
     }
@@ -331,6 +382,9 @@ unsafe extern "C" fn file_size(
 
 impl Open {
     fn take(&self, set: LockSet, kind: LockKind) -> c_int {
+        if self.shared().is_dead() {
+            return ffi::SQLITE_IOERR_LOCK;
+        }
         // A lock on a removed file keeps nobody out.
         if !self.db.files().is_current(&self.backing) {
             return ffi::SQLITE_OK;
@@ -346,6 +400,9 @@ impl Open {
     }
 
     fn give(&self, set: LockSet) {
+        if self.shared().is_dead() {
+            return;
+        }
         let (sender, answer) = mpsc::channel();
         self.db.unlock(self.owner, set, move || sender.send(()).unwrap());
         answer.recv_timeout(Duration::from_secs(60)).expect("an answer");
@@ -560,7 +617,7 @@ unsafe extern "C" fn shm_unmap(file: *mut ffi::sqlite3_file, delete: c_int) -> c
         // SAFETY: mapped by `region`; SQLite does not use it any more.
         unsafe { libc::munmap(map, size) };
     }
-    if open.shm.take().is_some() {
+    if open.shm.take().is_some() && !open.shared().is_dead() {
         if delete != 0 {
             let _ = open.db.remove_shm();
         }
@@ -576,6 +633,15 @@ unsafe extern "C" fn delete(
 ) -> c_int {
     // SAFETY: of our VFS.
     let (shared, name) = unsafe { call(vfs, name) };
+    if shared.is_dead() {
+        return ffi::SQLITE_IOERR_DELETE;
+    }
+    if is_super_journal(name) {
+        return match shared.plain.remove(name) {
+            Ok(()) => ffi::SQLITE_OK,
+            Err(_) => ffi::SQLITE_IOERR_DELETE,
+        };
+    }
     let (base, kind) = parse(name);
     let Some(db) = shared.engine.database(base).filter(|db| db.files().get(kind).is_some()) else {
         return ffi::SQLITE_IOERR_DELETE_NOENT;
@@ -603,6 +669,11 @@ unsafe extern "C" fn access(
 ) -> c_int {
     // SAFETY: of our VFS.
     let (shared, name) = unsafe { call(vfs, name) };
+    if is_super_journal(name) {
+        // SAFETY: a place for the answer.
+        unsafe { *out = c_int::from(shared.plain.get(name).is_some()) };
+        return ffi::SQLITE_OK;
+    }
     let (base, kind) = parse(name);
     let backing = shared.engine.database(base).and_then(|db| db.files().get(kind));
     let there = backing.is_some_and(|backing| {
@@ -634,4 +705,121 @@ unsafe extern "C" fn full_pathname(
 unsafe extern "C" fn pause(_vfs: *mut ffi::sqlite3_vfs, micros: c_int) -> c_int {
     std::thread::yield_now();
     micros
+}
+
+/// What SQLite has instead of an open super-journal.
+#[repr(C)]
+struct PlainHandle {
+    base: ffi::sqlite3_file,
+    file: *mut Arc<PlainFile>,
+}
+
+static PLAIN_METHODS: ffi::sqlite3_io_methods = ffi::sqlite3_io_methods {
+    iVersion: 1,
+    xClose: Some(close_plain),
+    xRead: Some(read_plain),
+    xWrite: Some(write_plain),
+    xTruncate: Some(truncate_plain),
+    xSync: Some(sync_plain),
+    xFileSize: Some(size_of_plain),
+    ..METHODS
+};
+
+fn open_plain(
+    shared: &Shared,
+    name: &str,
+    file: *mut ffi::sqlite3_file,
+    flags: c_int,
+    out_flags: *mut c_int,
+) -> c_int {
+    let found = match shared.plain.get(name) {
+        Some(found) => found,
+        None if flags & ffi::SQLITE_OPEN_CREATE == 0 || shared.is_dead() => {
+            return ffi::SQLITE_CANTOPEN;
+        }
+        None => match shared.plain.create(name) {
+            Ok(made) => made,
+            Err(_) => return ffi::SQLITE_CANTOPEN,
+        },
+    };
+    // SAFETY: SQLite gives memory of `szOsFile` bytes, which are as many as for the others.
+    unsafe {
+        let handle = file.cast::<PlainHandle>();
+        (*handle).file = Box::into_raw(Box::new(found));
+        (*handle).base.pMethods = &raw const PLAIN_METHODS;
+        if !out_flags.is_null() {
+            *out_flags = flags;
+        }
+    }
+    ffi::SQLITE_OK
+}
+
+/// SAFETY: `file` is one that [`open_plain`] made.
+unsafe fn plain<'a>(file: *mut ffi::sqlite3_file) -> &'a PlainFile {
+    // SAFETY: as said.
+    unsafe { &*(*file.cast::<PlainHandle>()).file }
+}
+
+fn plain_code(result: std::io::Result<()>, error: c_int) -> c_int {
+    let result = result.map_err(|error| Refusal::Os(error.raw_os_error().unwrap_or(libc::EIO)));
+    code(result, error)
+}
+
+unsafe extern "C" fn close_plain(file: *mut ffi::sqlite3_file) -> c_int {
+    // SAFETY: made by `open_plain`, and not used again.
+    drop(unsafe { Box::from_raw((*file.cast::<PlainHandle>()).file) });
+    ffi::SQLITE_OK
+}
+
+unsafe extern "C" fn read_plain(
+    file: *mut ffi::sqlite3_file,
+    to: *mut c_void,
+    len: c_int,
+    offset: ffi::sqlite3_int64,
+) -> c_int {
+    // SAFETY: SQLite's buffer has `len` bytes.
+    let (plain, to) =
+        unsafe { (plain(file), std::slice::from_raw_parts_mut(to.cast::<u8>(), len as usize)) };
+    match os::read_up_to("read:client", &plain.file, to, offset as u64) {
+        Ok(filled) if filled == to.len() => ffi::SQLITE_OK,
+        Ok(filled) => {
+            to[filled..].fill(0);
+            ffi::SQLITE_IOERR_SHORT_READ
+        }
+        Err(_) => ffi::SQLITE_IOERR_READ,
+    }
+}
+
+unsafe extern "C" fn write_plain(
+    file: *mut ffi::sqlite3_file,
+    from: *const c_void,
+    len: c_int,
+    offset: ffi::sqlite3_int64,
+) -> c_int {
+    // SAFETY: SQLite's buffer has `len` bytes.
+    let (plain, data) =
+        unsafe { (plain(file), std::slice::from_raw_parts(from.cast::<u8>(), len as usize)) };
+    plain_code(plain.write(offset as u64, data), ffi::SQLITE_IOERR_WRITE)
+}
+
+unsafe extern "C" fn truncate_plain(
+    file: *mut ffi::sqlite3_file,
+    size: ffi::sqlite3_int64,
+) -> c_int {
+    // SAFETY: one of ours.
+    plain_code(unsafe { plain(file) }.truncate(size as u64), ffi::SQLITE_IOERR_TRUNCATE)
+}
+
+unsafe extern "C" fn sync_plain(file: *mut ffi::sqlite3_file, _flags: c_int) -> c_int {
+    // SAFETY: one of ours.
+    plain_code(unsafe { plain(file) }.sync(), ffi::SQLITE_IOERR_FSYNC)
+}
+
+unsafe extern "C" fn size_of_plain(
+    file: *mut ffi::sqlite3_file,
+    size: *mut ffi::sqlite3_int64,
+) -> c_int {
+    // SAFETY: one of ours, and a place for the answer.
+    unsafe { *size = plain(file).file.metadata().unwrap().len() as ffi::sqlite3_int64 };
+    ffi::SQLITE_OK
 }

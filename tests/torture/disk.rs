@@ -198,6 +198,19 @@ impl Disk {
         self.names.keys().filter(is_aside).count()
     }
 
+    /// The names of the files in a directory, in their order.
+    pub fn names_in(&self, dir: &Path) -> Vec<PathBuf> {
+        self.names.keys().filter(|name| name.parent() == Some(dir)).cloned().collect()
+    }
+
+    /// A file with another content, or a new one.
+    pub fn add(&mut self, name: &Path, content: Vec<u8>) {
+        self.dirs.extend(name.parent().map(Path::to_owned));
+        self.names.insert(name.to_owned(), self.files.len());
+        self.files.push(content);
+        self.changed.push(0);
+    }
+
     /// What a file holds.
     pub fn content(&self, name: &str) -> Option<&[u8]> {
         self.names.get(Path::new(name)).map(|file| &self.files[*file][..])
@@ -583,7 +596,11 @@ pub struct Recorder {
     root: PathBuf,
     pub base: Disk,
     state: Mutex<State>,
+    /// What happens before the next call with a label.
+    hook: Mutex<Option<(&'static str, Hook)>>,
 }
+
+type Hook = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
@@ -602,6 +619,8 @@ struct State {
     trouble: Option<Plan>,
     /// Threads whose next call fails.
     full: Vec<ThreadId>,
+    /// Calls that fail because the script says so, by label.
+    staged: Vec<&'static str>,
     hit: Option<Hit>,
 }
 
@@ -615,7 +634,12 @@ impl Recorder {
         }
         let files = base.files.len();
         let state = State { files, known, trouble, ..State::default() };
-        let recorder = Recorder { root: root.to_owned(), base, state: Mutex::new(state) };
+        let recorder = Recorder {
+            root: root.to_owned(),
+            base,
+            state: Mutex::new(state),
+            hook: Mutex::default(),
+        };
         let recorder = Arc::new(recorder);
         let watching = fault::watch(root, recorder.clone());
         (recorder, watching)
@@ -643,9 +667,32 @@ impl Recorder {
         self.state.lock().unwrap().hit.clone()
     }
 
+    /// Whether a call was hit in a way that somebody may notice.
+    pub fn is_harmed(&self) -> bool {
+        let state = self.state.lock().unwrap();
+        let harmless = [Trouble::Short, Trouble::Errno(libc::EINTR)];
+        let is_harmful = |plan: &Plan| !harmless.contains(&plan.trouble);
+        state.hit.is_some() && state.trouble.as_ref().is_none_or(is_harmful)
+    }
+
     /// No trouble any more.
     pub fn calm(&self) {
         self.state.lock().unwrap().trouble = None;
+    }
+
+    /// The next call with this label fails; that is no trouble, but what happens.
+    pub fn stage(&self, label: &'static str) {
+        self.state.lock().unwrap().staged.push(label);
+    }
+
+    /// Takes all of [`Recorder::stage`] back; whether one has still not come.
+    pub fn unstage(&self) -> bool {
+        !std::mem::take(&mut self.state.lock().unwrap().staged).is_empty()
+    }
+
+    /// Something else happens before the next call with this label.
+    pub fn before_next(&self, label: &'static str, hook: impl FnOnce() + Send + 'static) {
+        *self.hook.lock().unwrap() = Some((label, Box::new(hook)));
     }
 
     /// What happened so far.
@@ -665,6 +712,10 @@ impl Recorder {
 
 impl State {
     fn verdict(&mut self, label: &str, call: &Call<'_>) -> Verdict {
+        if let Some(at) = self.staged.iter().position(|staged| *staged == label) {
+            self.staged.swap_remove(at);
+            return Verdict::Fail(libc::EIO);
+        }
         let (kind, begun) = (kind_of(call), self.steps.len());
         let made = self.made.entry(label.to_owned()).or_default();
         let nth = *made;
@@ -748,7 +799,7 @@ fn kind_of(call: &Call<'_>) -> &'static str {
         Call::Link(..) => "link",
         Call::Remove(_) => "remove",
         Call::MakeDirs(_) => "make dirs",
-        Call::Mark(_) => "mark",
+        Call::Mark(_) | Call::Flag(_) => "mark",
     }
 }
 
@@ -759,6 +810,10 @@ fn describe(call: &Call<'_>) -> String {
 
 impl Watch for Recorder {
     fn before(&self, label: &str, call: &Call<'_>) -> Verdict {
+        let hook = self.hook.lock().unwrap().take_if(|(of, _)| *of == label);
+        if let Some((_, hook)) = hook {
+            hook();
+        }
         let mut state = self.state.lock().unwrap();
         let (thread, steps) = (std::thread::current().id(), state.steps.len());
         state.begun.insert(thread, steps);
@@ -823,7 +878,7 @@ impl Watch for Recorder {
                 let missing = state.missing.remove(&thread).unwrap_or_default();
                 state.steps.extend(missing.into_iter().rev().map(Step::MakeDir));
             }
-            Call::Open(_) | Call::Mark(_) | Call::Read(..) => {}
+            Call::Open(_) | Call::Mark(_) | Call::Flag(_) | Call::Read(..) => {}
         }
     }
 }

@@ -11,23 +11,35 @@ use litefs::engine::{DbState, Engine, Role};
 use litefs::os::fault::{self, Fault};
 
 use super::disk::{Called, Content, Disk, Hit, Loss, Names, Plan, Recorder, Step, Trouble};
-use super::power::Promise;
+use super::power::{Promise, contents};
 use super::script::{
-    Act, DB, Effect, Known, Mode, NotStarted, World, follow_up, key, open, receive, replica,
-    replicate, restart,
+    Act, DB, Effect, Known, Late, Mode, NotStarted, World, data, follow_up, key, open, receive,
+    replica, replicate, restart,
 };
 use super::{each, is_whole, ram_dir, seed};
 use crate::support::chance::Chance;
-use crate::support::wait;
+use crate::support::{image, wait};
 
 /// What a run does.
 #[derive(Debug, Clone)]
 pub struct Script {
     pub name: &'static str,
     pub mode: Mode,
-    /// It begins without a data directory.
-    pub is_born: bool,
+    pub finds: Finds,
     pub acts: Vec<Act>,
+}
+
+/// What the first start of a script finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finds {
+    /// No data directory.
+    Born,
+    /// What a node left that died.
+    Died,
+    /// A backup, and no data directory.
+    Lost,
+    /// As [`Finds::Died`], and a client that goes on meanwhile.
+    Late,
 }
 
 /// Everything a node does to its files, in small pieces.
@@ -51,11 +63,11 @@ pub fn scripts() -> Vec<Script> {
     let whole = [Insert, Export, Import, Insert, Drop, Insert, Export];
     let script = |name, mode, acts: &[Act]| {
         let acts = acts.to_vec();
-        Script { name, mode, is_born: false, acts }
+        Script { name, mode, finds: Finds::Died, acts }
     };
-    let born = [Begin, Insert, Large, Insert, Reconnect, Insert];
-    let born = |name, mode| Script { is_born: true, ..script(name, mode, &born) };
-    vec![
+    let born = [Act::Begin, Insert, Large, Insert, Reconnect, Insert];
+    let born = |name, mode| Script { finds: Finds::Born, ..script(name, mode, &born) };
+    let mut all = vec![
         script("wal", Mode::new("wal", "full", true), &wal),
         script("wal without passthrough", Mode::new("wal", "full", false), &wal),
         script("wal, normal", Mode::new("wal", "normal", true), &wal),
@@ -75,6 +87,82 @@ pub fn scripts() -> Vec<Script> {
             Mode::new("delete", "full", true),
             &[Insert, Switch("wal"), Insert, Switch("delete"), Insert, Switch("wal")],
         ),
+    ];
+    all.extend(more_scripts());
+    all
+}
+
+/// What a node does beside that.
+fn more_scripts() -> Vec<Script> {
+    use Act::*;
+    let both = [Insert, Both, Both, Insert, Both, Restart, Both];
+    let backup = [
+        Join,
+        Backup,
+        Insert,
+        Burst,
+        Burst,
+        Large,
+        Backup,
+        Retain,
+        Insert,
+        Restart,
+        Backup,
+        Vacuum,
+        NoBackup("backup:file"),
+        Retain,
+        Restart,
+        Insert,
+        Backup,
+    ];
+    let http = [
+        Insert, Upload, Follow, Insert, Download, Large, Burst, Follow, Insert, Insert, Restart,
+        Follow, Insert, Retain, Follow,
+    ];
+    let deaths = [Insert, Dies, Export, Insert, Dies, Import, Large, Dies, Restart, Insert];
+    let refused = [
+        Insert,
+        Refused("files:sync"),
+        Insert,
+        Unseen("read:wal"),
+        Mended,
+        Insert,
+        Checkpoint("TRUNCATE"),
+        Insert,
+        Reconnect,
+        Insert,
+        Dies,
+        Insert,
+    ];
+    let script = |name, mode, acts: &[Act]| {
+        let acts = acts.to_vec();
+        Script { name, mode, finds: Finds::Died, acts }
+    };
+    let (wal, delete) = (Mode::new("wal", "full", true), Mode::new("delete", "full", true));
+    let blind = Mode::new("wal", "full", false);
+    vec![
+        script("both, delete", delete, &both),
+        script("both, truncate", Mode::new("truncate", "normal", true), &both),
+        script("both, persist", Mode::new("persist", "full", true), &both),
+        script("both, wal", wal, &both),
+        script("backup, wal", Mode::new("wal", "normal", true), &backup),
+        script("backup, delete", delete, &backup),
+        script(
+            "backup, off",
+            Mode::new("delete", "off", true),
+            &[Insert, Insert, NoBackup("chain:sync"), Mended, Insert, Backup],
+        ),
+        Script { finds: Finds::Lost, ..script("restored", wal, &[Restore, Insert, Large, Backup]) },
+        Script { finds: Finds::Late, ..script("late", wal, &[Insert, Large, Restart, Insert]) },
+        script("http", wal, &http),
+        script("deaths", delete, &deaths),
+        script("refused, wal", wal, &refused),
+        script("refused, wal without passthrough", blind, &refused),
+        script(
+            "refused, delete",
+            delete,
+            &[Insert, Refused("files:remove"), Insert, Refused("chain:ltx"), Insert],
+        ),
     ]
 }
 
@@ -83,17 +171,75 @@ pub fn scripts() -> Vec<Script> {
 pub struct Base {
     pub disk: Disk,
     pub effects: Vec<Effect>,
+    /// What a client writes to the WAL when it is taken over.
+    pub late: Option<Late>,
 }
 
-pub fn base(mode: Mode) -> Base {
+impl Script {
+    fn base(&self) -> Base {
+        match self.finds {
+            Finds::Born => Base::default(),
+            Finds::Died => base(self.mode),
+            Finds::Lost => lost(self.mode),
+            Finds::Late => late(self.mode),
+        }
+    }
+}
+
+impl Base {
+    /// A node on it.
+    fn start(&self, mode: Mode, trouble: Option<Plan>) -> Result<World, NotStarted> {
+        World::start_with(mode, &self.disk, self.begun(), trouble, self.late.as_ref())
+    }
+
+    /// What clients have begun when the node starts.
+    fn begun(&self) -> Vec<Effect> {
+        let late = self.late.iter().map(|_| Effect::Row);
+        self.effects.iter().copied().chain(late).collect()
+    }
+}
+
+/// A world with a few transactions.
+fn few(mode: Mode) -> World {
     let mut world = started(World::start(mode, &Disk::default(), Vec::new(), None));
     world.begin().unwrap();
     for act in [Act::Insert, Act::Large, Act::Insert] {
         world.act(act).unwrap();
     }
+    world
+}
+
+/// A backup of a node of which nothing else is left.
+fn lost(mode: Mode) -> Base {
+    let mut world = few(mode);
+    for act in [Act::Backup, Act::Insert, Act::Backup] {
+        world.act(act).unwrap();
+    }
+    world.close().unwrap();
+    std::fs::remove_dir_all(data(world.root.path())).unwrap();
+    let effects = world.effects.iter().copied().chain([Effect::Lost]).collect();
+    Base { disk: Disk::load(world.root.path()), effects, late: None }
+}
+
+/// A node that died while a client was in the middle of a commit, whose frames come late.
+fn late(mode: Mode) -> Base {
+    let mut world = few(mode);
     let steps = world.recorder.steps();
     let disk = Disk::after_crash(&world.recorder.base, &steps, steps.len());
-    Base { disk, effects: world.effects.clone() }
+    let effects = world.effects.clone();
+    let wal = image::directory(&data(world.root.path()), DB).wal();
+    let offset = std::fs::metadata(&wal).unwrap().len();
+    world.act(Act::Insert).unwrap();
+    let frames = std::fs::read(&wal).unwrap().split_off(offset as usize);
+    assert!(!frames.is_empty());
+    Base { disk, effects, late: Some(Late { offset, frames }) }
+}
+
+pub fn base(mode: Mode) -> Base {
+    let world = few(mode);
+    let steps = world.recorder.steps();
+    let disk = Disk::after_crash(&world.recorder.base, &steps, steps.len());
+    Base { disk, effects: world.effects.clone(), late: None }
 }
 
 pub fn started(world: Result<World, NotStarted>) -> World {
@@ -117,17 +263,29 @@ pub struct Calm {
 /// Each script without trouble, those that are chosen.
 pub fn calms() -> &'static [Calm] {
     static CALMS: OnceLock<Vec<Calm>> = OnceLock::new();
-    CALMS.get_or_init(|| chosen(scripts()).iter().map(calm).collect())
+    CALMS.get_or_init(|| {
+        let scripts: Vec<_> =
+            chosen(scripts()).into_iter().map(|script| (script, OnceLock::new())).collect();
+        let failures = each(&scripts, |(script, done)| {
+            let is_first = done.set(calm(script)).is_ok();
+            is_first.then_some(()).ok_or_else(|| "played twice".to_owned())
+        });
+        report("a script without trouble", &failures);
+        scripts.into_iter().filter_map(|(_, done)| done.into_inner()).collect()
+    })
 }
 
 pub fn calm(script: &Script) -> Calm {
-    let base = if script.is_born { Base::default() } else { base(script.mode) };
-    let mut world = started(World::start(script.mode, &base.disk, base.effects.clone(), None));
+    let base = script.base();
+    let mut world = started(base.start(script.mode, None));
     for act in &script.acts {
         if let Err(error) = world.act(*act) {
             panic!("{}: {act:?}: {error}", script.name);
         }
-        world.check_in_use().unwrap();
+        // Who reads would put right what it left.
+        if *act != Act::Dies {
+            world.check_in_use().unwrap();
+        }
     }
     world.close().unwrap();
     let positions = world.positions.lock().unwrap().clone();
@@ -176,8 +334,7 @@ impl Case<'_> {
                 script.name
             )
         };
-        let plan = Some(self.plan.clone());
-        let world = World::start(script.mode, &base.disk, base.effects.clone(), plan);
+        let world = base.start(script.mode, Some(self.plan.clone()));
         let mut world = match world {
             Ok(world) => world,
             Err(NotStarted { root, recorder, reason }) => {
@@ -185,12 +342,13 @@ impl Case<'_> {
                 hits.note(hit.as_ref());
                 told.push(reason);
                 recorder.calm();
-                let known = Known::at(&base.effects, base.effects.len(), &[]);
+                let begun = base.begun();
+                let known = Known::at(&begun, base.effects.len(), &recorder.steps());
                 let kept = hit.as_ref().map(|hit| self.set_nothing_aside(hit, root.path()));
                 return kept
                     .unwrap_or(Ok(()))
                     .and_then(|()| found(&known, restart(root.path())))
-                    .and_then(|()| self.dies_after_hit(&recorder, &base.effects, hits))
+                    .and_then(|()| self.dies_after_hit(&recorder, &begun, hits))
                     .map_err(|error| what(&told, hit, error));
             }
         };
@@ -205,7 +363,9 @@ impl Case<'_> {
                 }
             }
             let hit = world.recorder.hit();
-            world.check_in_use().map_err(|error| what(&told, hit, error))?;
+            if *act != Act::Dies {
+                world.check_in_use().map_err(|error| what(&told, hit, error))?;
+            }
         }
         if world.recorder.hit().is_none()
             && let Err(error) = world.close()
@@ -301,24 +461,37 @@ fn found(known: &Known, restarted: Result<super::script::Restarted, String>) -> 
     known.allows(&restarted?.rows)
 }
 
+/// How often each label is among what is tried.
+#[derive(Default)]
+pub struct Sample(BTreeMap<String, usize>);
+
+impl Sample {
+    /// Whether another call of this label is tried: every one until there are `enough`, then a few.
+    pub fn takes(&mut self, label: &str, enough: usize, chance: &mut Chance) -> bool {
+        let count = self.0.entry(label.to_owned()).or_default();
+        *count += 1;
+        *count <= enough || is_whole() || chance.below(6) == 0
+    }
+}
+
 /// Which calls were hit, for the report.
 #[derive(Default)]
-struct Hits {
+pub struct Hits {
     runs: AtomicUsize,
-    deaths: AtomicUsize,
-    losses: AtomicUsize,
+    pub deaths: AtomicUsize,
+    pub losses: AtomicUsize,
     labels: Mutex<BTreeMap<String, usize>>,
 }
 
 impl Hits {
-    fn note(&self, hit: Option<&Hit>) {
+    pub fn note(&self, hit: Option<&Hit>) {
         let Some(hit) = hit else { return };
         self.runs.fetch_add(1, Ordering::Relaxed);
         *self.labels.lock().unwrap().entry(hit.label.clone()).or_default() += 1;
     }
 
     /// One of the calls of each label that was never hit: the last of them may not have come again.
-    fn missed<'a>(&self, calls: &'a [Called]) -> Vec<&'a Called> {
+    pub fn missed<'a>(&self, calls: &'a [Called]) -> Vec<&'a Called> {
         // Some are chosen.
         if ["LITEFS_TEST_SCRIPT", "LITEFS_TEST_LABEL"]
             .iter()
@@ -335,7 +508,7 @@ impl Hits {
 
     /// Says what was hit; each of the labels that there are must be among it.
     #[track_caller]
-    fn report(&self, calls: &[&[Called]]) {
+    pub fn report(&self, calls: &[&[Called]]) {
         let missed: Vec<_> = calls.iter().flat_map(|calls| self.missed(calls)).collect();
         assert!(missed.is_empty(), "never hit: {missed:?}");
         let labels = self.labels.lock().unwrap();
@@ -357,7 +530,7 @@ pub fn stride(all: usize, sample: usize) -> usize {
 }
 
 /// What may happen to which call: of each label to one, or to all.
-fn picks(calls: &[Called], chance: &mut Chance) -> Vec<Plan> {
+pub fn picks(calls: &[Called], chance: &mut Chance) -> Vec<Plan> {
     let troubles = |called: &Called| -> Vec<Trouble> {
         TROUBLES.into_iter().filter(|trouble| trouble.concerns(called.kind)).collect()
     };
@@ -408,9 +581,12 @@ fn run_missed(calms: &[Calm], of: impl Fn(&Calm) -> &[Called], hits: &Hits) -> V
 fn every_call_may_fail() {
     let mut chance = Chance(seed());
     let calms = calms();
-    let mut cases = Vec::new();
+    let (mut cases, mut sample) = (Vec::new(), Sample::default());
     for calm in calms {
         for plan in picks(&calm.calls, &mut chance) {
+            if !sample.takes(&plan.label, 15, &mut chance) {
+                continue;
+            }
             let patient = chance.below(if is_whole() { 5 } else { 20 }) == 0;
             let (replicates, dies) = (chance.below(4) == 0, chance.below(4) == 0);
             let seed = chance.next();
@@ -426,9 +602,14 @@ fn every_call_may_fail() {
 
 /// The scripts that `LITEFS_TEST_SCRIPT` is part of the name of.
 pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
+    chosen_names(scripts, |script| script.name)
+}
+
+/// The same, of whatever has a name.
+pub fn chosen_names<T>(all: Vec<T>, name_of: impl Fn(&T) -> &str) -> Vec<T> {
     match env::var("LITEFS_TEST_SCRIPT") {
-        Ok(name) => scripts.into_iter().filter(|script| script.name.contains(&name)).collect(),
-        Err(_) => scripts,
+        Ok(name) => all.into_iter().filter(|one| name_of(one).contains(&name)).collect(),
+        Err(_) => all,
     }
 }
 
@@ -482,31 +663,152 @@ impl Drop for Primary {
     }
 }
 
-/// What a replica is sent.
-pub fn feed(script: &Script) -> (Primary, Vec<Vec<u8>>) {
-    let mut world = started(World::start(script.mode, &Disk::default(), Vec::new(), None));
-    world.begin().unwrap();
-    let mut sent = Vec::new();
-    let mut at = ltx::Pos::ZERO;
-    let mut send = |world: &World| {
-        let db = world.db().unwrap();
-        while let Some(bytes) = super::script::next_for(&db, at) {
-            let (header, trailer) = ltx::verify(&bytes[..]).unwrap();
-            at = ltx::Pos { txid: header.max_txid, checksum: trailer.post_apply };
-            sent.push(bytes);
-        }
-    };
-    send(&world);
-    for act in &script.acts {
-        world.act(*act).unwrap();
-        send(&world);
+/// What a replica begins with, and what it is sent.
+pub struct Feed {
+    pub name: &'static str,
+    pub primary: Primary,
+    pub passthrough: bool,
+    pub start: Disk,
+    pub sent: Vec<Vec<u8>>,
+    /// Content of files that must be somewhere in the end.
+    pub keeps: Vec<Vec<u8>>,
+    /// The primary is one that may have all that it has.
+    is_same_line: bool,
+    /// Where it was with a history of its own that must be somewhere in the end.
+    own: Option<ltx::Pos>,
+}
+
+impl Feed {
+    /// A new replica of a node with this script.
+    pub fn new(script: &Script, passthrough: bool) -> Feed {
+        let mut world = started(World::start(script.mode, &Disk::default(), Vec::new(), None));
+        world.begin().unwrap();
+        let acts = script.acts.as_slice();
+        let (primary, sent) = Primary::that_does(world, acts, ltx::Pos::ZERO);
+        let name = script.name;
+        let (start, keeps, own) = (Disk::default(), Vec::new(), None);
+        Feed { name, primary, passthrough, start, sent, keeps, is_same_line: false, own }
     }
-    world.close().unwrap();
-    let root = ram_dir();
-    Disk::load(world.root.path()).store(root.path());
-    let engine = open(root.path(), 1).unwrap();
-    engine.set_role(Role::Primary);
-    (Primary { engine, root }, sent)
+
+    /// A node that did something else than the primary since it died, and follows now.
+    fn former(name: &'static str, mode: Mode, passthrough: bool, acts: &[Act]) -> Feed {
+        let base = base(mode);
+        let mut world = started(World::start(mode, &base.disk, base.effects.clone(), None));
+        let common: Vec<_> = ltx_files(world.root.path()).into_values().collect();
+        for act in acts {
+            world.act(*act).unwrap();
+        }
+        let pos = world.db().unwrap().pos();
+        let mut keeps: Vec<_> = ltx_files(world.root.path()).into_values().collect();
+        keeps.retain(|file| !common.contains(file));
+        let steps = world.recorder.steps();
+        let start = Disk::after_crash(&world.recorder.base, &steps, steps.len());
+        let other = started(World::start(mode, &base.disk, base.effects.clone(), None));
+        let (primary, sent) = Primary::that_does(other, &[Act::Large, Act::Insert], pos);
+        let own = Some(pos);
+        Feed { name, primary, passthrough, start, sent, keeps, is_same_line: false, own }
+    }
+
+    /// The same, of which `lost+found` has something of that name already.
+    fn former_again(name: &'static str, mode: Mode) -> Feed {
+        let mut feed = Feed::former(name, mode, true, &[Act::Insert, Act::Vacuum, Act::Insert]);
+        let ltx = Path::new("data/dbs/db/ltx");
+        let names = feed.start.names_in(ltx);
+        let (same, other) = (&names[names.len() - 1], &names[names.len() - 2]);
+        let content = |name: &Path| feed.start.content(name.to_str().unwrap()).unwrap().to_vec();
+        let (of_same, mut of_other) = (content(same), content(other));
+        *of_other.last_mut().unwrap() ^= 1;
+        let lost =
+            |name: &Path| Path::new("data/dbs/db/lost+found").join(name.file_name().unwrap());
+        feed.start.add(&lost(same), of_same);
+        feed.start.add(&lost(other), of_other.clone());
+        feed.keeps.push(of_other);
+        feed
+    }
+
+    /// A node that cannot tell what its files are.
+    fn damaged(name: &'static str, mode: Mode) -> Feed {
+        let mut feed = Feed::former(name, mode, true, &[Act::Insert, Act::Retain]);
+        let ltx = feed.start.names_in(Path::new("data/dbs/db/ltx"));
+        feed.start.add(ltx.last().unwrap(), b"torn".to_vec());
+        let database = Path::new("data/dbs/db/database");
+        let mut content = feed.start.content("data/dbs/db/database").unwrap().to_vec();
+        content.fill(b'x');
+        feed.start.add(database, content.clone());
+        feed.start.add(Path::new("data/dbs/db/wal"), vec![b'x'; 5000]);
+        feed.own = None;
+        feed.keeps = vec![content, b"torn".to_vec()];
+        feed.sent = Vec::new();
+        let db = feed.primary.engine.database(DB).unwrap();
+        feed.sent.extend(super::script::next_for(&db, ltx::Pos::ZERO));
+        feed
+    }
+
+    /// Nothing is lost that nobody else has.
+    fn check_kept(&self, root: &Path) -> Result<(), String> {
+        let found: Vec<_> = contents(root).into_values().collect();
+        for keep in &self.keeps {
+            if !found.contains(keep) {
+                return Err(format!("{} bytes are gone that must be kept", keep.len()));
+            }
+        }
+        let Some(own) = self.own else { return Ok(()) };
+        // One that could not be opened is kept as it was.
+        let database = self.start.content("data/dbs/db/database");
+        if found.iter().any(|file| Some(&file[..]) == database) {
+            return Ok(());
+        }
+        // Either all files from the beginning, or the state.
+        let is_whole = |file: &&Vec<u8>| match ltx::verify(&file[..]) {
+            Ok((header, trailer)) => {
+                let pos = ltx::Pos { txid: header.max_txid, checksum: trailer.post_apply };
+                header.is_snapshot() && (pos == own || header.max_txid == ltx::Txid(1))
+            }
+            Err(_) => false,
+        };
+        match found.iter().any(|file| is_whole(&file)) {
+            true => Ok(()),
+            false => Err(format!("nothing leads to {own}")),
+        }
+    }
+}
+
+/// The LTX files of a node by their names.
+fn ltx_files(root: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
+    contents(&image::directory(&data(root), DB).ltx())
+}
+
+impl Primary {
+    /// A node that does something, and what it sends to a replica that was at `at`.
+    fn that_does(mut world: World, acts: &[Act], mut at: ltx::Pos) -> (Primary, Vec<Vec<u8>>) {
+        // A new replica gets everything piece by piece.
+        let is_new = at.is_zero();
+        let mut sent = Vec::new();
+        let mut send = |world: &World| {
+            let db = world.db().unwrap();
+            while let Some(bytes) = super::script::next_for(&db, at) {
+                let (header, trailer) = ltx::verify(&bytes[..]).unwrap();
+                at = ltx::Pos { txid: header.max_txid, checksum: trailer.post_apply };
+                sent.push(bytes);
+            }
+        };
+        if is_new {
+            send(&world);
+        }
+        for act in acts {
+            world.act(*act).unwrap();
+            if is_new {
+                send(&world);
+            }
+        }
+        send(&world);
+        world.close().unwrap();
+        let root = ram_dir();
+        Disk::load(world.root.path()).store(root.path());
+        let engine = open(root.path(), 1).unwrap();
+        engine.set_role(Role::Primary);
+        (Primary { engine, root }, sent)
+    }
 }
 
 /// What a replica did.
@@ -519,24 +821,31 @@ struct Applied {
 
 /// A replica applies what it is sent, and a call is hit meanwhile. It stays a replica that can follow:
 /// in the same process if it is `patient`, after a crash, and after a stop.
-fn apply(
-    primary: &Primary,
-    sent: &[Vec<u8>],
-    passthrough: bool,
-    plan: Option<Plan>,
-    patient: bool,
-    hits: &Hits,
-) -> Result<Applied, String> {
+fn apply(feed: &Feed, plan: Option<Plan>, patient: bool, hits: &Hits) -> Result<Applied, String> {
+    let Feed { primary, passthrough, .. } = feed;
     let root = ram_dir();
+    feed.start.store(root.path());
     let (recorder, watching) = Recorder::start(root.path(), plan.clone());
-    let what = |error: String| format!("{plan:?} at {:?}: {error}", recorder.hit());
+    let what = |error: String| {
+        format!(
+            "{}, passthrough {passthrough} {plan:?} at {:?}: {error}",
+            feed.name,
+            recorder.hit()
+        )
+    };
+    let rejoin = |root: &Path| rejoin(primary, root).and_then(|()| feed.check_kept(root));
     let primary_db = primary.engine.database(DB).unwrap();
-    if let Ok(engine) = replica(root.path(), passthrough) {
-        for bytes in sent {
+    if let Ok(engine) = replica(root.path(), *passthrough) {
+        engine.shared().set_same_line(feed.is_same_line);
+        for bytes in &feed.sent {
             let Ok(target) = receive(&engine, bytes) else { break };
             let db = engine.database(DB).unwrap();
             wait::until_true("an outcome", || {
-                db.pos() == target || db.received_pos().is_zero() || db.state() != DbState::Ready
+                let is_stuck = db.received_pos().is_zero() || db.state() != DbState::Ready;
+                // One that is lost is so from the beginning.
+                let is_told = feed.own.is_some() || feed.keeps.is_empty();
+                let is_over = is_told || recorder.hit().is_some();
+                db.pos() == target || (is_over && is_stuck)
             });
             if db.pos() != target {
                 break;
@@ -560,12 +869,12 @@ fn apply(
         if plan.is_none() {
             closed.map_err(|error| what(litefs::engine::chain_text(&error)))?;
         }
-        rejoin(primary, crashed.path()).map_err(|error| what(format!("after a crash: {error}")))?;
+        rejoin(crashed.path()).map_err(|error| what(format!("after a crash: {error}")))?;
     }
     recorder.calm();
     drop(watching);
     let (calls, steps) = (recorder.calls(), recorder.steps());
-    rejoin(primary, root.path()).map_err(|error| what(format!("after a stop: {error}")))?;
+    rejoin(root.path()).map_err(|error| what(format!("after a stop: {error}")))?;
     if let Some(hit) = recorder.hit() {
         hits.note(Some(&hit));
         let mut chance = Chance(hit.step as u64 + 1);
@@ -573,13 +882,26 @@ fn apply(
         let (loss, lost) = (Loss::nth(chance.below(20) as usize), ram_dir());
         Disk::after_power_loss(&recorder.base, &steps, end, loss, &mut chance).store(lost.path());
         hits.losses.fetch_add(1, Ordering::Relaxed);
-        rejoin(primary, lost.path()).map_err(|error| {
+        rejoin(lost.path()).map_err(|error| {
             let Hit { step, .. } = hit;
             what(format!("hit at step {step}, without power after {end} {loss:?}: {error}"))
         })?;
     }
     let reads = recorder.reads();
     Ok(Applied { calls, reads, start: recorder.base.clone(), steps })
+}
+
+/// What the replicas come to.
+pub fn reached() -> Vec<Called> {
+    let hits = Hits::default();
+    let (feeds, found) = (all_feeds(), Mutex::new(Vec::new()));
+    let failures = each(&feeds, |feed| {
+        let calm = apply(feed, None, false, &hits)?;
+        found.lock().unwrap().extend(calm.calls.into_iter().chain(calm.reads));
+        Ok(())
+    });
+    report("a replica without trouble", &failures);
+    found.into_inner().unwrap()
 }
 
 /// A replica on what stands in `root` follows again, and becomes equal.
@@ -591,8 +913,8 @@ fn rejoin(primary: &Primary, root: &Path) -> Result<(), String> {
     result.and(closed)
 }
 
-/// What a replica is sent in these tests, in which mode, and whether it has passthrough.
-fn feeds() -> Vec<(Script, bool)> {
+/// What replicas are sent in these tests.
+pub fn feeds() -> Vec<Feed> {
     use Act::*;
     let acts = [
         Insert,
@@ -610,14 +932,40 @@ fn feeds() -> Vec<(Script, bool)> {
     ];
     let of = |name, journal, acts: &[Act]| {
         let mode = Mode::new(journal, "full", true);
-        Script { name, mode, is_born: true, acts: acts.to_vec() }
+        Script { name, mode, finds: Finds::Born, acts: acts.to_vec() }
     };
     let wal = of("replica, wal", "wal", &acts);
     let journal = of("replica, delete", "delete", &[Insert, Large, Shrink, Import, Insert]);
-    vec![(wal.clone(), true), (wal, false), (journal, true)]
+    vec![Feed::new(&wal, true), Feed::new(&wal, false), Feed::new(&journal, true)]
 }
 
-fn first_of(missed: Vec<&Called>) -> Vec<Plan> {
+/// Replicas that have what their primary has not.
+pub fn former_feeds() -> Vec<Feed> {
+    use Act::*;
+    let (wal, delete) = (Mode::new("wal", "full", true), Mode::new("delete", "full", true));
+    let own = [Insert, Vacuum, Insert];
+    vec![
+        Feed::former("former, wal", wal, true, &own),
+        Feed::former("former, wal", wal, false, &own),
+        Feed::former("former, delete", delete, true, &own),
+        Feed {
+            is_same_line: true,
+            ..Feed::former("former, of the same line", delete, true, &[Insert])
+        },
+        Feed::former("former, without its beginning", delete, true, &[Insert, Insert, Retain]),
+        Feed::former_again("former, again", wal),
+        Feed::damaged("damaged", delete),
+    ]
+}
+
+/// Those that are chosen.
+fn all_feeds() -> Vec<Feed> {
+    let mut all = feeds();
+    all.extend(former_feeds());
+    chosen_names(all, |feed| feed.name)
+}
+
+pub fn first_of(missed: Vec<&Called>) -> Vec<Plan> {
     let errors = missed.into_iter().map(|called| called.first().with(IO_ERROR));
     errors.collect()
 }
@@ -625,19 +973,16 @@ fn first_of(missed: Vec<&Called>) -> Vec<Plan> {
 #[test]
 fn every_call_of_a_replica_may_fail() {
     let mut chance = Chance(seed());
-    let hits = Hits::default();
+    let (hits, mut sample) = (Hits::default(), Sample::default());
     let (mut failures, mut calls) = (Vec::new(), Vec::new());
-    for (script, passthrough) in feeds() {
-        let (primary, sent) = feed(&script);
-        let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
-        let cases: Vec<(Plan, bool)> = picks(&calm.calls, &mut chance)
-            .into_iter()
-            .map(|plan| (plan, chance.below(4) == 0))
-            .collect();
+    for feed in all_feeds() {
+        let calm = apply(&feed, None, false, &hits).unwrap();
+        let mut plans = picks(&calm.calls, &mut chance);
+        plans.retain(|plan| sample.takes(&plan.label, 3, &mut chance));
+        let cases: Vec<(Plan, bool)> =
+            plans.into_iter().map(|plan| (plan, chance.below(4) == 0)).collect();
         let run = |(plan, patient): &(Plan, bool)| {
-            apply(&primary, &sent, passthrough, Some(plan.clone()), *patient, &hits)
-                .map(drop)
-                .map_err(|error| format!("{}, passthrough {passthrough}: {error}", script.name))
+            apply(&feed, Some(plan.clone()), *patient, &hits).map(drop)
         };
         failures.extend(each(&cases, run));
         failures
@@ -669,7 +1014,7 @@ fn reads<'a>(calls: &[(&'a Calm, &'a Called)], chance: &mut Chance) -> Vec<(&'a 
     plans
 }
 
-const IO_ERROR: Trouble = Trouble::Errno(libc::EIO);
+pub const IO_ERROR: Trouble = Trouble::Errno(libc::EIO);
 const HARMLESS: [Trouble; 2] = [Trouble::Short, Trouble::Errno(libc::EINTR)];
 
 fn chance_of<'a, T>(items: &'a [T], chance: &mut Chance) -> &'a T {
@@ -697,23 +1042,19 @@ fn every_read_may_fail() {
 #[test]
 fn every_read_of_a_replica_may_fail() {
     let mut chance = Chance(seed());
-    let hits = Hits::default();
+    let (hits, mut sample) = (Hits::default(), Sample::default());
     let (mut failures, mut all) = (Vec::new(), Vec::new());
-    for (script, passthrough) in feeds() {
-        let (primary, sent) = feed(&script);
-        let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
+    for feed in all_feeds() {
+        let calm = apply(&feed, None, false, &hits).unwrap();
         let mut by_label: BTreeMap<&str, Vec<&Called>> = BTreeMap::new();
         calm.reads.iter().for_each(|read| by_label.entry(&read.label).or_default().push(read));
         let one_of = |calls: &Vec<&Called>| match is_whole() {
             true => calls.iter().map(|called| called.with(IO_ERROR)).collect(),
             false => vec![chance_of(calls, &mut chance).with(IO_ERROR)],
         };
-        let plans: Vec<Plan> = by_label.values().flat_map(one_of).collect();
-        let run = |plan: &Plan| {
-            apply(&primary, &sent, passthrough, Some(plan.clone()), false, &hits)
-                .map(drop)
-                .map_err(|error| format!("{}, passthrough {passthrough}: {error}", script.name))
-        };
+        let mut plans: Vec<Plan> = by_label.values().flat_map(one_of).collect();
+        plans.retain(|plan| sample.takes(&plan.label, 3, &mut Chance(1)));
+        let run = |plan: &Plan| apply(&feed, Some(plan.clone()), false, &hits).map(drop);
         failures.extend(each(&plans, run));
         failures.extend(each(&first_of(hits.missed(&calm.reads)), run));
         all.push(calm.reads);
@@ -765,16 +1106,15 @@ fn a_commit_whose_log_has_no_durable_name_is_refused() {
 #[test]
 fn a_wal_that_could_not_be_emptied_is_emptied_later() {
     let hits = Hits::default();
-    let (script, passthrough) = feeds().remove(0);
-    let (primary, sent) = feed(&script);
-    let calm = apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
+    let feed = feeds().remove(0);
+    let calm = apply(&feed, None, false, &hits).unwrap();
     let is_its = |called: &&Called| called.label == "apply:wal" || called.label == "apply:index";
     let calls: Vec<&Called> = calm.calls.iter().filter(is_its).collect();
     assert!(calls.len() > 5, "{calls:?}");
     // As many as fit into a second; the rest have their turn above.
     let failures = each(&calls, |call| {
         let plan = Some(call.with(Trouble::Errno(libc::EIO)));
-        apply(&primary, &sent, passthrough, plan, true, &hits).map(drop)
+        apply(&feed, plan, true, &hits).map(drop)
     });
     report("an empty wal", &failures);
 }
@@ -783,12 +1123,11 @@ fn a_wal_that_could_not_be_emptied_is_emptied_later() {
 fn every_moment_of_a_replica_may_be_the_last() {
     let mut chance = Chance(seed());
     let (mut failures, mut moments, mut tried) = (Vec::new(), 0, 0);
-    for (script, passthrough) in feeds() {
-        let (primary, sent) = feed(&script);
+    for feed in all_feeds() {
         let hits = Hits::default();
-        let Applied { start, steps, .. } =
-            apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
-        let by = stride(steps.len(), 45);
+        let Applied { start, steps, .. } = apply(&feed, None, false, &hits).unwrap();
+        let sample = if feed.own.is_some() { 15 } else { 45 };
+        let by = stride(steps.len(), sample);
         let first = chance.below(by as u64) as usize;
         let ends: Vec<usize> = (first..=steps.len()).step_by(by).collect();
         let cases: Vec<(usize, Option<Loss>, u64)> = ends
@@ -806,12 +1145,18 @@ fn every_moment_of_a_replica_may_be_the_last() {
                 None => Disk::after_crash(&start, &steps, end),
                 Some(loss) => Disk::after_power_loss(&start, &steps, end, loss, &mut Chance(seed)),
             };
-            let what = |error| format!("{} after step {end} {loss:?} {seed}: {error}", script.name);
+            let what = |error| format!("{} after step {end} {loss:?} {seed}: {error}", feed.name);
             let (looked_at, crashed) = (ram_dir(), ram_dir());
             disk.store(looked_at.path());
             disk.store(crashed.path());
-            restart(looked_at.path()).map_err(what)?;
-            rejoin(&primary, crashed.path()).map_err(what)
+            // One that has a history of its own, and loses its power while it gives that up, may have the one
+            // below the other; it follows again.
+            let is_mixed = feed.own.is_some() && loss.is_some();
+            if feed.name != "damaged" && !is_mixed {
+                restart(looked_at.path()).map_err(what)?;
+            }
+            let rejoined = rejoin(&feed.primary, crashed.path());
+            rejoined.and_then(|()| feed.check_kept(crashed.path())).map_err(what)
         }));
     }
     println!("{moments} moments, {tried} images");
@@ -822,11 +1167,9 @@ fn every_moment_of_a_replica_may_be_the_last() {
 /// must not look like something new on top of that.
 #[test]
 fn the_beginning_of_a_wal_is_not_taken_for_its_end() {
-    let (script, passthrough) = feeds().remove(0);
-    let (primary, sent) = feed(&script);
+    let feed = feeds().remove(0);
     let hits = Hits::default();
-    let Applied { start, steps, .. } =
-        apply(&primary, &sent, passthrough, None, false, &hits).unwrap();
+    let Applied { start, steps, .. } = apply(&feed, None, false, &hits).unwrap();
     let is_sync = |end: &usize| matches!(steps[*end - 1], Step::Sync(..));
     let ends: Vec<usize> = (1..=steps.len()).filter(is_sync).collect();
     assert!(ends.len() > 10, "{ends:?}");

@@ -6,12 +6,18 @@
 //! `LITEFS_TEST_ALL` (`make torture`) every call, and many images. `LITEFS_TEST_SCRIPT` and
 //! `LITEFS_TEST_LABEL` choose scripts and calls by their names.
 
+// What a node does beside the transactions of one database.
+mod acts;
 // SQLite on an engine without a mount.
 mod client;
 // What a disk holds after a crash or a power loss.
 mod disk;
 // One call fails.
 mod faults;
+// Which calls the scripts come to.
+mod labels;
+// A database that is lent to another node.
+mod lent;
 // The power is lost.
 mod power;
 // What the client does, and what it may find afterwards.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use litefs::engine::Engine;
 
 use super::disk::{Content, Disk, Loss, Names, Recorder, Step};
-use super::faults::{Calm, Script, base, calms, feed, report, started};
+use super::faults::{Calm, Feed, Finds, Script, base, calms, report, started};
 use super::script::{Act, DB, Known, Mode, World, data, key, receive, replica, replicate, restart};
 use super::{each, is_whole, ram_dir, seed};
 use crate::support::chance::Chance;
@@ -139,6 +139,31 @@ fn the_first_commit_survives_with_the_directories_that_it_needs() {
     }
 }
 
+/// A journal that names a super-journal which is not there is one of a transaction that has committed.
+#[test]
+fn a_super_journal_has_a_durable_name_before_it_counts() {
+    let mode = Mode::new("delete", "full", true);
+    let mut world = started(World::start(mode, &Disk::default(), Vec::new(), None));
+    for act in [Act::Begin, Act::Both, Act::Both] {
+        world.act(act).unwrap();
+    }
+    let (steps, effects) = (world.recorder.steps(), world.effects.clone());
+    let is_its = |name: &Path| name.starts_with("data/super-journals/");
+    let made = |step: &Step| matches!(step, Step::Make(_, Some(name)) if is_its(name));
+    let gone = |step: &Step| matches!(step, Step::Remove(name) if is_its(name));
+    let (first, last) = (steps.iter().rposition(made), steps.iter().rposition(gone));
+    let ends: Vec<usize> = (first.expect("one is made")..=last.expect("it goes")).collect();
+    let failures = each(&ends, |end| {
+        let loss = Loss { content: Content::Kept, names: Names::Lost };
+        let (left, base) = (ram_dir(), &world.recorder.base);
+        Disk::after_power_loss(base, &steps, *end, loss, &mut Chance(1)).store(left.path());
+        let rows = restart(left.path()).map(|restarted| restarted.rows);
+        let allowed = rows.and_then(|rows| Known::at(&effects, 0, &steps[..*end]).allows(&rows));
+        allowed.map_err(|error| format!("after step {end}: {error}"))
+    });
+    report("a transaction over two databases", &failures);
+}
+
 /// Its frames stand on pages that nobody but the import has written.
 #[test]
 fn a_commit_after_an_import_survives() {
@@ -196,13 +221,12 @@ fn what_a_start_sets_aside_is_not_lost_with_the_power() {
 /// database file may be durable before its pages.
 #[test]
 fn checksums_are_saved_only_of_pages_that_are_durable() {
-    let (primary, sent) = feed(&rollback_feed());
+    let feed = Feed::new(&rollback_feed(), true);
     let root = ram_dir();
     let (recorder, _watching) = Recorder::start(root.path(), None);
     let engine = replica(root.path(), true).unwrap();
-    apply_all(&engine, &sent);
+    apply_all(&engine, &feed.sent);
     engine.close().unwrap();
-    drop(primary);
     let steps = recorder.steps();
     let name = Path::new("data/dbs/db/checksums");
     let is_save = |step: &Step| matches!(step, Step::Rename(_, to) if to == name);
@@ -218,11 +242,11 @@ fn checksums_are_saved_only_of_pages_that_are_durable() {
 
 #[test]
 fn no_ltx_file_is_removed_before_what_it_explains_is_durable() {
-    let (primary, sent) = feed(&rollback_feed());
+    let feed = Feed::new(&rollback_feed(), true);
     let root = ram_dir();
     let (recorder, _watching) = Recorder::start(root.path(), None);
     let engine = replica(root.path(), true).unwrap();
-    apply_all(&engine, &sent);
+    apply_all(&engine, &feed.sent);
     let db = engine.database(DB).unwrap();
     assert!(db.retain(Duration::ZERO, None).unwrap() > 0);
     let steps = recorder.steps();
@@ -237,14 +261,13 @@ fn no_ltx_file_is_removed_before_what_it_explains_is_durable() {
     left.store(dies.path());
     assert_eq!(restart(dies.path()).unwrap().pos, db.pos());
     engine.close().unwrap();
-    drop(primary);
 }
 
 /// A few transactions of a database in rollback mode.
 fn rollback_feed() -> Script {
     let mode = Mode::new("delete", "full", true);
     let acts = vec![Act::Insert, Act::Large, Act::Insert, Act::Insert];
-    Script { name: "rollback", mode, is_born: true, acts }
+    Script { name: "rollback", mode, finds: Finds::Born, acts }
 }
 
 fn apply_all(engine: &Engine, sent: &[Vec<u8>]) {
@@ -256,7 +279,7 @@ fn apply_all(engine: &Engine, sent: &[Vec<u8>]) {
 }
 
 /// Every file below `dir` with its content.
-fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();

@@ -11,22 +11,30 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use litefs::engine::db::DbState;
+use litefs::engine::halt::HaltId;
 use litefs::engine::layout::{DataDir, DbDir};
 use litefs::engine::{
     self, Db, DbName, Engine, Event, EventWatch, LtxBytes, Next, Overlap, PrimaryInfo, Role,
 };
+use litefs::os;
 use litefs::os::fault::Watching;
 use ltx::{Compression, NodeId, Pos};
 use rusqlite::Connection;
 
+use super::acts;
 use super::client::Client;
 use super::disk::{Disk, Ended, Plan, Recorder, Step};
+use super::lent::Lender;
 use super::ram_dir;
 use crate::support::image::{self, Image};
 use crate::support::no_cache::NoCache;
 use crate::support::wait;
 
 pub const DB: &str = "db";
+/// The other database of a transaction over two.
+pub const TWO: &str = "two";
+/// Rows of the other database have so much higher numbers here.
+const OF_TWO: usize = 1_000_000;
 
 /// How the client uses SQLite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +85,35 @@ pub enum Act {
     Export,
     /// The journal mode becomes this one.
     Switch(&'static str),
+    /// The node is stopped and started.
+    Restart,
+    /// A commit that is refused because its next call with this label fails.
+    Refused(&'static str),
+    /// A commit that is reported as done although its next call with this label fails.
+    Unseen(&'static str),
+    /// Nothing, until writers are let in again.
+    Mended,
+    /// The client dies in the middle of a transaction, with pages in the database file.
+    Dies,
+    /// A commit in two databases.
+    Both,
+    /// A backup gets what it lacks, or gives it back.
+    Backup,
+    /// The backup gives back what was lost.
+    Restore,
+    /// The same as [`Act::Backup`] fails because its next call with this label does.
+    NoBackup(&'static str),
+    /// The database is replaced through the HTTP API.
+    Upload,
+    /// It is copied out through that.
+    Download,
+    /// A replica gets a stream of what it lacks.
+    Follow,
+    /// The node gets a cluster id.
+    Join,
+    /// The node gets the HALT lock, or gives it back.
+    Borrow,
+    GiveBack,
 }
 
 /// What the client began, by its number; its row has that number.
@@ -84,12 +121,27 @@ pub enum Act {
 pub enum Effect {
     /// A row more.
     Row,
+    /// A row more in each of two databases, or in none.
+    RowInBoth,
+    /// The same, but the one may have it and the other not.
+    RowInEach,
     /// Only this row.
     Only,
     /// Nothing at all.
     Nothing,
+    /// The disk was lost: what was there is to come back.
+    Lost,
+    /// It is back.
+    Back,
     /// The rows as they are.
     Same,
+}
+
+/// Frames that a client writes to the WAL of a node that is gone.
+#[derive(Debug, Clone)]
+pub struct Late {
+    pub offset: u64,
+    pub frames: Vec<u8>,
 }
 
 /// A node with a client.
@@ -104,6 +156,12 @@ pub struct World {
     pub effects: Vec<Effect>,
     pub positions: Arc<Mutex<BTreeSet<(u64, u64)>>>,
     events: Option<EventWatch>,
+    /// Where a replica was when it last got a stream.
+    pub streamed: Pos,
+    /// The primary that lends this node its database.
+    pub lender: Option<Lender>,
+    /// Nothing more is done.
+    is_over: bool,
 }
 
 /// A node that refused to start.
@@ -152,9 +210,29 @@ impl World {
         effects: Vec<Effect>,
         trouble: Option<Plan>,
     ) -> Result<World, NotStarted> {
+        World::start_with(mode, disk, effects, trouble, None)
+    }
+
+    /// The same, while a client of the node before may write to the WAL; that is the last effect.
+    pub fn start_with(
+        mode: Mode,
+        disk: &Disk,
+        effects: Vec<Effect>,
+        trouble: Option<Plan>,
+        late: Option<&Late>,
+    ) -> Result<World, NotStarted> {
         let root = ram_dir();
         disk.store(root.path());
         let (recorder, watching) = Recorder::start(root.path(), trouble);
+        if let Some(Late { offset, frames }) = late.cloned() {
+            let path = DataDir::new(&data(root.path())).database(DB).wal();
+            let wal = fs::File::options().write(true).open(path).unwrap();
+            let (of_hook, number) = (recorder.clone(), effects.len() - 1);
+            recorder.before_next("fence:rename", move || {
+                of_hook.note(Step::Begin(number));
+                let _ = os::write_at("client:late", &wal, &frames, offset);
+            });
+        }
         let engine = match open(root.path(), 1) {
             Ok(engine) => engine,
             Err(error) => {
@@ -162,38 +240,86 @@ impl World {
                 return Err(NotStarted { root, recorder, reason });
             }
         };
-        engine.mounted(Arc::new(NoCache), mode.passthrough);
-        engine.set_role(Role::Primary);
-        let positions = Arc::new(Mutex::new(BTreeSet::new()));
-        if let Some(db) = engine.database(DB) {
-            positions.lock().unwrap().insert(key(db.pos()));
-        }
-        let of_events = positions.clone();
-        let events = engine.watch_events(Box::new(move |event| {
-            if let Event::Tx { pos, .. } = event {
-                of_events.lock().unwrap().insert(key(*pos));
-            }
-        }));
-        let client = Client::new(&engine);
-        Ok(World {
+        let mut world = World::with(root, recorder, Some(watching), engine, mode);
+        world.effects = effects;
+        world.lead();
+        Ok(world)
+    }
+
+    /// A node that nobody uses yet.
+    pub fn with(
+        root: tempfile::TempDir,
+        recorder: Arc<Recorder>,
+        watching: Option<Watching>,
+        engine: Arc<Engine>,
+        mode: Mode,
+    ) -> World {
+        World {
             root,
             recorder,
-            watching: Some(watching),
+            watching,
             engine,
-            client: Some(client),
+            client: None,
             connection: None,
             mode,
-            effects,
-            positions,
-            events: Some(events),
-        })
+            effects: Vec::new(),
+            positions: Arc::default(),
+            events: None,
+            streamed: Pos::ZERO,
+            lender: None,
+            is_over: false,
+        }
+    }
+
+    /// A client comes to a node that is no primary.
+    pub fn connect(&mut self) {
+        self.client = Some(Client::new(&self.engine));
+    }
+
+    /// The engine that was opened becomes primary, and a client may come.
+    fn lead(&mut self) {
+        self.engine.mounted(Arc::new(NoCache), self.mode.passthrough);
+        self.engine.set_role(Role::Primary);
+        for db in self.engine.databases() {
+            self.positions.lock().unwrap().insert(key(db.pos()));
+        }
+        let positions = self.positions.clone();
+        self.events = Some(self.engine.watch_events(Box::new(move |event| {
+            if let Event::Tx { pos, .. } = event {
+                positions.lock().unwrap().insert(key(*pos));
+            }
+        })));
+        self.client = Some(Client::new(&self.engine));
+    }
+
+    /// Opens the node again, which has been closed.
+    pub fn open_again(&mut self) -> engine::Result<()> {
+        self.engine = open(self.root.path(), 1)?;
+        self.lead();
+        Ok(())
+    }
+
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The connection is closed.
+    pub fn disconnect(&mut self) {
+        self.connection = None;
+    }
+
+    /// The process of the client is killed.
+    pub fn kill(&mut self) {
+        if let (Some(client), Some(connection)) = (&self.client, self.connection.take()) {
+            client.kill(connection);
+        }
     }
 
     pub fn db(&self) -> Option<Arc<Db>> {
         self.engine.database(DB)
     }
 
-    fn connection(&mut self) -> Result<&Connection, String> {
+    pub fn connection(&mut self) -> Result<&Connection, String> {
         if self.connection.is_none() {
             let text = |error: rusqlite::Error| error.to_string();
             let connection = self.client.as_ref().unwrap().connect(DB).map_err(text)?;
@@ -215,7 +341,7 @@ impl World {
         Ok(self.connection.as_ref().unwrap())
     }
 
-    fn sql(&mut self, sql: &str) -> Result<(), String> {
+    pub fn sql(&mut self, sql: &str) -> Result<(), String> {
         let connection = self.connection()?;
         let result = connection.execute_batch(sql).map_err(|error| error.to_string());
         if result.is_err() && !connection.is_autocommit() {
@@ -228,22 +354,31 @@ impl World {
     }
 
     /// Begins something with this effect, whose number `call` is given; whether it was done.
-    fn act_with(
+    pub fn act_with(
         &mut self,
         effect: Effect,
         call: impl FnOnce(&mut World, usize) -> Result<(), String>,
     ) -> Result<(), String> {
         let number = self.effects.len();
         self.effects.push(effect);
-        self.recorder.note(Step::Begin(number));
+        self.note(Step::Begin(number));
         let result = call(self, number);
         let ended = if result.is_ok() { Ended::Done } else { Ended::Refused };
-        self.recorder.note(Step::End(number, ended));
+        self.note(Step::End(number, ended));
         result
+    }
+
+    fn note(&self, step: Step) {
+        self.note_to_lender(step.clone());
+        self.recorder.note(step);
     }
 
     /// Does one thing; an error is what the client was told.
     pub fn act(&mut self, act: Act) -> Result<(), String> {
+        if self.is_over {
+            return Err("nothing can be done".to_owned());
+        }
+        self.renew();
         let done = match act {
             Act::Begin => self.begin(),
             Act::Insert | Act::Burst => self.act_with(Effect::Row, |world, n| {
@@ -256,6 +391,11 @@ impl World {
                      c; UPDATE filler SET x = x || '{n}'; COMMIT",
                     row(n, 10)
                 ))
+            }),
+            Act::Borrow => self.act_with(Effect::Same, |world, _| world.borrow()),
+            Act::GiveBack => self.act_with(Effect::Same, |world, _| {
+                world.give_back();
+                Ok(())
             }),
             Act::RolledBack => self.act_with(Effect::Same, |world, n| {
                 world.sql(&format!(
@@ -307,10 +447,57 @@ impl World {
                     set => Err(format!("journal mode {set}")),
                 }
             }),
+            Act::Restart => self.act_with(Effect::Same, |world, _| world.begin_again()),
+            Act::Refused(label) => match self.insert_with(label) {
+                (Ok(()), _) => Err("was not refused".to_owned()),
+                (Err(error), false) => Err(error),
+                (Err(_), true) => Ok(()),
+            },
+            Act::Unseen(label) => match self.insert_with(label) {
+                (Ok(()), false) => Err("nothing has failed".to_owned()),
+                (told, _) => told,
+            },
+            Act::Mended => self.act_with(Effect::Same, |world, _| world.wait_for_writers()),
+            Act::Dies => self.die(),
+            Act::Both => self.insert_in_both(),
+            Act::Restore => self.act_with(Effect::Back, |world, _| {
+                // Nobody writes before it is there.
+                let dir = world.root.path().join(BACKUP);
+                let told = acts::back_up(&world.engine, &dir);
+                world.is_over = told.is_err() && acts::back_up(&world.engine, &dir).is_err();
+                told
+            }),
+            Act::Backup => self.act_with(Effect::Same, |world, _| {
+                acts::back_up(&world.engine, &world.root.path().join(BACKUP))
+            }),
+            Act::NoBackup(label) => self.act_with(Effect::Same, |world, _| {
+                world.recorder.stage(label);
+                let told = acts::back_up(&world.engine, &world.root.path().join(BACKUP));
+                let is_left = world.recorder.unstage();
+                match (told, is_left) {
+                    (Ok(()), _) => Err("was not refused".to_owned()),
+                    (Err(error), true) => Err(error),
+                    (Err(_), false) => Ok(()),
+                }
+            }),
+            Act::Upload => self.act_with(Effect::Only, |world, n| {
+                let source = import_file(n);
+                acts::upload(&world.engine, &source.path().join("import"))
+            }),
+            Act::Download => self.act_with(Effect::Same, |world, _| {
+                let bytes = acts::download(&world.engine)?;
+                let copy = ram_dir();
+                fs::write(copy.path().join("db"), bytes).unwrap();
+                read_rows(&copy.path().join("db")).map(drop).expect("a healthy copy");
+                Ok(())
+            }),
+            Act::Follow => self.act_with(Effect::Same, |world, _| world.serve_a_stream()),
+            Act::Join => self.act_with(Effect::Same, |world, _| world.join()),
         };
         if act != Act::Burst {
             self.settle();
         }
+        self.catch_up();
         done
     }
 
@@ -328,16 +515,10 @@ impl World {
     }
 
     fn import(&mut self, number: usize) -> Result<(), String> {
-        let source = ram_dir();
-        let path = source.path().join("import");
-        let sqlite = Connection::open(&path).unwrap();
-        sqlite.execute_batch("PRAGMA page_size = 1024; CREATE TABLE filler (x)").unwrap();
-        sqlite.execute_batch("CREATE TABLE t (n INTEGER PRIMARY KEY, x)").unwrap();
-        sqlite.execute_batch(&row(number, 3000)).unwrap();
-        drop(sqlite);
+        let source = import_file(number);
         // Who is connected would have to finish first.
         let name = DbName::new(DB).unwrap();
-        let imported = self.engine.import(&name, &path);
+        let imported = self.engine.import(&name, &source.path().join("import"));
         imported.map(drop).map_err(|error| engine::chain_text(&error))
     }
 
@@ -377,6 +558,20 @@ impl World {
         }
     }
 
+    /// As [`World::wait_until_mended`], while there may still be trouble: then it is not waited for.
+    fn wait_for_writers(&mut self) -> Result<(), String> {
+        const SHORT: Duration = Duration::from_millis(300);
+        let begin = Instant::now();
+        loop {
+            let Err(error) = self.sql("BEGIN IMMEDIATE; COMMIT") else { return Ok(()) };
+            let limit = if self.recorder.is_harmed() { SHORT } else { wait::DEADLINE };
+            if begin.elapsed() > limit {
+                return Err(error);
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+
     /// What SQLite sees and the engine says is one state.
     pub fn check_in_use(&mut self) -> Result<(), String> {
         let Some(db) = self.db() else { return Ok(()) };
@@ -388,6 +583,24 @@ impl World {
         if self.mode.is_wal() && self.mode.passthrough {
             return Ok(());
         }
+        // The frames of a commit that was refused stand there until the next one, if they could not be made
+        // invalid; SQLite does not believe them.
+        if self.recorder.hit().is_some_and(|hit| hit.label == "wal:cut") {
+            return Ok(());
+        }
+        self.compare(&db).or_else(|error| {
+            // A transaction over two databases counts when its super-journal is gone, also where the end of
+            // a journal fails, of which SQLite says nothing: whoever ends it next takes it.
+            if !self.effects.contains(&Effect::RowInBoth) {
+                return Err(error);
+            }
+            let _ = db.export(&mut std::io::sink());
+            if db.state() == DbState::Ready { self.compare(&db) } else { Ok(()) }
+        })
+    }
+
+    /// The files have the checksum of the position.
+    fn compare(&self, db: &Db) -> Result<(), String> {
         let dir = DataDir::new(&data(self.root.path())).database(DB);
         let (image, pos, pages) = (Image::of_files(&dir), db.pos(), db.page_count() as usize);
         let Some(image) = image.filter(|image| pages > 0 && image.pages() >= pages) else {
@@ -407,6 +620,11 @@ impl World {
 
     /// Ends everything in order.
     pub fn close(&mut self) -> Result<(), String> {
+        self.stop()
+    }
+
+    /// Ends the node in order.
+    pub fn stop(&mut self) -> Result<(), String> {
         self.connection = None;
         self.events = None;
         let closed = self.engine.close().map_err(|error| engine::chain_text(&error));
@@ -425,7 +643,17 @@ impl Drop for World {
     }
 }
 
-fn row(n: usize, len: usize) -> String {
+/// A database with one row, in a directory of its own.
+fn import_file(number: usize) -> tempfile::TempDir {
+    let source = ram_dir();
+    let sqlite = Connection::open(source.path().join("import")).unwrap();
+    sqlite.execute_batch("PRAGMA page_size = 1024; CREATE TABLE filler (x)").unwrap();
+    sqlite.execute_batch("CREATE TABLE t (n INTEGER PRIMARY KEY, x)").unwrap();
+    sqlite.execute_batch(&row(number, 3000)).unwrap();
+    source
+}
+
+pub fn row(n: usize, len: usize) -> String {
     format!("INSERT INTO t VALUES ({n}, printf('%0{len}d', {n}))")
 }
 
@@ -459,30 +687,42 @@ impl Known {
 
     /// Whether these rows are what may be there: all that was done, perhaps what was not.
     pub fn allows(&self, rows: &BTreeSet<usize>) -> Result<(), String> {
-        self.allows_from(rows, 0, BTreeSet::new(), BTreeSet::new())
+        self.allows_from(rows, 0, Rows::default())
     }
 
-    fn allows_from(
-        &self,
-        rows: &BTreeSet<usize>,
-        from: usize,
-        mut must: BTreeSet<usize>,
-        mut may: BTreeSet<usize>,
-    ) -> Result<(), String> {
+    fn allows_from(&self, rows: &BTreeSet<usize>, from: usize, known: Rows) -> Result<(), String> {
+        let Rows { mut must, mut may, mut lost } = known;
         for (number, (effect, ended)) in self.effects.iter().enumerate().skip(from) {
             let done = *ended == Some(Ended::Done);
             match effect {
                 Effect::Same => {}
                 Effect::Row if done => _ = must.insert(number),
                 Effect::Row => _ = may.insert(number),
-                Effect::Only | Effect::Nothing => {
+                Effect::RowInBoth | Effect::RowInEach => {
+                    let of_both = [number, number + OF_TWO];
+                    if done {
+                        must.extend(of_both)
+                    } else {
+                        may.extend(of_both)
+                    }
+                    let [one, two] = of_both.map(|row| rows.contains(&row));
+                    if *effect == Effect::RowInBoth && one != two {
+                        return Err(format!("row {number} in one of two databases, of {rows:?}"));
+                    }
+                }
+                Effect::Lost => {
+                    lost = std::mem::take(&mut must);
+                    may.clear();
+                }
+                Effect::Only | Effect::Nothing | Effect::Back => {
                     let after = match effect {
                         Effect::Only => BTreeSet::from([number]),
+                        Effect::Back => lost.clone(),
                         _ => BTreeSet::new(),
                     };
                     if !done {
-                        let replaced = self.allows_from(rows, number + 1, after, BTreeSet::new());
-                        if replaced.is_ok() {
+                        let known = Rows { must: after, may: BTreeSet::new(), lost: lost.clone() };
+                        if self.allows_from(rows, number + 1, known).is_ok() {
                             return Ok(());
                         }
                     } else {
@@ -513,6 +753,15 @@ impl Known {
     }
 }
 
+/// Which rows there are.
+#[derive(Default)]
+struct Rows {
+    must: BTreeSet<usize>,
+    may: BTreeSet<usize>,
+    /// Those that were lost with the disk.
+    lost: BTreeSet<usize>,
+}
+
 /// What a node comes to from what a disk holds.
 pub struct Restarted {
     pub pos: Pos,
@@ -539,14 +788,29 @@ pub fn restart(root: &Path) -> Result<Restarted, String> {
     Ok(restarted)
 }
 
-fn check(root: &Path, engine: &Engine) -> Result<Restarted, String> {
-    let Some(db) = engine.database(DB) else {
+/// Where the backup is.
+const BACKUP: &str = "backup";
+
+fn check(root: &Path, engine: &Arc<Engine>) -> Result<Restarted, String> {
+    let mut restarted = check_one(root, engine, DB)?;
+    let two = check_one(root, engine, TWO)?;
+    restarted.rows.extend(two.rows.iter().map(|row| row + OF_TWO));
+    let backup = root.join(BACKUP);
+    if backup.is_dir() {
+        acts::back_up(engine, &backup).map_err(|error| format!("the backup: {error}"))?;
+        restarted.pos = engine.database(DB).map_or(Pos::ZERO, |db| db.pos());
+    }
+    Ok(restarted)
+}
+
+fn check_one(root: &Path, engine: &Engine, name: &str) -> Result<Restarted, String> {
+    let Some(db) = engine.database(name) else {
         return Ok(Restarted { pos: Pos::ZERO, rows: BTreeSet::new() });
     };
     if let DbState::Failed(reason) = db.state() {
         return Err(format!("refused: {reason}"));
     }
-    let (pos, dir) = (db.pos(), DataDir::new(&data(root)).database(DB));
+    let (pos, dir) = (db.pos(), DataDir::new(&data(root)).database(name));
     if pos.is_zero() || db.page_count() == 0 {
         if fs::metadata(dir.database()).is_ok_and(|meta| meta.len() > 0) {
             return Err(format!("pages in the database file at {pos}"));
@@ -566,7 +830,7 @@ fn check(root: &Path, engine: &Engine) -> Result<Restarted, String> {
 /// the whole database, to these pages. Before a gap stand files whose removal was not durable.
 fn check_chain(dir: &DbDir, pos: Pos, image: &Image) -> Result<(), String> {
     let mut database = std::io::Cursor::new(Vec::new());
-    let (mut at, mut whole) = (Pos::ZERO, false);
+    let (mut at, mut whole, mut snapshot) = (Pos::ZERO, false, ltx::Txid(0));
     for (min, max, path) in image::chain_files(dir) {
         let open = || std::io::BufReader::new(fs::File::open(&path).unwrap());
         let named = |error: ltx::Error| format!("{}: {error}", path.display());
@@ -574,6 +838,10 @@ fn check_chain(dir: &DbDir, pos: Pos, image: &Image) -> Result<(), String> {
         if (header.min_txid, header.max_txid) != (min, max) {
             return Err(format!("{} is of other transactions", path.display()));
         }
+        if max <= snapshot && !header.is_snapshot() {
+            continue; // One that a snapshot has replaced; its removal was not durable.
+        }
+        snapshot = if header.is_snapshot() { max } else { snapshot };
         whole = header.is_snapshot() || (whole && header.pre_pos() == at);
         if header.is_snapshot() {
             database = std::io::Cursor::new(Vec::new());
@@ -630,14 +898,18 @@ pub fn next_for(db: &Db, pos: Pos) -> Option<Vec<u8>> {
         Next::Ltx { bytes: LtxBytes::File(mut file, _), .. } => {
             std::io::Read::read_to_end(&mut file, &mut bytes).unwrap();
         }
-        Next::Snapshot => _ = db.snapshot(&mut bytes).unwrap(),
+        Next::Snapshot => _ = db.snapshot(&mut bytes).ok()?,
     }
     Some(bytes)
 }
 
 /// Hands an LTX file to a replica as it comes off the wire.
 pub fn receive(replica: &Engine, bytes: &[u8]) -> engine::Result<Pos> {
-    let mut receiver = replica.receive(&DbName::new(DB)?)?;
+    receive_of(replica, DB, bytes)
+}
+
+fn receive_of(replica: &Engine, name: &str, bytes: &[u8]) -> engine::Result<Pos> {
+    let mut receiver = replica.receive(&DbName::new(name)?)?;
     let path = data(Path::new("wire"));
     receiver.write_all(bytes).map_err(|source| engine::Error::Io {
         what: "receive",
@@ -647,20 +919,29 @@ pub fn receive(replica: &Engine, bytes: &[u8]) -> engine::Result<Pos> {
     receiver.finish()
 }
 
+/// Hands a transaction that was made under a HALT lock to the primary.
+pub fn receive_forwarded(primary: &Engine, bytes: &[u8], id: HaltId) -> engine::Result<Pos> {
+    let mut receiver = primary.receive(&DbName::new(DB)?)?;
+    let path = data(Path::new("wire"));
+    let write = receiver.write_all(bytes);
+    write.map_err(|source| engine::Error::Io { what: "receive", path, source })?;
+    receiver.finish_forwarded(id)
+}
+
 /// Has a replica follow until it has all that `db` has; then the pages are the same.
 pub fn follow_up(db: &Db, db_root: &Path, replica: &Engine, root: &Path) -> Result<(), String> {
-    let target = db.pos();
+    let (target, name) = (db.pos(), db.name().as_str());
     let mut refused = None;
     let end = Instant::now() + wait::DEADLINE;
     loop {
-        let copy = replica.database(DB);
+        let copy = replica.database(name);
         if copy.as_ref().is_some_and(|copy| copy.pos() == target) {
             break;
         }
         let at = copy.as_ref().map_or(Pos::ZERO, |copy| copy.received_pos());
         if at != target
             && let Some(bytes) = next_for(db, at)
-            && let Err(error) = receive(replica, &bytes)
+            && let Err(error) = receive_of(replica, name, &bytes)
         {
             // As long as what was received before cannot be applied.
             refused = Some(engine::chain_text(&error));
@@ -671,7 +952,7 @@ pub fn follow_up(db: &Db, db_root: &Path, replica: &Engine, root: &Path) -> Resu
         }
         std::thread::park_timeout(Duration::from_millis(2));
     }
-    let of = |root: &Path| Image::of_files(&DataDir::new(&data(root)).database(DB));
+    let of = |root: &Path| Image::of_files(&DataDir::new(&data(root)).database(name));
     let (ours, theirs) = (of(db_root), of(root));
     match (ours, theirs) {
         (Some(ours), Some(theirs)) if ours == theirs => Ok(()),
@@ -690,10 +971,9 @@ pub fn replicate(root: &Path) -> Result<(), String> {
     engine.set_role(Role::Primary);
     let other = ram_dir();
     let replica = replica(other.path(), true).map_err(|error| engine::chain_text(&error))?;
-    let result = match engine.database(DB) {
-        Some(db) if !db.pos().is_zero() => follow_up(&db, root, &replica, other.path()),
-        _ => Ok(()),
-    };
+    let databases = engine.databases();
+    let mut databases = databases.iter().filter(|db| !db.pos().is_zero());
+    let result = databases.try_for_each(|db| follow_up(db, root, &replica, other.path()));
     let _ = replica.close();
     let _ = engine.close();
     result

@@ -7,6 +7,8 @@ use super::power::Promise;
 use super::script::{Known, NotStarted, World, restart};
 use super::{each, is_whole, ram_dir, seed};
 
+use std::sync::Mutex;
+
 use crate::support::chance::Chance;
 
 /// What a start finds.
@@ -115,9 +117,27 @@ impl Image<'_> {
     }
 }
 
+/// What the starts come to.
+pub fn reached() -> Vec<Called> {
+    let found = Mutex::new(Vec::new());
+    let failures = each(&images(&mut Chance(seed())), |image| {
+        let (_, _, calls) = image.start(&image.disk());
+        found.lock().unwrap().extend(calls.into_iter().flatten());
+        Ok(())
+    });
+    report("a start", &failures);
+    found.into_inner().unwrap()
+}
+
 #[test]
 fn every_call_of_a_start_may_fail_or_be_the_last() {
-    let mut chance = Chance(seed());
+    let images = images(&mut Chance(seed()));
+    let failures = each(&images, Image::run);
+    println!("{} starts", images.len());
+    report("a start", &failures);
+}
+
+fn images(chance: &mut Chance) -> Vec<Image<'static>> {
     let calms = calms();
     let of_each = if is_whole() { 40 } else { 2 };
     let mut images = Vec::new();
@@ -129,7 +149,5 @@ fn every_call_of_a_start_may_fail_or_be_the_last() {
             images.push(Image { calm, end, loss, seed: chance.next() });
         }
     }
-    let failures = each(&images, Image::run);
-    println!("{} starts", images.len());
-    report("a start", &failures);
+    images
 }

@@ -11,7 +11,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Write};
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use ltx::{Checksum, Compression, Decoder, Encoder, Header, Pgno, Pos, Trailer, Txid};
@@ -45,10 +44,9 @@ impl LtxFile {
         let mut head = [0; ltx::HEADER_SIZE];
         let mut tail = [0; ltx::TRAILER_SIZE];
         let len = file.metadata().map_err(Error::io("stat", &self.path))?.len();
-        file.read_exact_at(&mut head, 0)
-            .and_then(|()| {
-                file.read_exact_at(&mut tail, len.saturating_sub(ltx::TRAILER_SIZE as u64))
-            })
+        let tail_at = len.saturating_sub(ltx::TRAILER_SIZE as u64);
+        os::read_exact_at("read:backup", &file, &mut head, 0)
+            .and_then(|()| os::read_exact_at("read:backup", &file, &mut tail, tail_at))
             .map_err(Error::io("read", &self.path))?;
         let header = Header::decode(&head).map_err(ltx)?;
         let trailer = Trailer::decode(&tail, header.commit).map_err(ltx)?;
@@ -57,7 +55,8 @@ impl LtxFile {
 }
 
 impl Directory {
-    pub(super) fn new(path: PathBuf) -> Directory {
+    /// The directory at `path`, which may be missing.
+    pub fn new(path: PathBuf) -> Directory {
         Directory { path }
     }
 
@@ -66,7 +65,7 @@ impl Directory {
     }
 
     /// Where the backup of each database stands.
-    pub(super) fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+    pub fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
         let mut positions = BTreeMap::new();
         for entry in entries(&self.path)? {
             let name = entry.file_name();
@@ -81,7 +80,7 @@ impl Directory {
     }
 
     /// Adds a file, if it goes on from the last one.
-    pub(super) fn write(&self, name: &DbName, upload: &Upload) -> Result<Written, Error> {
+    pub fn write(&self, name: &DbName, upload: &Upload) -> Result<Written, Error> {
         let dir = self.path.join(name.as_str());
         let at = match self.files(name)?.last() {
             Some(last) => last.ends()?.1,
@@ -112,7 +111,7 @@ impl Directory {
     }
 
     /// Writes all files of a database as one snapshot.
-    pub(super) fn snapshot(&self, name: &DbName, out: &mut dyn Write) -> Result<(), Error> {
+    pub fn snapshot(&self, name: &DbName, out: &mut dyn Write) -> Result<(), Error> {
         let dir = self.path.join(name.as_str());
         let files = self.files(name)?;
         let mut merged: Option<File> = None;

@@ -253,7 +253,6 @@ impl Lent {
         Ok(calls)
     }
 
-    #[expect(clippy::type_complexity, reason = "both nodes and what was told")]
     fn run(
         &self,
         root: &tempfile::TempDir,

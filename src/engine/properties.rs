@@ -167,7 +167,7 @@ fn backup(dir: &Dir, content: &[u8]) {
     let engine = dir.start().expect("it is no part of the database");
     let hwm = engine.hwm("db");
     let text = String::from_utf8_lossy(content);
-    let said = text.split_whitespace().nth(1).and_then(|hwm| hwm.parse().ok());
+    let said = text.split_whitespace().nth(1).and_then(|hwm| hwm.parse().ok()).map(Txid);
     assert!(hwm.is_zero() || said == Some(hwm), "{text:?}");
     engine.close().expect("memory takes it");
     gone(&dir.db.backup());

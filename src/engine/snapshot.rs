@@ -191,7 +191,12 @@ impl Db {
             .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
         let past = |former: u32, found: u32| former.max(found.wrapping_add(1));
         let counter = past(former.0, found.change_counter);
-        header::set_counters(&mut page, counter, past(former.1, found.schema_cookie));
+        header::set_counters(
+            &mut page,
+            counter,
+            past(former.1, found.schema_cookie),
+            change.pages(),
+        );
         let txid = change.pos.txid.next();
         let header = Header {
             page_size,
@@ -309,7 +314,7 @@ impl Db {
                 return Err(self.corrupt("import", "the file is shorter than its header says"));
             }
             if pgno == Pgno(1) {
-                header::set_counters(&mut page, counter, cookie);
+                header::set_counters(&mut page, counter, cookie, commit);
                 if change.mode == JournalMode::Wal && self.has_clients() {
                     header::set_wal(&mut page);
                 }

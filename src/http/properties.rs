@@ -121,7 +121,7 @@ impl Body for Pieces {
 
 /// A body of an import is stored as it comes, in pieces whose length the first byte says. What is taken
 /// is a database of whole pages, as many as SQLite counts in it, and comes out again as it was, but for the
-/// counters by which SQLite notices a change.
+/// counters by which SQLite notices a change, and their size.
 pub fn import(bytes: &[u8]) {
     let Some((&piece, content)) = bytes.split_first() else { return };
     Node::with(|node| {
@@ -150,7 +150,7 @@ pub fn import(bytes: &[u8]) {
         assert_eq!(pragma("page_size"), Ok(header.page_size.get()));
         let mut expected = content[..out.len()].to_vec();
         let now = DatabaseHeader::parse(&out).expect("it was exported");
-        header::set_counters(&mut expected, now.change_counter, now.schema_cookie);
+        header::set_counters(&mut expected, now.change_counter, now.schema_cookie, view.pages);
         assert!(expected == out, "the same pages");
     });
 }

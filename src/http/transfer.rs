@@ -254,6 +254,18 @@ mod tests {
         }
     }
 
+    /// As a program older than SQLite 3.7.0 leaves it: the size that page 1 counts is that of before.
+    #[test]
+    fn a_database_with_a_stale_size_is_taken_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut old = database(dir.path(), "delete");
+        let pages = (old.len() / 4096) as u32;
+        old[27] ^= 1;
+        old[28..32].copy_from_slice(&(pages - 1).to_be_bytes());
+        assert_eq!(verdict(dir.path(), &old), Ok(()));
+        crate::http::properties::import(&[&[1], &old[..]].concat());
+    }
+
     #[test]
     fn what_is_no_healthy_database_is_refused_in_one_line() {
         let dir = tempfile::tempdir().unwrap();

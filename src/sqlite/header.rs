@@ -110,9 +110,11 @@ impl DatabaseHeader {
     }
 }
 
-/// Puts a change counter (with its "valid for") and a schema cookie into page 1, so that every
-/// cache of the former content is dropped; the caller has parsed the header of `page`.
-pub fn set_counters(page: &mut [u8], change_counter: u32, schema_cookie: u32) {
+/// Puts a change counter (with its "valid for", and so the size in pages for which it is) and a schema
+/// cookie into page 1, so that every cache of the former content is dropped; the caller has parsed the header
+/// of `page`.
+pub fn set_counters(page: &mut [u8], change_counter: u32, schema_cookie: u32, pages: u32) {
+    put_be_u32(page, PAGE_COUNT_AT, pages);
     put_be_u32(page, CHANGE_COUNTER_AT, change_counter);
     put_be_u32(page, VALID_FOR_AT, change_counter);
     put_be_u32(page, SCHEMA_COOKIE_AT, schema_cookie);
@@ -180,9 +182,12 @@ mod tests {
     }
 
     #[test]
-    fn new_counters_stand_in_the_page_and_keep_the_page_count_valid() {
+    fn new_counters_stand_in_the_page_and_make_the_page_count_valid() {
         let mut file = database("PRAGMA page_size=1024");
-        set_counters(&mut file, 7, 9);
+        // As a program older than SQLite 3.7.0 leaves it that adds a page.
+        put_be_u32(&mut file, CHANGE_COUNTER_AT, 99);
+        put_be_u32(&mut file, PAGE_COUNT_AT, 2);
+        set_counters(&mut file, 7, 9, 3);
         let header = DatabaseHeader::parse(&file).unwrap();
         assert_eq!((header.change_counter, header.schema_cookie), (7, 9));
         assert_eq!(header.page_count(), Some(3));

@@ -29,12 +29,14 @@ pub(crate) mod test_rng {
     impl Rng {
         /// Seeded from `LITEFS_TEST_SEED`, else from the clock; the seed is printed.
         pub(crate) fn from_env() -> Rng {
-            let clock = || {
-                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-                now.unwrap().subsec_nanos().into()
-            };
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            Rng::from_env_or(now.unwrap().subsec_nanos().into())
+        }
+
+        /// Seeded from `LITEFS_TEST_SEED`, else the same each time; the seed is printed.
+        pub(crate) fn from_env_or(otherwise: u64) -> Rng {
             let seed = std::env::var("LITEFS_TEST_SEED").ok();
-            let seed = seed.map_or_else(clock, |seed| seed.parse().expect("a number"));
+            let seed = seed.map_or(otherwise, |seed| seed.parse().expect("a number"));
             println!("LITEFS_TEST_SEED={seed}");
             Rng(seed)
         }

@@ -82,7 +82,7 @@ pub(crate) mod properties {
         let dir = crate::properties::ram_dir();
         let layout = DataDir::new(dir.path());
         for path in [layout.lease(), layout.term()] {
-            os::write_atomic("fuzz", &path, content).expect("memory takes it");
+            os::write_atomic("cluster:lease", &path, content).expect("memory takes it");
         }
         let memory = Memory::load(&layout);
         let text = std::str::from_utf8(content).map(str::trim).unwrap_or_default();

@@ -9,7 +9,7 @@ use litefs::engine::Engine;
 
 use super::disk::{Content, Disk, Loss, Names, Recorder, Step};
 use super::faults::{Calm, Feed, Finds, Script, base, calms, report, started};
-use super::script::{Act, DB, Known, Mode, World, data, key, receive, replica, replicate, restart};
+use super::script::{Act, DB, Known, Mode, World, data, receive, replica, replicate, restart};
 use super::{each, is_whole, ram_dir, seed};
 use crate::support::chance::Chance;
 use crate::support::{image, wait};
@@ -67,7 +67,7 @@ impl Case<'_> {
             Promise::Kept => known.allows(&restarted.rows).map_err(what)?,
             Promise::Earlier => known.allows_earlier(&restarted.rows).map_err(what)?,
         }
-        if !restarted.pos.is_zero() && !self.calm.positions.contains(&key(restarted.pos)) {
+        if !self.calm.may_have_been_at(restarted.pos) {
             return Err(what(format!("at {}, where it never was", restarted.pos)));
         }
         if self.replicates {

@@ -263,11 +263,13 @@ pub struct Calm {
 
 impl Calm {
     /// Whether the database was at `pos`. A commit that fails after its LTX file is there has led to a position
-    /// of which nobody is told, and counts if the node dies before it is withdrawn.
+    /// of which nobody is told, and counts if the node dies before it is withdrawn; what a late client writes
+    /// counts if a start finds it whole.
     pub fn may_have_been_at(&self, pos: Pos) -> bool {
+        let Script { finds, acts, .. } = &self.script;
         let refuses = |act: &Act| matches!(act, Act::Refused(_));
-        let has_failed = self.script.acts.iter().any(refuses);
-        pos.is_zero() || has_failed || self.positions.contains(&key(pos))
+        let may_be_untold = matches!(finds, Finds::Late) || acts.iter().any(refuses);
+        pos.is_zero() || may_be_untold || self.positions.contains(&key(pos))
     }
 }
 

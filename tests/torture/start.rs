@@ -71,7 +71,8 @@ impl Image<'_> {
             let plan = calls[call].with(troubles[number % troubles.len()]);
             self.hit(&disk, plan.clone(), &mut chance)
                 .map_err(|error| what(format!("{plan:?}"), error))?;
-            if number % 2 == 0 {
+            // A start on nothing reads nothing.
+            if number % 2 == 0 && !reads.is_empty() {
                 let read = &reads[chance.below(reads.len() as u64) as usize];
                 let plan = read.with(Trouble::Errno(libc::EIO));
                 self.hit(&disk, plan.clone(), &mut chance)

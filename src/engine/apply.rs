@@ -250,10 +250,12 @@ impl Receiver {
         while let Some(pgno) = decoder.next_page(&mut page).map_err(ltx)? {
             sums.push((pgno, decoder.page_checksum()));
             if pgno == Pgno(1) {
-                mode = Some(self.check_first_page(&header, &page)?);
+                mode = Some(self.check_first_page(&header, &page));
             }
         }
+        // First, since what was damaged on its way is asked for again.
         let trailer = decoder.finish().map_err(ltx)?;
+        let mode = mode.transpose()?;
         Ok(Received { header, trailer, sums, mode, body: Body::Memory(Arc::default()) })
     }
 

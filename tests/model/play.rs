@@ -282,6 +282,7 @@ impl Play {
         self.tally.asked += 1;
         self.tally.made += u32::from(matches!(answer, Answer::Done(_)));
         self.tally.kept_out += u32::from(answer == Answer::Busy);
+        let may_remember = self.may_remember(client);
         match (&mut client.transaction, answer) {
             (_, Answer::Busy) => {}
             (_, Answer::Gone) => panic!("{story}: sqlite3 has ended"),
@@ -292,7 +293,7 @@ impl Play {
                 transaction.changes.push(change);
             }
             (Some(transaction), Answer::Refused(_)) if transaction.may_be_old(sql.database) => {}
-            (Some(_), Answer::Refused(_)) if self.is_held(sql.database) => {}
+            (Some(_), Answer::Refused(_)) if may_remember => {}
             (Some(transaction), Answer::Refused(complaint)) => {
                 let change = Change::Sql(sql.clone());
                 let takes = self.reference.takes(&transaction.changes, &change);
@@ -301,8 +302,7 @@ impl Play {
             (None, Answer::Done(_)) => {
                 assert!(self.reference.apply(sql), "{story}: plain SQLite refuses it");
             }
-            // As SQLite remembered the tables: while others hold the database it cannot look again.
-            (None, Answer::Refused(_)) if self.is_held(sql.database) => {}
+            (None, Answer::Refused(_)) if may_remember => {}
             (None, Answer::Refused(complaint)) => {
                 assert!(!self.reference.apply(sql), "{story}: {complaint}");
             }
@@ -312,7 +312,7 @@ impl Play {
     fn read(&self, client: &mut Client, database: usize, table: u64, answer: Answer, story: &str) {
         let found = match answer {
             Answer::Done(text) => Some(text),
-            Answer::Refused(_) if self.is_held(database) => return,
+            Answer::Refused(_) if self.may_remember(client) => return,
             Answer::Refused(_) => None,
             Answer::Busy => return,
             Answer::Gone => panic!("{story}: sqlite3 has ended"),
@@ -624,9 +624,15 @@ impl Play {
         // database; what changes nothing there locks nothing.
         let is_old = match &client.transaction {
             Some(transaction) => !transaction.is_immediate,
-            None => self.is_held(sql.database),
+            None => self.may_remember(client),
         };
         has && !(is_old && (sql.reads_other || sql.text.contains(" exists ")))
+    }
+
+    /// Whether SQLite may go by the tables that it remembers: to see whether it should look again it begins to read
+    /// each of its databases in turn, and gives up at the first that somebody holds (prepare.c, `schemaIsValid`).
+    fn may_remember(&self, client: &Client) -> bool {
+        (0..2).any(|n| client.view.has(n) && self.is_held(n))
     }
 
     /// Whether any of the other clients has a database in a transaction; one that acts is taken out.

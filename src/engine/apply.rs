@@ -262,11 +262,11 @@ impl Receiver {
     /// The journal mode that page 1 says, which must be that of a database of pages of the file's size.
     /// Otherwise nobody could read the database any more, and this node not go on from it.
     fn check_first_page(&self, header: &Header, page: &[u8]) -> Result<JournalMode> {
-        let corrupt = |detail: &str| self.db.corrupt("verify received ltx file", detail);
-        let found = DatabaseHeader::parse(page).map_err(|error| corrupt(&error.to_string()))?;
+        let none = |detail: String| Error::NoDatabase { db: self.db.name.clone(), detail };
+        let found = DatabaseHeader::parse(page).map_err(|error| none(error.to_string()))?;
         match found.page_size == header.page_size {
             true => Ok(found.journal_mode),
-            false => Err(corrupt("page 1 says another page size")),
+            false => Err(none("page 1 says another page size".to_owned())),
         }
     }
 

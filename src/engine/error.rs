@@ -128,6 +128,14 @@ pub enum Error {
         /// What is wrong.
         detail: String,
     },
+    /// A received transaction would leave what is no database.
+    #[error("received transaction of {db} would leave no database: {detail}")]
+    NoDatabase {
+        /// The database.
+        db: DbName,
+        /// What is wrong with page 1.
+        detail: String,
+    },
     /// The cluster id on disk and the one of the cluster differ.
     #[error(
         "cluster id is {have}, cannot become {want}: this data directory belongs to another cluster"

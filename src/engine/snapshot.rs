@@ -191,12 +191,10 @@ impl Db {
             .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
         let past = |former: u32, found: u32| former.max(found.wrapping_add(1));
         let counter = past(former.0, found.change_counter);
-        header::set_counters(
-            &mut page,
-            counter,
-            past(former.1, found.schema_cookie),
-            change.pages(),
-        );
+        let cookie = past(former.1, found.schema_cookie);
+        // Only a stale one is replaced: a log may count more pages than SQLite uses.
+        let pages = found.page_count().unwrap_or(change.pages());
+        header::set_counters(&mut page, counter, cookie, pages);
         let txid = change.pos.txid.next();
         let header = Header {
             page_size,

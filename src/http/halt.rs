@@ -242,7 +242,9 @@ fn tx_refusal(error: engine::Error) -> Refusal {
         Error::NotPrimary => return super::server::lease_expired(),
         Error::HaltLock { .. } => return refuse(StatusCode::CONFLICT, &chain_text(&error)),
         Error::PositionMismatch { .. } => (StatusCode::CONFLICT, "write ltx file"),
-        Error::Ltx { .. } | Error::Diverged { .. } => (StatusCode::BAD_REQUEST, "write ltx file"),
+        Error::Ltx { .. } | Error::Diverged { .. } | Error::NoDatabase { .. } => {
+            (StatusCode::BAD_REQUEST, "write ltx file")
+        }
         Error::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "cannot apply ltx"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "cannot apply ltx"),
     };

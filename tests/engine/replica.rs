@@ -17,6 +17,7 @@ use litefs::engine::{
     self, Db, DbName, Engine, Error, LtxBytes, Next, Overlap, PageCache, PrimaryInfo, Role,
 };
 use litefs::os::fault::{self, Call, Verdict, Watch};
+use litefs::sqlite::header::DatabaseHeader;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
 use test_case::test_matrix;
@@ -539,4 +540,31 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     }
     assert_eq!(apply(&other, &range).pos(), pos);
     assert_eq!(pos, former_db.pos());
+}
+
+/// The size in page 1 is SQLite's, even where the file has more pages; one that an old program has left
+/// behind is not.
+#[test]
+fn a_restored_database_has_the_size_that_sqlite_finds_in_it() {
+    let content = image(3);
+    let used = content.len() / PAGE;
+    let longer = [&content[..], &[0; 2 * PAGE]].concat();
+    let mut stale = content.clone();
+    stale[27] ^= 1;
+    stale[28..32].copy_from_slice(&1u32.to_be_bytes());
+    for backup in [longer, stale] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let db = database(&engine, "db");
+        commit(&db, &image(1));
+        let mut receiver = engine.receive(db.name()).unwrap();
+        let pages: Vec<Vec<u8>> = backup.chunks(PAGE).map(<[u8]>::to_vec).collect();
+        receiver.write_all(&ltx_range([1, 9], Checksum::NONE, 1, &pages).0).unwrap();
+        receiver.finish_restore(db.pos()).unwrap();
+        assert_eq!(db.page_count() as usize, backup.len() / PAGE);
+        engine.close().unwrap();
+        let restored = fs::read(dir.path().join("dbs/db/database")).unwrap();
+        let header = DatabaseHeader::parse(&restored).unwrap();
+        assert_eq!(header.page_count(), Some(used as u32));
+    }
 }

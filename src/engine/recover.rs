@@ -275,8 +275,11 @@ impl Recovery<'_> {
     /// Changes the files as planned.
     fn execute(mut self, end: &End, plan: Plan, found: Found) -> Result<Recovered, Error> {
         let unusable: Vec<_> = self.files.after(end.pos().txid).cloned().collect();
-        let broken: Vec<_> = self.files.broken(end)?.into_iter().cloned().collect();
-        for file in unusable.iter().chain(&broken) {
+        let broken = self.files.broken(end)?;
+        let strangers = self.files.strangers(end)?;
+        let strangers = strangers.into_iter().filter(|file| !broken.contains(file));
+        let others: Vec<_> = strangers.chain(broken.iter().copied()).cloned().collect();
+        for file in unusable.iter().chain(&others) {
             self.move_aside(&file.path)?;
         }
         if found.foreign_wal || (plan.wal == WalUse::SetAside && found.log.is_some()) {

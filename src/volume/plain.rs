@@ -53,10 +53,23 @@ impl PlainFiles {
     }
 
     /// Removes a file for good.
+    ///
+    /// # Errors
+    /// That cannot be made durable. The file is there then: SQLite rolls back the transaction in one
+    /// database after the other, and until it is through, each journal must find its super-journal.
     pub fn remove(&self, name: &str) -> io::Result<()> {
-        os::remove("super-journal:remove", &self.dir.join(name))?;
+        let path = self.dir.join(name);
+        let gone = self.dir.join(format!("{name}.gone"));
+        os::rename("super-journal:remove", &path, &gone)?;
+        if let Err(error) = os::sync_dir("super-journal:remove", &self.dir) {
+            os::rename("super-journal:restore", &gone, &path)?;
+            os::sync_dir("super-journal:restore", &self.dir)?;
+            return Err(error);
+        }
         self.open.lock().unwrap().remove(name);
-        os::sync_dir("super-journal:remove", &self.dir)
+        // Under that name it is nothing to anybody.
+        let _ = os::remove("super-journal:forget", &gone);
+        Ok(())
     }
 }
 

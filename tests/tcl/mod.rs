@@ -6,7 +6,7 @@
 //! after; in between the chain of each database that is left must lead to its pages. By default the files
 //! of `quick.txt` are run, those that try locks, journals, logs and crashes hardest; LITEFS_TEST_TCL=all
 //! runs those of SQLite's "veryquick", and a list of names runs these. What came of each file is written to
-//! `target/tcl/results`.
+//! `target/tcl/results`, with what stands in `exceptions.txt` and passed all the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -84,15 +84,36 @@ impl Exceptions {
     }
 
     fn allows(&self, file: &str, test: &str) -> bool {
-        let matches = |pattern: &&str| match pattern.strip_suffix('*') {
-            Some(start) => test.starts_with(start),
-            None => test == *pattern,
+        self.of(file).any(|pattern| matches(pattern, test))
+    }
+
+    /// The patterns of `file` that nothing needed this time; a pattern may be needed in another kind of mount.
+    fn unneeded(&self, file: &str, outcome: &Outcome) -> Vec<&'static str> {
+        let needs = |pattern: &str| match pattern {
+            "*" => {
+                let explained =
+                    |test: &String| self.of(file).any(|other| other != "*" && matches(other, test));
+                outcome.tests.is_none() || !outcome.failed.iter().all(explained)
+            }
+            _ => outcome.failed.iter().any(|test| matches(pattern, test)),
         };
-        self.tests.get(file).is_some_and(|patterns| patterns.iter().any(matches))
+        self.of(file).filter(|pattern| !needs(pattern)).collect()
+    }
+
+    fn of(&self, file: &str) -> impl Iterator<Item = &'static str> {
+        self.tests.get(file).into_iter().flatten().copied()
     }
 
     fn allows_all(&self, file: &str) -> bool {
-        self.tests.get(file).is_some_and(|patterns| patterns.contains("*"))
+        self.of(file).any(|pattern| pattern == "*")
+    }
+}
+
+/// Whether `test` is one of `pattern`, which may end with `*`.
+fn matches(pattern: &str, test: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(start) => test.starts_with(start),
+        None => test == pattern,
     }
 }
 
@@ -266,7 +287,9 @@ fn run_all(mode: Option<(&'static str, &'static str)>) {
 /// Runs one file; whether the place is as good as new afterwards.
 fn run_one(file: &Path, place: &Place, exceptions: &Exceptions, report: &Mutex<Report>) -> bool {
     let name = file.file_name().unwrap().to_str().unwrap();
-    let Outcome { tests, failed, said } = run(file, &place.dir(), place.node.as_ref());
+    let outcome = run(file, &place.dir(), place.node.as_ref());
+    let unneeded = exceptions.unneeded(name, &outcome);
+    let Outcome { tests, failed, said } = outcome;
     let mut complaints = Vec::new();
     let unexpected: Vec<_> =
         failed.iter().filter(|test| !exceptions.allows(name, test)).map(String::as_str).collect();
@@ -294,6 +317,9 @@ fn run_one(file: &Path, place: &Place, exceptions: &Exceptions, report: &Mutex<R
     report.failed += failed.len() as u64;
     let tests = tests.map_or("?".to_owned(), |tests| tests.to_string());
     let _ = writeln!(report.lines, "{name} {tests} {}", failed.join(" "));
+    if !unneeded.is_empty() {
+        let _ = writeln!(report.lines, "  passed: {}", unneeded.join(" "));
+    }
     if !complaints.is_empty() {
         let last: Vec<&str> = said.lines().take(30).collect();
         complaints.push(last.join("\n"));

@@ -458,6 +458,16 @@ impl Case<'_> {
                 Promise::Kept => known(end).allows(&rows),
                 Promise::Earlier => known(end).allows_earlier(&rows),
             });
+            // Where names come back in any order, transactions may be missing in the chain, and then only what
+            // was noted leads from the backup to its end.
+            let is_unknown = |error: &String| {
+                hit.label == "backup:state"
+                    && loss.names == Names::Any
+                    && error.contains("nothing here says that the one goes on from the other")
+            };
+            if allowed.as_ref().is_err_and(is_unknown) {
+                continue;
+            }
             allowed.map_err(|error| {
                 if env::var_os("LITEFS_TEST_DUMP").is_some() {
                     super::power::dump(&steps[..end]);
@@ -613,7 +623,7 @@ fn every_call_may_fail() {
     hits.report(&calms.iter().map(|calm| &calm.calls[..]).collect::<Vec<_>>());
 }
 
-/// The scripts that `LITEFS_TEST_SCRIPT` is part of the name of.
+/// The scripts whose name has a part of `LITEFS_TEST_SCRIPT`, in which `|` stands between parts.
 pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
     chosen_names(scripts, |script| script.name)
 }
@@ -621,7 +631,10 @@ pub fn chosen(scripts: Vec<Script>) -> Vec<Script> {
 /// The same, of whatever has a name.
 pub fn chosen_names<T>(all: Vec<T>, name_of: impl Fn(&T) -> &str) -> Vec<T> {
     match env::var("LITEFS_TEST_SCRIPT") {
-        Ok(name) => all.into_iter().filter(|one| name_of(one).contains(&name)).collect(),
+        Ok(parts) => all
+            .into_iter()
+            .filter(|one| parts.split('|').any(|part| name_of(one).contains(part)))
+            .collect(),
         Err(_) => all,
     }
 }
@@ -1162,11 +1175,9 @@ fn every_moment_of_a_replica_may_be_the_last() {
             let (looked_at, crashed) = (ram_dir(), ram_dir());
             disk.store(looked_at.path());
             disk.store(crashed.path());
-            // One that has a history of its own, and loses its power while it gives that up, may have the one
-            // below the other; it follows again.
-            let is_mixed = feed.own.is_some() && loss.is_some();
-            if feed.name != "damaged" && !is_mixed {
-                restart(looked_at.path()).map_err(what)?;
+            let restarted = restart(looked_at.path());
+            if feed.name != "damaged" {
+                restarted.map_err(what)?;
             }
             let rejoined = rejoin(&feed.primary, crashed.path());
             rejoined.and_then(|()| feed.check_kept(crashed.path())).map_err(what)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use litefs::engine::Engine;
+use litefs::os::fault::{self, Fault};
 
 use super::disk::{Content, Disk, Loss, Names, Recorder, Step};
 use super::faults::{Calm, Feed, Finds, Script, base, calms, report, started};
@@ -162,6 +163,32 @@ fn a_super_journal_has_a_durable_name_before_it_counts() {
         allowed.map_err(|error| format!("after step {end}: {error}"))
     });
     report("a transaction over two databases", &failures);
+}
+
+/// SQLite rolls it back in one database after the other.
+#[test]
+fn a_transaction_whose_super_journal_could_not_go_for_good_is_in_none() {
+    let mode = Mode::new("delete", "full", true);
+    let mut world = started(World::start(mode, &Disk::default(), Vec::new(), None));
+    for act in [Act::Begin, Act::Both] {
+        world.act(act).unwrap();
+    }
+    fault::arm_here(Fault { label: "super-journal:remove".to_owned(), after: 1, errno: libc::EIO });
+    let first = world.recorder.steps().len();
+    world.act(Act::Both).expect_err("its removal is not durable");
+    assert!(!fault::disarm_here());
+    let (steps, effects) = (world.recorder.steps(), world.effects.clone());
+    let ends: Vec<(usize, u64)> =
+        (first..=steps.len()).flat_map(|end| (1..=5).map(move |seed| (end, seed))).collect();
+    let failures = each(&ends, |&(end, seed)| {
+        let loss = Loss { content: Content::Kept, names: Names::InOrder };
+        let (left, base) = (ram_dir(), &world.recorder.base);
+        Disk::after_power_loss(base, &steps, end, loss, &mut Chance(seed)).store(left.path());
+        let rows = restart(left.path()).map(|restarted| restarted.rows);
+        let allowed = rows.and_then(|rows| Known::at(&effects, 0, &steps[..end]).allows(&rows));
+        allowed.map_err(|error| format!("after step {end}, {seed}: {error}"))
+    });
+    report("a transaction that is rolled back in two databases", &failures);
 }
 
 /// Its frames stand on pages that nobody but the import has written.

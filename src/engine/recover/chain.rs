@@ -113,6 +113,36 @@ impl Files {
         Ok(broken)
     }
 
+    /// Those of the files up to `end` that are of another history: transactions of files that lead to `end`,
+    /// in another state. A snapshot of another node, and what it takes the place of, stand beside each other
+    /// if the node dies meanwhile.
+    pub(super) fn strangers(&self, end: &End) -> Result<Vec<&LtxFile>, Error> {
+        // Their names tell already whether there can be any.
+        if self.0.windows(2).all(|pair| pair[0].max < pair[1].min) {
+            return Ok(Vec::new());
+        }
+        let (mut strangers, mut beside) = (Vec::new(), Vec::new());
+        let mut next = end.clone();
+        let older = |file: &&LtxFile| file.max <= end.header.max_txid && **file != end.file;
+        for file in self.newest_first().filter(older) {
+            let this = peek(file)?;
+            if file.max >= next.header.min_txid {
+                // Where it leads to the same state, there is one history.
+                if this.is_none_or(|this| this.pos() != next.pos()) {
+                    strangers.push(file);
+                }
+            } else if file.max.next() < next.header.min_txid {
+                break;
+            } else if let Some(this) = this.filter(|this| leads_to(this, &next)) {
+                next = this;
+                strangers.append(&mut beside);
+            } else {
+                beside.push(file);
+            }
+        }
+        Ok(strangers)
+    }
+
     /// Lays the pages of ever more files, from `end` back, over each of `bases`, until one has the
     /// checksum that `end` promises, and on through the recent files: equal checksums are no proof of
     /// equal pages ([`super`]). `unexplained` are pages of the WAL; those that are in a file are taken

@@ -449,6 +449,34 @@ fn all_torn_files_inside_the_chain_are_set_aside() {
     assert_eq!(target.lost(), torn);
 }
 
+/// The node died after it had received the snapshot of a node with another history, and before its own
+/// files were gone.
+#[test]
+fn a_snapshot_of_another_history_is_set_aside() {
+    let (mut own, mut other) = (Source::delete(), Source::delete());
+    own.insert(7);
+    other.insert(5);
+    for first in 1..=other.last() + 1 {
+        let target = Target::of(&own).with(&own, first..=own.last());
+        target.put(&other, 1, other.last());
+        let pos = own.pos(own.last());
+        target.check_crashes(&own, own.last(), pos);
+        target.check(&own, own.last(), pos);
+        assert_eq!(target.lost(), [ltx::file_name(Txid(1), Txid(other.last()))], "from {first}");
+    }
+}
+
+/// A snapshot of the same history, such as LiteFS may have left, stays.
+#[test]
+fn a_snapshot_beside_what_it_holds_stays() {
+    let mut source = Source::delete();
+    source.insert(5);
+    let target = Target::of(&source).with(&source, 1..=source.last());
+    target.put(&source, 1, 4);
+    let recovered = target.recover().unwrap();
+    assert_eq!((recovered.pos, recovered.set_aside.len()), (source.pos(source.last()), 0));
+}
+
 #[test]
 fn what_is_set_aside_never_replaces_what_was() {
     let source = Source::wal();

@@ -544,6 +544,9 @@ impl World {
     /// One that is lost until a restart or an import is not waited for.
     pub fn wait_until_mended(&mut self) -> Result<(), String> {
         self.recorder.calm();
+        if self.is_over {
+            return Ok(());
+        }
         let end = Instant::now() + wait::DEADLINE;
         loop {
             let Err(error) = self.sql("BEGIN IMMEDIATE; COMMIT") else { return Ok(()) };

@@ -16,11 +16,12 @@ use litefs::os::fault::Watching;
 use super::disk::{Called, Disk, Hit, Loss, Plan, Recorder, Step, Trouble};
 use super::faults::{Hits, Sample, base, chosen_names, first_of, picks, report};
 use super::script::{
-    Act, DB, Known, Mode, World, follow_up, next_for, open, receive, receive_forwarded, replica,
-    restart,
+    Act, DB, Known, Mode, World, come_after, data, follow_up, next_for, open, receive,
+    receive_forwarded, replica, restart,
 };
 use super::{each, is_whole, ram_dir, seed};
 use crate::support::chance::Chance;
+use crate::support::image::{self, Image};
 use crate::support::wait;
 
 const ID: HaltId = HaltId(7);
@@ -310,7 +311,18 @@ impl Lent {
                     || (primary_db.state() == litefs::engine::DbState::Ready).then_some(()),
                 );
                 let (engine, copy) = (world.engine.clone(), world.root.path().to_owned());
-                follow_up(&primary_db, root.path(), &engine, &copy)
+                match self.mode.is_wal() && self.mode.passthrough {
+                    // Only the wal-index tells which frames of a refused commit do not count.
+                    true => come_after(&primary_db, &engine).and_then(|()| {
+                        let image = Image::of_files(&image::directory(&data(&copy), DB));
+                        let (have, pos) = (image.map(|image| image.checksum()), primary_db.pos());
+                        match have == Some(pos.checksum) {
+                            true => Ok(()),
+                            false => Err(format!("the replica has {have:?} at {pos}")),
+                        }
+                    }),
+                    false => follow_up(&primary_db, root.path(), &engine, &copy),
+                }
             }
             _ => Ok(()),
         };
@@ -320,6 +332,9 @@ impl Lent {
         if watched.hit().is_none() {
             closed?;
             ended.map_err(|error| chain_text(&error))?;
+        }
+        if std::env::var_os("LITEFS_TEST_DUMP").is_some() {
+            super::power::dump(&all);
         }
         let rows = restart(dead.path()).map_err(|error| format!("a dead primary: {error}"))?.rows;
         known.allows(&rows).map_err(|error| format!("a dead primary: {error}"))?;

@@ -937,6 +937,21 @@ pub fn receive_forwarded(primary: &Engine, bytes: &[u8], id: HaltId) -> engine::
 
 /// Has a replica follow until it has all that `db` has; then the pages are the same.
 pub fn follow_up(db: &Db, db_root: &Path, replica: &Engine, root: &Path) -> Result<(), String> {
+    come_after(db, replica)?;
+    let of = |root: &Path| Image::of_files(&DataDir::new(&data(root)).database(db.name().as_str()));
+    let (ours, theirs) = (of(db_root), of(root));
+    match (ours, theirs) {
+        (Some(ours), Some(theirs)) if ours == theirs => Ok(()),
+        (Some(ours), Some(theirs)) => {
+            Err(format!("the replica has other pages: {:?}", ours.differences(&theirs)))
+        }
+        (ours, theirs) if db.page_count() == 0 || (ours.is_none() && theirs.is_none()) => Ok(()),
+        _ => Err("one of them has no database".to_owned()),
+    }
+}
+
+/// Has a replica follow until it stands where `db` does.
+pub fn come_after(db: &Db, replica: &Engine) -> Result<(), String> {
     let (target, name) = (db.pos(), db.name().as_str());
     let mut refused = None;
     let end = Instant::now() + wait::DEADLINE;
@@ -959,16 +974,7 @@ pub fn follow_up(db: &Db, db_root: &Path, replica: &Engine, root: &Path) -> Resu
         }
         std::thread::park_timeout(Duration::from_millis(2));
     }
-    let of = |root: &Path| Image::of_files(&DataDir::new(&data(root)).database(name));
-    let (ours, theirs) = (of(db_root), of(root));
-    match (ours, theirs) {
-        (Some(ours), Some(theirs)) if ours == theirs => Ok(()),
-        (Some(ours), Some(theirs)) => {
-            Err(format!("the replica has other pages: {:?}", ours.differences(&theirs)))
-        }
-        (ours, theirs) if db.page_count() == 0 || (ours.is_none() && theirs.is_none()) => Ok(()),
-        _ => Err("one of them has no database".to_owned()),
-    }
+    Ok(())
 }
 
 /// A new replica that follows a primary on what stands in `root` becomes equal.

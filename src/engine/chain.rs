@@ -829,7 +829,7 @@ fn place(dir: &DbDir, file: &Path, name: &str) -> Result<Place> {
 }
 
 /// Whether two files hold the same.
-fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
+pub(in crate::engine) fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
     let (one, other) = (File::open(one)?, File::open(other)?);
     let (meta, other_meta) = (one.metadata()?, other.metadata()?);
     if meta.len() != other_meta.len() || meta.ino() == other_meta.ino() {

@@ -177,7 +177,7 @@ fn a_database_that_cannot_be_applied_does_not_hold_up_the_stream() {
         receive(&engine, "db", &bytes).err()
     });
     assert!(matches!(refused, Some(Error::Busy { .. })), "{refused:?}");
-    assert!(matches!(db.state(), DbState::Failed(_)));
+    wait::until_true("the failure", || matches!(db.state(), DbState::Failed(_)));
     // When the cause has gone everything that was taken is applied.
     fs::remove_file(&ltx).unwrap();
     fs::rename(&away, &ltx).unwrap();

@@ -10,16 +10,17 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::Duration;
 
 use litefs::engine::db::{Answer, Patience, Refusal};
 use litefs::engine::files::{Backing, FileKind};
 use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::name::is_super_journal;
-use litefs::engine::{Db, DbName, Engine};
+use litefs::engine::{Db, DbName, Engine, PageCache};
 use litefs::os;
 use litefs::sqlite::lock_byte::{Lock, LockFile, LockSet};
 use litefs::volume::plain::{PlainFile, PlainFiles};
@@ -38,14 +39,81 @@ pub struct Client {
 struct Shared {
     engine: Arc<Engine>,
     name: String,
-    /// The wal-index by the inode of its file, where the engine does not see it.
-    memory: Mutex<HashMap<u64, Vec<Box<[u64]>>>>,
+    /// The inodes of wal-indexes that are in [`MEMORY`] for it.
+    indexes: Mutex<Vec<u64>>,
     /// The super-journals.
     plain: PlainFiles,
     /// What is open, by the number of its owner.
     open: Mutex<HashMap<u64, Arc<Db>>>,
     /// The process is being killed: none of its calls is made any more.
     is_dead: AtomicBool,
+}
+
+/// The wal-indexes by the inodes of their files, where the engine does not see them.
+static MEMORY: LazyLock<Mutex<HashMap<u64, Index>>> = LazyLock::new(Mutex::default);
+
+/// One of them: what was in the file when it was read, and what clients have written since.
+struct Index {
+    file: Arc<Backing>,
+    regions: Vec<Box<[u64]>>,
+}
+
+impl Index {
+    fn of(file: Arc<Backing>) -> Index {
+        Index { file, regions: Vec::new() }
+    }
+
+    /// Reads `len` bytes at `offset` again, as far as there are regions; what the file does not have is zero.
+    fn read(&mut self, offset: u64, len: u64) {
+        for (number, region) in self.regions.iter_mut().enumerate() {
+            let size = 8 * region.len() as u64;
+            let begin = number as u64 * size;
+            let (from, to) = (offset.max(begin), offset.saturating_add(len).min(begin + size));
+            if from >= to {
+                continue;
+            }
+            let mut bytes = vec![0; (to - from) as usize];
+            let mut done = 0;
+            while let Ok(read @ 1..) =
+                self.file.file.read_at(&mut bytes[done..], from + done as u64)
+            {
+                done += read;
+            }
+            let target = region.as_mut_ptr().cast::<u8>();
+            // SAFETY: inside the region; clients use it by pointers, as shared memory.
+            unsafe {
+                let target = target.add((from - begin) as usize);
+                ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+            }
+        }
+    }
+}
+
+/// A kernel that has nothing cached but wal-indexes.
+pub struct Pages;
+
+/// What the kernel drops at once, in bytes.
+const PAGE: u64 = 4096;
+
+impl PageCache for Pages {
+    fn pages_changed(&self, ino: u64, offset: u64, len: u64) {
+        if let Some(index) = MEMORY.lock().unwrap().get_mut(&ino) {
+            let (from, to) = (offset / PAGE * PAGE, (offset + len).div_ceil(PAGE) * PAGE);
+            index.read(from, to - from);
+        }
+    }
+
+    fn file_changed(&self, ino: u64) {
+        if let Some(index) = MEMORY.lock().unwrap().get_mut(&ino) {
+            index.read(0, u64::MAX);
+        }
+    }
+
+    fn file_grown(&self, _ino: u64, _offset: u64, _bytes: &[u8]) {}
+    fn attr_changed(&self, _ino: u64) {}
+    fn name_changed(&self, _name: &str) {}
+    fn name_gone(&self, _name: &str) {}
+    fn file_mistaken(&self, _ino: u64, _name: &str) {}
 }
 
 impl Shared {
@@ -116,7 +184,7 @@ impl Client {
         let shared = Box::new(Shared {
             engine: engine.clone(),
             name: name.clone(),
-            memory: Mutex::default(),
+            indexes: Mutex::default(),
             plain: PlainFiles::new(engine.layout().super_journals()),
             open: Mutex::default(),
             is_dead: AtomicBool::new(false),
@@ -169,6 +237,10 @@ impl Drop for Client {
     fn drop(&mut self) {
         // SAFETY: it was registered, and nobody uses it any more.
         unsafe { ffi::sqlite3_vfs_unregister(&mut *self.vfs) };
+        let mut memory = MEMORY.lock().unwrap();
+        for ino in self.shared.indexes.lock().unwrap().drain(..) {
+            memory.remove(&ino);
+        }
     }
 }
 
@@ -515,7 +587,7 @@ impl Open {
         };
         let dms = LockSet::one(Lock::Dms);
         if self.take(dms, LockKind::Exclusive) == ffi::SQLITE_OK {
-            self.shared().memory.lock().unwrap().remove(&shm.ino);
+            MEMORY.lock().unwrap().remove(&shm.ino);
             if self.db.truncate_shm(&shm, 3).is_err() {
                 self.give(dms);
                 return Err(ffi::SQLITE_IOERR_SHMOPEN);
@@ -532,12 +604,17 @@ impl Open {
     fn region(&mut self, index: usize, size: usize, extend: bool) -> Result<*mut c_void, c_int> {
         let shm = self.open_shm()?;
         if !self.shared().engine.shared().is_passthrough() {
-            let mut memory = self.shared().memory.lock().unwrap();
-            let regions = memory.entry(shm.ino).or_default();
-            while extend && regions.len() <= index {
-                regions.push(vec![0; size / 8].into());
+            let mut memory = MEMORY.lock().unwrap();
+            let known = memory.entry(shm.ino).or_insert_with(|| {
+                self.shared().indexes.lock().unwrap().push(shm.ino);
+                Index::of(shm.clone())
+            });
+            while extend && known.regions.len() <= index {
+                known.regions.push(vec![0; size / 8].into());
+                let last = known.regions.len() - 1;
+                known.read((last * size) as u64, size as u64);
             }
-            let region = regions.get_mut(index).map(|region| region.as_mut_ptr().cast());
+            let region = known.regions.get_mut(index).map(|region| region.as_mut_ptr().cast());
             return Ok(region.unwrap_or(ptr::null_mut()));
         }
         let end = ((index + 1) * size) as u64;

@@ -13,6 +13,7 @@ use litefs::engine::halt::{Forward, HaltId, Outgoing};
 use litefs::engine::{Db, Engine, LtxBytes, Role, chain_text};
 use litefs::os::fault::Watching;
 
+use super::client::Pages;
 use super::disk::{Called, Disk, Hit, Loss, Plan, Recorder, Step, Trouble};
 use super::faults::{Hits, Sample, base, chosen_names, first_of, picks, report};
 use super::script::{
@@ -263,7 +264,7 @@ impl Lent {
     ) -> Result<(Vec<String>, World, Arc<Engine>), String> {
         let text = |error| chain_text(&error);
         let primary = open(root.path(), 1).map_err(text)?;
-        primary.mounted(Arc::new(crate::support::no_cache::NoCache), self.mode.passthrough);
+        primary.mounted(Arc::new(Pages), self.mode.passthrough);
         primary.set_role(Role::Primary);
         let engine = replica(copy.path(), self.mode.passthrough);
         let engine = engine.map_err(|error| {
@@ -305,14 +306,16 @@ impl Lent {
         let alive = match watched.hit() {
             // The replica goes on in the same process, or after a restart.
             // One that could not be opened stays so until the next start.
-            Some(_) if steps.len() % 2 == 0 && !primary_db.received_pos().is_zero() => {
+            Some(hit) if steps.len() % 2 == 0 && !primary_db.received_pos().is_zero() => {
                 wait::until_or(
                     || format!("the primary to be mended: {:?}", primary_db.state()),
                     || (primary_db.state() == litefs::engine::DbState::Ready).then_some(()),
                 );
                 let (engine, copy) = (world.engine.clone(), world.root.path().to_owned());
-                match self.mode.is_wal() && self.mode.passthrough {
-                    // Only the wal-index tells which frames of a refused commit do not count.
+                let has_index = self.mode.passthrough || hit.label == "apply:shm";
+                match self.mode.is_wal() && has_index {
+                    // Only the wal-index tells which frames of a refused commit do not count; where that
+                    // could not be written, they are taken back with the next one.
                     true => come_after(&primary_db, &engine).and_then(|()| {
                         let image = Image::of_files(&image::directory(&data(&copy), DB));
                         let (have, pos) = (image.map(|image| image.checksum()), primary_db.pos());

@@ -22,12 +22,11 @@ use ltx::{Compression, NodeId, Pos};
 use rusqlite::Connection;
 
 use super::acts;
-use super::client::Client;
+use super::client::{Client, Pages};
 use super::disk::{Disk, Ended, Plan, Recorder, Step};
 use super::lent::Lender;
 use super::ram_dir;
 use crate::support::image::{self, Image};
-use crate::support::no_cache::NoCache;
 use crate::support::wait;
 
 pub const DB: &str = "db";
@@ -278,7 +277,7 @@ impl World {
 
     /// The engine that was opened becomes primary, and a client may come.
     fn lead(&mut self) {
-        self.engine.mounted(Arc::new(NoCache), self.mode.passthrough);
+        self.engine.mounted(Arc::new(Pages), self.mode.passthrough);
         self.engine.set_role(Role::Primary);
         for db in self.engine.databases() {
             self.positions.lock().unwrap().insert(key(db.pos()));
@@ -779,7 +778,7 @@ pub struct Restarted {
 /// files, chain, checksum, SQLite's own opinion. An error if not, or if the node refuses the database.
 pub fn restart(root: &Path) -> Result<Restarted, String> {
     let engine = open(root, 1).map_err(|error| engine::chain_text(&error))?;
-    engine.mounted(Arc::new(NoCache), true);
+    engine.mounted(Arc::new(Pages), true);
     engine.set_role(Role::Primary);
     let result = check(root, &engine);
     let closed = engine.close().map_err(|error| engine::chain_text(&error));
@@ -980,7 +979,7 @@ pub fn come_after(db: &Db, replica: &Engine) -> Result<(), String> {
 /// A new replica that follows a primary on what stands in `root` becomes equal.
 pub fn replicate(root: &Path) -> Result<(), String> {
     let engine = open(root, 1).map_err(|error| engine::chain_text(&error))?;
-    engine.mounted(Arc::new(NoCache), true);
+    engine.mounted(Arc::new(Pages), true);
     engine.set_role(Role::Primary);
     let other = ram_dir();
     let replica = replica(other.path(), true).map_err(|error| engine::chain_text(&error))?;
@@ -995,7 +994,7 @@ pub fn replicate(root: &Path) -> Result<(), String> {
 /// A replica on what stands in `root`.
 pub fn replica(root: &Path, passthrough: bool) -> engine::Result<Arc<Engine>> {
     let engine = open(root, 2)?;
-    engine.mounted(Arc::new(NoCache), passthrough);
+    engine.mounted(Arc::new(Pages), passthrough);
     follow(&engine);
     Ok(engine)
 }

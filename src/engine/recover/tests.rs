@@ -462,7 +462,12 @@ fn a_snapshot_of_another_history_is_set_aside() {
         let pos = own.pos(own.last());
         target.check_crashes(&own, own.last(), pos);
         target.check(&own, own.last(), pos);
-        assert_eq!(target.lost(), [ltx::file_name(Txid(1), Txid(other.last()))], "from {first}");
+        let lost = [ltx::file_name(Txid(1), Txid(other.last()))];
+        assert_eq!(target.lost(), lost, "from {first}");
+        // What is there already is not kept twice.
+        target.put(&other, 1, other.last());
+        target.check(&own, own.last(), pos);
+        assert_eq!(target.lost(), lost, "from {first}");
     }
 }
 

@@ -55,7 +55,7 @@ impl PlainFiles {
     /// Removes a file for good.
     ///
     /// # Errors
-    /// That cannot be made durable. The file is there then: SQLite rolls back the transaction in one
+    /// That cannot be made durable. The file is there again then, unless that fails too: SQLite rolls back the transaction in one
     /// database after the other, and until it is through, each journal must find its super-journal.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         let path = self.dir.join(name);

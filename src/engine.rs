@@ -40,6 +40,7 @@ pub mod files;
 pub mod follow_on;
 pub mod halt;
 pub mod locks;
+pub mod lost_found;
 pub mod recover;
 pub mod role;
 pub mod shared;

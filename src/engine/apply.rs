@@ -663,6 +663,10 @@ impl Db {
         batch: &[Arc<Received>],
         limit: Duration,
     ) -> Result<usize> {
+        if !batch[0].header.is_snapshot() {
+            // A WAL that takes what the chain cannot would only grow.
+            self.chain.make_room()?;
+        }
         let mut change = self.change.lock().unwrap();
         let run = batch.iter().take_while(|one| self.fits_wal(&change, one)).count();
         if run > 0 {

@@ -13,7 +13,6 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,6 +21,7 @@ use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
 
 use super::error::{Error, Result, chain_text};
 use super::layout::DbDir;
+use super::lost_found;
 use super::name::DbName;
 use super::sync::Mutex;
 use super::transaction::Transaction;
@@ -354,6 +354,16 @@ impl Chain {
         inner.queue.len() > limits::CHAIN_QUEUE_LEN || inner.queue_bytes > limits::CHAIN_QUEUE_BYTES
     }
 
+    /// Before a transaction that is not to be refused like a writer's: writes what is queued if that is
+    /// too much, and tries again what failed. An error: it has no place here now.
+    pub fn make_room(&self) -> Result<()> {
+        match self.refusal() {
+            Some(_) => self.sync(),
+            None if self.is_congested() => self.flush(),
+            None => Ok(()),
+        }
+    }
+
     /// What contains the transaction after `pos.txid`. One that would be too large in memory is to
     /// be read from its file.
     pub fn successor(&self, pos: Pos) -> Result<Successor> {
@@ -499,7 +509,8 @@ impl Chain {
         let temporary = path.with_extension("aside.ltx.tmp");
         let file = self.write_temporary_file(transaction, &temporary)?;
         os::sync("chain:aside", &file).map_err(Error::io("sync ltx file", &temporary))?;
-        set_aside_as(&self.dir, &temporary, &format!("{}-{}.ltx", transaction.min, transaction.max))
+        let name = format!("{}-{}.ltx", transaction.min, transaction.max);
+        Ok(lost_found::take_as(&self.dir, &temporary, &name)?)
     }
 
     /// Where its files are.
@@ -674,7 +685,7 @@ impl Chain {
                     .map_err(Error::io("rename ltx file", &path))
             }
             None => {
-                let kept = set_aside(&self.dir, &path)?;
+                let kept = lost_found::take(&self.dir, &path)?;
                 tracing::error!(db = %self.db, path = %kept.display(), "ltx file is damaged after a failed sync, and what it was made of is gone: replicas that need it get a snapshot");
                 self.inner.lock().unwrap().files.remove(&transaction.min);
                 Ok(())
@@ -717,7 +728,9 @@ impl Chain {
     fn keep_files(&self) -> Result<()> {
         let files: Vec<LtxFile> = self.inner.lock().unwrap().files.values().copied().collect();
         let paths = files.iter().map(|file| self.dir.ltx_file(file.min, file.max));
-        paths.filter(|path| path.exists()).try_for_each(|path| set_aside_too(&self.dir, &path))
+        paths
+            .filter(|path| path.exists())
+            .try_for_each(|path| Ok(lost_found::link(&self.dir, &path)?))
     }
 
     /// Empties the directory of the chain, but for the snapshot `keep`; whether there was anything. What
@@ -764,114 +777,6 @@ pub enum Waiting {
     Done,
     /// It will, from the writer thread.
     Waits,
-}
-
-/// Moves `path` to `lost+found/` of its database under a name that is not taken; the new path.
-pub fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    set_aside_as(dir, path, &name)
-}
-
-/// Copies `path` to `lost+found/`, durably, under a name that is not taken, unless it is there already.
-pub fn set_aside_copy(dir: &DbDir, path: &Path) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let Place::Free(target) = place(dir, path, &name)? else { return sync_lost_found(dir) };
-    if let Err(error) = os::copy("lost:copy", path, &target) {
-        // Half of it would only take up room.
-        let _ = os::remove_if_present("lost:copy", &target);
-        return Err(Error::io("copy to lost+found", path)(error));
-    }
-    sync_lost_found(dir)
-}
-
-/// As [`set_aside_copy`], without taking more room where the file system has hard links. `path` is not
-/// written any more.
-fn set_aside_too(dir: &DbDir, path: &Path) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let Place::Free(target) = place(dir, path, &name)? else { return sync_lost_found(dir) };
-    match os::link("lost:link", path, &target) {
-        Ok(()) => sync_lost_found(dir),
-        Err(_) => set_aside_copy(dir, path),
-    }
-}
-
-/// A place for a file in `lost+found/`.
-enum Place {
-    /// Nothing has this name.
-    Free(PathBuf),
-    /// It is there already, from an attempt that was not finished.
-    Taken(PathBuf),
-}
-
-/// Where in `lost+found/`, made if it is missing, `file` can stand under `name` or one like it.
-fn place(dir: &DbDir, file: &Path, name: &str) -> Result<Place> {
-    let lost = dir.lost_found();
-    os::create_dirs("lost:dir", &lost)
-        .and_then(|()| os::sync_dir("lost:dir", dir.path()))
-        .map_err(Error::io("create lost+found", &lost))?;
-    let mut target = lost.join(name);
-    let mut n = 1;
-    while target.exists() {
-        let same = is_same(file, &target).and_then(|same| {
-            // Who wrote it may have ended before it was durable.
-            if same {
-                os::sync("lost:copy", &File::open(&target)?)?
-            }
-            Ok(same)
-        });
-        if same.map_err(Error::io("compare with lost+found", &target))? {
-            return Ok(Place::Taken(target));
-        }
-        target = lost.join(format!("{name}.{n}"));
-        n += 1;
-    }
-    Ok(Place::Free(target))
-}
-
-/// Whether two files hold the same.
-pub(in crate::engine) fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
-    let (one, other) = (File::open(one)?, File::open(other)?);
-    let (meta, other_meta) = (one.metadata()?, other.metadata()?);
-    if meta.len() != other_meta.len() || meta.ino() == other_meta.ino() {
-        return Ok(meta.ino() == other_meta.ino());
-    }
-    let mut buffers = [vec![0; limits::IO_BUFFER], vec![0; limits::IO_BUFFER]];
-    let mut at = 0;
-    while at < meta.len() {
-        let [ours, theirs] = &mut buffers;
-        let read = os::read_up_to("read:same", &one, ours, at)?;
-        if read == 0
-            || os::read_up_to("read:same", &other, theirs, at)? != read
-            || ours[..read] != theirs[..read]
-        {
-            return Ok(false);
-        }
-        at += read as u64;
-    }
-    Ok(true)
-}
-
-fn sync_lost_found(dir: &DbDir) -> Result<()> {
-    let lost = dir.lost_found();
-    os::sync_dir("lost:dir", &lost).map_err(Error::io("sync lost+found", &lost))
-}
-
-/// Moves `path` to `lost+found/` under this name, or one like it that is not taken; the new path.
-fn set_aside_as(dir: &DbDir, path: &Path, name: &str) -> Result<PathBuf> {
-    let target = match place(dir, path, name)? {
-        Place::Free(target) => {
-            os::rename("lost:rename", path, &target).map_err(Error::io("set aside", path))?;
-            target
-        }
-        Place::Taken(target) => {
-            // Who gave it that name may have ended before the name was durable.
-            sync_lost_found(dir)?;
-            os::remove("lost:rename", path).map_err(Error::io("set aside", path))?;
-            target
-        }
-    };
-    sync_lost_found(dir)?;
-    Ok(target)
 }
 
 impl Unsynced {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use ltx::Pos;
 
+use super::lost_found;
 use super::name::{DbName, InvalidName};
 
 /// An error of the engine. The text says what was being done and to what; the cause is its source.
@@ -169,6 +170,12 @@ impl Error {
             cause = error.source();
         }
         None
+    }
+}
+
+impl From<lost_found::Error> for Error {
+    fn from(lost_found::Error { what, path, source }: lost_found::Error) -> Error {
+        Error::Io { what, path, source }
     }
 }
 

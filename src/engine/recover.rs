@@ -32,6 +32,7 @@ use self::repair::{NewFile, Sources, Stamp};
 use self::states::States;
 use super::checksum::PageSums;
 use super::layout::DbDir;
+use super::lost_found;
 use crate::sqlite::header::{HeaderError, JournalMode};
 
 mod chain;
@@ -106,6 +107,12 @@ pub enum Error {
         /// The size.
         pages: u32,
     },
+}
+
+impl From<lost_found::Error> for Error {
+    fn from(lost_found::Error { what, path, source }: lost_found::Error) -> Error {
+        Error::Io { what, path, source }
+    }
 }
 
 /// For `map_err` on a file call: what was being done, to which file.
@@ -455,7 +462,7 @@ impl Recovery<'_> {
     }
 
     fn move_aside(&mut self, path: &Path) -> Result<(), Error> {
-        self.set_aside.push(repair::set_aside(self.dir, path)?);
+        self.set_aside.push(lost_found::take(self.dir, path)?);
         Ok(())
     }
 

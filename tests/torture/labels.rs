@@ -46,7 +46,7 @@ fn labels_in(text: &str) -> Vec<&str> {
 }
 
 /// Labels that no script comes to, and why.
-const ELSEWHERE: [(&str, &str); 36] = [
+const ELSEWHERE: [(&str, &str); 35] = [
     ("cluster:lease", LEASE),
     ("cluster:term", LEASE),
     ("read:lease", LEASE),
@@ -80,7 +80,6 @@ const ELSEWHERE: [(&str, &str); 36] = [
     ("read:repair", "pages of a start that explains a database by its file"),
     ("read:restore", "page 1 at a restore over older data: tests/cluster/backup.rs"),
     ("read:rolled-back", "free pages after a rollback at a start: src/engine/recover/tests.rs"),
-    ("recover:aside", "not in every run; every call of it fails in src/engine/recover/tests.rs"),
     ("super-journal:restore", "only after a call before it has failed"),
     ("super-journal:truncate", "SQLite never does that"),
 ];

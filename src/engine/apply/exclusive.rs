@@ -17,12 +17,13 @@ use super::follow::{Hold, keep_hold};
 use super::{Body, Received, Turn};
 use crate::engine::capture::Change;
 use crate::engine::capture::journal::JournalState;
-use crate::engine::chain::{Replaced, set_aside_copy};
+use crate::engine::chain::Replaced;
 use crate::engine::checksum::PageSums;
 use crate::engine::db::{Db, Guard};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
+use crate::engine::lost_found;
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
@@ -280,7 +281,7 @@ impl Db {
             let path = self.files.path(kind);
             let len = backing.file.metadata().map_err(Error::io("stat", &path))?.len();
             if len > 0 {
-                set_aside_copy(&self.dir, &path)?;
+                lost_found::copy(&self.dir, &path)?;
             }
         }
         Ok(())
@@ -314,7 +315,9 @@ impl Db {
         });
         state.make_snapshot();
         match self.chain.write_aside(&state) {
-            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => set_aside_copy(&self.dir, &path),
+            Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => {
+                Ok(lost_found::copy(&self.dir, &path)?)
+            }
             written => written.map(drop),
         }
     }

@@ -11,7 +11,6 @@ use ltx::{Checksum, Compression, Decoder, Encoder, Header, NodeId, PageSize, Pgn
 use super::chain::LtxFile;
 use super::log::{Latest, Log};
 use super::{Error, io_error};
-use crate::engine::chain::is_same;
 use crate::engine::checksum::read_zero_extended;
 use crate::engine::layout::DbDir;
 use crate::os;
@@ -281,36 +280,4 @@ pub(super) fn remove(paths: &[&Path], dir: &Path) -> Result<(), Error> {
         true => os::sync_dir("recover:remove", dir).map_err(io_error("sync directory", dir)),
         false => Ok(()),
     }
-}
-
-/// Moves a file to `lost+found/` under a name that is free there, unless it is there already; where it is now.
-pub(super) fn set_aside(dir: &DbDir, path: &Path) -> Result<PathBuf, Error> {
-    let lost = dir.lost_found();
-    os::create_dirs("recover:aside", &lost)
-        .and_then(|()| os::sync_dir("recover:aside", dir.path()))
-        .map_err(io_error("create directory", &lost))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let mut target = lost.join(&*name);
-    let mut n = 0;
-    while target.exists() {
-        // If that cannot be told, it is there twice.
-        if is_same(path, &target).unwrap_or(false) {
-            break;
-        }
-        n += 1;
-        target = lost.join(format!("{name}.{n}"));
-    }
-    match target.exists() {
-        // Who wrote it may have ended before it was durable.
-        true => File::open(&target)
-            .and_then(|file| os::sync("recover:aside", &file))
-            .and_then(|()| os::sync_dir("recover:aside", &lost))
-            .and_then(|()| os::remove("recover:aside", path)),
-        false => os::rename("recover:aside", path, &target),
-    }
-    .map_err(io_error("set aside", path))?;
-    os::sync_dir("recover:aside", &lost).map_err(io_error("sync directory", &lost))?;
-    let parent = path.parent().unwrap_or(dir.path());
-    os::sync_dir("recover:aside", parent).map_err(io_error("sync directory", parent))?;
-    Ok(target)
 }

@@ -18,10 +18,13 @@ use std::time::{Duration, Instant};
 use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 
 use super::capture::Change;
+use super::capture::wal::Captured;
 use super::db::Db;
 use super::error::{Error, Result, chain_text};
 use super::halt::HaltId;
+use super::locks::{LockKind, Owner};
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
+use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::{limits, os};
 
 mod exclusive;
@@ -574,10 +577,29 @@ impl Db {
                     if !batch.is_empty() {
                         self.counters.apply.note_since(start);
                     }
-                    self.mend();
+                    if !self.captures_again() {
+                        self.rest();
+                    }
                 }
             }
         }
+    }
+
+    /// The database works again, if what was committed to its WAL here can be captured; whether it does. Who
+    /// writes just now captures it all at the end.
+    fn captures_again(&self) -> bool {
+        let _turn = self.turn();
+        // What was lost has been replaced.
+        if self.is_followed() || self.is_lost() || !self.has_failed() {
+            self.mend();
+            return true;
+        }
+        let write = LockSet::one(Lock::Write);
+        if !self.try_take(Owner::APPLY, write, LockKind::Exclusive) {
+            return false;
+        }
+        let _guard = self.guard(Owner::APPLY, write);
+        self.capture_wal() == Captured::All
     }
 
     /// All that is queued, once there is something, or something is to be tried again; none when
@@ -697,11 +719,15 @@ impl Db {
             return;
         }
         self.fail(error);
+        self.rest();
+    }
+
+    /// The same again in a while: space may come back.
+    fn rest(&self) {
         let mut state = self.inbox.state.lock().unwrap();
         state.again = true;
         if !state.stop {
-            // Space may come back: the same again in a while.
-            let _unused = self.inbox.changed.wait_timeout(state, RETRY).unwrap();
+            drop(self.inbox.changed.wait_timeout(state, RETRY).unwrap());
         }
     }
 

@@ -18,8 +18,9 @@ use ltx::{PageSize, Pgno, Txid};
 use crate::support::local::copy;
 use crate::support::wait;
 
+use super::replica::Refusing;
 use super::{
-    PAGE, VIA, asked, begin, commit, contents, database, file, image, lock, open, primary,
+    PAGE, VIA, asked, begin, commit, contents, database, fence, file, image, lock, open, primary,
     unlock_all,
 };
 
@@ -218,6 +219,21 @@ fn no_checkpoint_moves_frames_that_could_not_be_captured() {
     assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));
     let index = LockSet::one(Lock::Ckpt).with(Lock::Recover);
     assert_eq!(lock(&db, index, LockKind::Exclusive), Ok(()), "a new wal-index may help");
+}
+
+/// The application may have nothing more to write, and the replicas wait for the commit.
+#[test]
+fn a_commit_that_could_not_be_captured_once_is_captured_without_another_client() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    fence::begin_wal(&db, &page);
+    let watching = fault::watch(dir.path(), Arc::new(Refusing("read:wal")));
+    unlock_all(&db);
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    drop(watching);
+    wait::until_true("the commit", || (db.pos().txid, db.state()) == (Txid(2), DbState::Ready));
+    engine.close().unwrap();
 }
 
 #[test]

@@ -133,7 +133,7 @@ fn a_commit_whose_lease_runs_out_on_its_way_is_refused_whole_or_counts() {
 }
 
 /// One transaction in a WAL that makes page 1 `page`, up to the release of its locks.
-fn begin_wal(db: &Db, page: &[u8]) {
+pub(super) fn begin_wal(db: &Db, page: &[u8]) {
     lock(db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
     let (order, salts, page_size) = (ByteOrder::NATIVE, Salts(1, 2), PageSize::new(4096).unwrap());
     let header = WalHeader { order, page_size, sequence: 0, salts };
@@ -147,7 +147,7 @@ fn begin_wal(db: &Db, page: &[u8]) {
 }
 
 /// A database in WAL mode, and a new image of its first page.
-fn wal_database(engine: &Engine) -> (std::sync::Arc<Db>, Vec<u8>) {
+pub(super) fn wal_database(engine: &Engine) -> (std::sync::Arc<Db>, Vec<u8>) {
     let db = database(engine, "db");
     let mut content = image(1);
     content[18..20].fill(2);

@@ -357,7 +357,7 @@ fn chain_names(dir: &Path) -> Vec<String> {
 }
 
 /// Has all calls fail whose label begins like this, for as long as it is there.
-struct Refusing(&'static str);
+pub(super) struct Refusing(pub(super) &'static str);
 
 impl Watch for Refusing {
     fn before(&self, label: &str, _call: &Call<'_>) -> Verdict {

@@ -324,7 +324,17 @@ impl Lent {
                             false => Err(format!("the replica has {have:?} at {pos}")),
                         }
                     }),
-                    false => follow_up(&primary_db, root.path(), &engine, &copy),
+                    false => {
+                        // A node rolls back what nobody ends when it finds that.
+                        let end = Instant::now() + wait::DEADLINE;
+                        loop {
+                            let equal = follow_up(&primary_db, root.path(), &engine, &copy);
+                            if equal.is_ok() || Instant::now() > end {
+                                break equal;
+                            }
+                            thread::park_timeout(Duration::from_millis(2));
+                        }
+                    }
                 }
             }
             _ => Ok(()),

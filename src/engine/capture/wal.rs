@@ -162,21 +162,20 @@ impl WalState {
 
 impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
-    /// SQLite ignores the result of the unlock that this is called for.
+    /// SQLite ignores the result of the unlock that this is called for. It is tried again.
     pub(crate) fn capture_wal(&self) -> Captured {
         let start = Instant::now();
-        let mut change = self.change.lock().unwrap();
-        match self.capture_frames(&mut change) {
-            Ok(()) => {
-                self.counters.capture.note_since(start);
-                self.mend();
-                Captured::All
-            }
-            Err(error) => {
-                self.fail(&error);
-                Captured::Failed
-            }
+        let captured = self.capture_frames(&mut self.change.lock().unwrap());
+        let Err(error) = captured else {
+            self.counters.capture.note_since(start);
+            self.mend();
+            return Captured::All;
+        };
+        self.fail(&error);
+        if !self.is_lost() {
+            self.try_again();
         }
+        Captured::Failed
     }
 
     /// Captures the new transactions of the WAL. Those that came too late are set aside.

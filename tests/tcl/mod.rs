@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
@@ -64,7 +65,8 @@ struct Exceptions {
 }
 
 impl Exceptions {
-    /// Lines of `REASON FILE TEST...`. With `*` the file may also end before its end.
+    /// Lines of `REASON FILE TEST...`. With `errors:N` up to N of its commands may also end with an
+    /// error, and the tests in these may not be run; with `killed` it may also come to no end.
     fn read(reasons: impl Fn(&str) -> bool) -> Exceptions {
         let mut found = Exceptions::default();
         let lines = include_str!("exceptions.txt").lines().filter(|line| !line.starts_with('#'));
@@ -90,11 +92,8 @@ impl Exceptions {
     /// The patterns of `file` that nothing needed this time; a pattern may be needed in another kind of mount.
     fn unneeded(&self, file: &str, outcome: &Outcome) -> Vec<&'static str> {
         let needs = |pattern: &str| match pattern {
-            "*" => {
-                let explained =
-                    |test: &String| self.of(file).any(|other| other != "*" && matches(other, test));
-                outcome.tests.is_none() || !outcome.failed.iter().all(explained)
-            }
+            "killed" => outcome.tests.is_none(),
+            _ if errors(pattern).is_some() => outcome.errors > 0,
             _ => outcome.failed.iter().any(|test| matches(pattern, test)),
         };
         self.of(file).filter(|pattern| !needs(pattern)).collect()
@@ -104,9 +103,19 @@ impl Exceptions {
         self.tests.get(file).into_iter().flatten().copied()
     }
 
-    fn allows_all(&self, file: &str) -> bool {
-        self.of(file).any(|pattern| pattern == "*")
+    /// How many commands of `file` may end with an error.
+    fn errors_of(&self, file: &str) -> usize {
+        self.of(file).filter_map(errors).max().unwrap_or_default()
     }
+
+    fn may_be_killed(&self, file: &str) -> bool {
+        self.of(file).any(|pattern| pattern == "killed")
+    }
+}
+
+/// N of the pattern `errors:N`.
+fn errors(pattern: &str) -> Option<usize> {
+    Some(pattern.strip_prefix("errors:")?.parse().expect("a number of commands"))
 }
 
 /// Whether `test` is one of `pattern`, which may end with `*`.
@@ -135,8 +144,10 @@ fn files() -> Vec<PathBuf> {
 
 /// What came of one file.
 struct Outcome {
-    /// Tests run; none if the program ended before its end.
+    /// Tests that were run; none if the program did not come to its end.
     tests: Option<u64>,
+    /// How many commands of the file ended with an error.
+    errors: usize,
     failed: Vec<String>,
     said: String,
 }
@@ -159,9 +170,24 @@ fn run(file: &Path, dir: &Path, node: Option<&Node>) -> Outcome {
     said.push_str(&String::from_utf8_lossy(&output.stderr));
     let counts = said.lines().find_map(|line| line.split_once(" errors out of "));
     let tests = counts.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+    let errors = said.lines().filter(|line| line.starts_with("Command failed: ")).count();
     let failed = said.lines().find_map(|line| line.strip_prefix("!Failures on these tests: "));
-    let failed = failed.map(|names| names.split(' ').map(str::to_owned).collect());
-    Outcome { tests, failed: failed.unwrap_or_default(), said }
+    let failed = match failed {
+        Some(names) => names.split(' ').map(str::to_owned).collect(),
+        None => failed_before_the_end(&said),
+    };
+    Outcome { tests, errors, failed, said }
+}
+
+/// The tests that failed, of a program that ended before it listed them.
+fn failed_before_the_end(said: &str) -> Vec<String> {
+    let lines = said.lines().zip(said.lines().skip(1));
+    let names = lines.filter_map(|(line, next)| {
+        let of_result = line.strip_prefix("! ").and_then(|rest| rest.split_once(" expected: "));
+        let of_error = line.strip_suffix("...").filter(|_| next.starts_with("Error: "));
+        of_result.map(|(name, _)| name).or(of_error).map(str::to_owned)
+    });
+    names.collect()
 }
 
 /// A directory for the suite.
@@ -289,34 +315,43 @@ fn run_one(file: &Path, place: &Place, exceptions: &Exceptions, report: &Mutex<R
     let name = file.file_name().unwrap().to_str().unwrap();
     let outcome = run(file, &place.dir(), place.node.as_ref());
     let unneeded = exceptions.unneeded(name, &outcome);
-    let Outcome { tests, failed, said } = outcome;
+    let Outcome { tests, errors, failed, said } = outcome;
     let mut complaints = Vec::new();
     let unexpected: Vec<_> =
         failed.iter().filter(|test| !exceptions.allows(name, test)).map(String::as_str).collect();
     if !unexpected.is_empty() {
         complaints.push(format!("{name}: failed: {}", unexpected.join(" ")));
     }
-    if tests.is_none() && !exceptions.allows_all(name) {
-        complaints.push(format!("{name}: ended before its end"));
+    if tests.is_none() && !exceptions.may_be_killed(name) {
+        complaints.push(format!("{name}: did not come to its end"));
+    }
+    if errors > exceptions.errors_of(name) {
+        complaints.push(format!("{name}: {errors} commands ended with an error"));
     }
     let known = !exceptions.past_sqlite.contains(name);
     if exceptions.unseen.contains(name) {
         place.look();
     }
-    if let (true, Err(complaint)) = (known, place.check()) {
-        complaints.push(format!("{name}: {complaint}"));
+    if known {
+        let check = panic::catch_unwind(AssertUnwindSafe(|| place.check()));
+        let found = check.unwrap_or_else(|_| Err("its files cannot be read".to_owned()));
+        complaints.extend(found.err().map(|complaint| format!("{name}: {complaint}")));
     }
     let left = place.clear();
-    if known && !left.is_empty() && !exceptions.allows_all(name) {
+    if known && !left.is_empty() && errors == 0 {
         complaints.push(format!("{name}: cannot be removed: {left:?}"));
     }
     let mut report = report.lock().unwrap();
     report.files += 1;
-    report.files_whole += u64::from(tests.is_some() && failed.is_empty());
+    report.files_whole += u64::from(tests.is_some() && errors == 0 && failed.is_empty());
     report.tests += tests.unwrap_or_default();
     report.failed += failed.len() as u64;
     let tests = tests.map_or("?".to_owned(), |tests| tests.to_string());
-    let _ = writeln!(report.lines, "{name} {tests} {}", failed.join(" "));
+    let _ = write!(report.lines, "{name} {tests} ");
+    if errors > 0 {
+        let _ = write!(report.lines, "errors:{errors} ");
+    }
+    let _ = writeln!(report.lines, "{}", failed.join(" "));
     if !unneeded.is_empty() {
         let _ = writeln!(report.lines, "  passed: {}", unneeded.join(" "));
     }

@@ -48,6 +48,7 @@ pub mod snapshot;
 mod sync;
 pub mod times;
 pub mod transaction;
+pub mod unsynced;
 
 pub use apply::Receiver;
 pub use db::{Db, DbState};

@@ -9,7 +9,7 @@
 use std::borrow::Borrow;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -264,6 +264,15 @@ pub fn make_immutable(label: &str, file: &File) -> io::Result<()> {
     change(label, Call::Flag(file), || {
         let flags = rustix::fs::ioctl_getflags(file)?;
         Ok(rustix::fs::ioctl_setflags(file, flags | rustix::fs::IFlags::IMMUTABLE)?)
+    })
+}
+
+/// Sets or takes back the sticky bit of a file.
+pub fn set_sticky(label: &str, file: &File, set: bool) -> io::Result<()> {
+    change(label, Call::Flag(file), || {
+        let mode = file.metadata()?.permissions().mode();
+        let mode = if set { mode | 0o1000 } else { mode & !0o1000 };
+        file.set_permissions(fs::Permissions::from_mode(mode))
     })
 }
 

@@ -589,8 +589,9 @@ impl Db {
     /// writes just now captures it all at the end.
     fn captures_again(&self) -> bool {
         let _turn = self.turn();
-        // What was lost has been replaced.
-        if self.is_followed() || self.is_lost() || !self.has_failed() {
+        // A lent database was captured before; what was lost has been replaced.
+        let is_captured = self.is_followed() || self.is_lent() || self.is_lost();
+        if is_captured || !self.has_failed() {
             self.mend();
             return true;
         }

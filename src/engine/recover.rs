@@ -33,6 +33,7 @@ use self::states::States;
 use super::checksum::PageSums;
 use super::layout::DbDir;
 use super::lost_found;
+use super::unsynced;
 use crate::sqlite::header::{HeaderError, JournalMode};
 
 mod chain;
@@ -178,6 +179,8 @@ impl Recovered {
 pub fn recover(dir: &DbDir, super_journals: &Path, options: &Options) -> Result<Recovered, Error> {
     remove_temporaries(dir)?;
     fence::fence_wal(dir)?;
+    let database = dir.database();
+    unsynced::mend(&database).map_err(io_error("write database again", &database))?;
     let files = Files::list(&dir.ltx())?;
     let mut recovery = Recovery { dir, options, files, set_aside: Vec::new() };
     if let Some(recovered) = recovery.unchanged(super_journals)? {

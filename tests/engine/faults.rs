@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use litefs::engine::Db;
 use litefs::engine::db::{DbState, Refusal};
@@ -234,6 +235,85 @@ fn a_commit_that_could_not_be_captured_once_is_captured_without_another_client()
     drop(watching);
     wait::until_true("the commit", || (db.pos().txid, db.state()) == (Txid(2), DbState::Ready));
     engine.close().unwrap();
+}
+
+/// Fails syncs with this label, and counts what is written again.
+struct Unsynced {
+    label: &'static str,
+    written: AtomicUsize,
+}
+
+impl Unsynced {
+    fn new(label: &'static str) -> Arc<Unsynced> {
+        Arc::new(Unsynced { label, written: AtomicUsize::new(0) })
+    }
+}
+
+impl Watch for Unsynced {
+    fn before(&self, label: &str, call: &Call<'_>) -> Verdict {
+        match call {
+            Call::Sync(_) if label == self.label => Verdict::Fail(libc::EIO),
+            _ => Verdict::Go,
+        }
+    }
+
+    fn after(&self, label: &str, call: &Call<'_>) {
+        if let (Call::Write(_, _, data), "unsynced:write") = (call, label) {
+            self.written.fetch_add(data.len(), Ordering::SeqCst);
+        }
+    }
+}
+
+/// The kernel does not write again what it could not write, and a start reads it from the page cache.
+fn check_written_again(dir: &Path) {
+    let watch = Unsynced::new("");
+    let len = fs::metadata(dir.join("dbs/db/database")).unwrap().len();
+    let watching = fault::watch(dir, watch.clone());
+    let engine = primary(dir);
+    drop(watching);
+    let db = database(&engine, "db");
+    assert_eq!(watch.written.load(Ordering::SeqCst) as u64, len);
+    commit(&db, &image(7));
+    assert!(db.retain(Duration::ZERO, None).unwrap() > 0);
+    engine.close().unwrap();
+    let watching = fault::watch(dir, watch.clone());
+    primary(dir).close().unwrap();
+    drop(watching);
+    assert_eq!(watch.written.load(Ordering::SeqCst) as u64, len, "once is enough");
+}
+
+#[test]
+fn an_import_whose_sync_failed_is_written_again_by_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(9));
+    let source = dir.path().join("import");
+    let mut content = image(3);
+    content[18..20].fill(2); // In WAL mode: then it is synced.
+    fs::write(&source, content).unwrap();
+    let watching = fault::watch(dir.path(), Unsynced::new("apply:database"));
+    db.import(&source).unwrap_err();
+    drop(watching);
+    engine.close().unwrap();
+    check_written_again(dir.path());
+}
+
+#[test]
+fn no_ltx_file_goes_after_a_sync_that_failed_until_the_file_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(9));
+    commit(&db, &image(3));
+    let watching = fault::watch(dir.path(), Unsynced::new("retain:sync"));
+    db.retain(Duration::ZERO, None).unwrap_err();
+    drop(watching);
+    let refused = db.retain(Duration::ZERO, None).unwrap_err();
+    assert!(refused.to_string().contains("until a restart"), "{refused}");
+    assert_eq!(db.chain().stats().count, 2);
+    engine.close().unwrap();
+    check_written_again(dir.path());
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn labels_in(text: &str) -> Vec<&str> {
 }
 
 /// Labels that no script comes to, and why.
-const ELSEWHERE: [(&str, &str); 35] = [
+const ELSEWHERE: [(&str, &str); 40] = [
     ("cluster:lease", LEASE),
     ("cluster:term", LEASE),
     ("read:lease", LEASE),
@@ -81,8 +81,14 @@ const ELSEWHERE: [(&str, &str); 35] = [
     ("read:restore", "page 1 at a restore over older data: tests/cluster/backup.rs"),
     ("read:rolled-back", "free pages after a rollback at a start: src/engine/recover/tests.rs"),
     ("super-journal:restore", "only after a call before it has failed"),
+    ("unsynced:mark", UNSYNCED),
+    ("unsynced:open", UNSYNCED),
+    ("unsynced:sync", UNSYNCED),
+    ("unsynced:write", UNSYNCED),
+    ("read:unsynced", UNSYNCED),
     ("super-journal:truncate", "SQLite never does that"),
 ];
+const UNSYNCED: &str = "only after a sync has failed";
 const LEASE: &str = "what a node remembers of its lease proves nothing";
 const COMMAND: &str = "a command of a person, not the node";
 const MOUNT: &str = "only with a mount";

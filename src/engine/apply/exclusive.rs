@@ -25,6 +25,7 @@ use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
 use crate::engine::lost_found;
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
+use crate::engine::unsynced;
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::{limits, os};
@@ -355,7 +356,7 @@ impl Db {
             match mode {
                 JournalMode::Wal => {
                     // What is committed next stands in the WAL alone, on top of these pages.
-                    self.sync_database()?;
+                    self.sync_pages(header)?;
                     self.empty_wal(change, header.page_size, header.commit, stale)?;
                 }
                 JournalMode::Rollback => self.remove_wal_files(change, stale)?,
@@ -364,12 +365,25 @@ impl Db {
         };
         if header.is_snapshot() && mode == JournalMode::Rollback {
             // The chain before it is gone: only the file and the snapshot are left.
-            self.sync_database()?;
+            self.sync_pages(header)?;
         }
         if header.is_snapshot() || header.commit == 0 {
             change.sums = PageSums::default();
         }
         change.mode = mode;
+        Ok(())
+    }
+
+    /// Makes the pages of an LTX file durable.
+    fn sync_pages(&self, header: &Header) -> Result<()> {
+        let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
+        let path = self.files.path(FileKind::Database);
+        os::sync("apply:database", &database.file)
+            .inspect_err(|_| unsynced::mark(&database.file))
+            .map_err(Error::io("sync database", &path))?;
+        if header.is_snapshot() {
+            unsynced::unmark(&database.file).map_err(Error::io("unmark database", &path))?;
+        }
         Ok(())
     }
 
@@ -439,12 +453,6 @@ impl Db {
         let found = self.read_header(&database.file)?;
         let (header, _) = found.ok_or_else(|| self.corrupt("write database", "it is empty"))?;
         Ok(header)
-    }
-
-    fn sync_database(&self) -> Result<()> {
-        let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
-        let path = self.files.path(FileKind::Database);
-        os::sync("apply:database", &database.file).map_err(Error::io("sync database", &path))
     }
 
     /// Makes the kernel's caches current. Not with the right to change in hand.

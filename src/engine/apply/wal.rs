@@ -38,6 +38,7 @@ use std::sync::Arc;
 use ltx::{PageSize, Pgno};
 
 use self::mirror::{Growth, Mirror};
+use crate::engine::unsynced;
 use crate::os;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal::{
@@ -639,7 +640,10 @@ impl WalWriter {
             let len = u64::from(self.published.pages) * u64::from(self.page_size.get());
             os::truncate("apply:database", &self.files.database, len)
                 .map_err(io_error("truncate database"))?;
-            os::sync("apply:database", &self.files.database).map_err(io_error("sync database"))?;
+            os::sync("apply:database", &self.files.database)
+                // What is not copied again may be among what was to be written.
+                .inspect_err(|_| unsynced::mark(&self.files.database))
+                .map_err(io_error("sync database"))?;
         }
         cache.size_changed();
         self.mirror.write_backfill(safe).map_err(io_error("write wal-index"))?;

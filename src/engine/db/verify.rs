@@ -13,6 +13,7 @@ use crate::engine::checksum::{self, Saved};
 use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::FileKind;
 use crate::engine::transaction::{Transaction, WalSpan};
+use crate::engine::unsynced;
 use crate::os;
 
 impl Db {
@@ -83,10 +84,20 @@ impl Db {
         if old.is_empty() {
             return Ok(0);
         }
+        let database = self.files.get(FileKind::Database);
+        let path = self.files.path(FileKind::Database);
+        let marked = database.as_ref().map(|database| unsynced::is_marked(&database.file));
+        if marked.transpose().map_err(Error::io("stat", &path))? == Some(true) {
+            let reason =
+                "a sync of its file failed: no ltx file goes until a restart writes it again";
+            return Err(Error::Failed { db: self.name.clone(), reason: reason.to_owned() });
+        }
         for kind in [FileKind::Wal, FileKind::Database] {
             if let Some(backing) = self.files.get(kind) {
                 let path = self.files.path(kind);
-                os::sync("retain:sync", &backing.file).map_err(Error::io("sync", &path))?;
+                os::sync("retain:sync", &backing.file)
+                    .inspect_err(|_| database.iter().for_each(|one| unsynced::mark(&one.file)))
+                    .map_err(Error::io("sync", &path))?;
             }
         }
         self.files.sync_names()?;

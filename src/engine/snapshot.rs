@@ -228,7 +228,14 @@ impl Db {
         self.refuse_import()?;
         let mut change = self.change.lock().unwrap();
         if !self.is_lost() {
-            self.settle_wal(&mut change)?;
+            match self.settle_wal(&mut change) {
+                // What no other try captures either is in nobody's way, but kept.
+                Err(error @ Error::Corrupt { .. }) => {
+                    self.keep_files()?;
+                    self.fail_for_good(&error);
+                }
+                settled => settled?,
+            }
         }
         let received = make(&change)?;
         if !self.shared.may_commit() {

@@ -237,6 +237,28 @@ fn a_commit_that_could_not_be_captured_once_is_captured_without_another_client()
     engine.close().unwrap();
 }
 
+#[test]
+fn an_import_takes_the_place_of_a_log_that_cannot_be_captured() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, content) = (primary(dir.path()), image(5));
+    let db = database(&engine, "db");
+    commit(&db, &image(3));
+    lock(&db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
+    let (log, bytes) = (file(&db, FileKind::Wal), wal(512)); // Of another page size.
+    asked(|answer| db.write_wal(&log, VIA, 0, &bytes, answer)).unwrap();
+    unlock_all(&db);
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    let source = dir.path().join("import");
+    fs::write(&source, &content).unwrap();
+    let pos = db.import(&source).unwrap();
+    assert_eq!((pos.txid, db.state()), (Txid(2), DbState::Ready));
+    assert!(fs::read(dir.path().join("dbs/db/lost+found/wal")).unwrap() == bytes);
+    commit(&db, &image(7));
+    engine.close().unwrap();
+    let db = database(&primary(dir.path()), "db");
+    assert_eq!((db.pos().txid, db.state()), (Txid(3), DbState::Ready));
+}
+
 /// Fails syncs with this label, and counts what is written again.
 struct Unsynced {
     label: &'static str,

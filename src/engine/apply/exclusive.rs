@@ -276,7 +276,7 @@ impl Db {
     }
 
     /// Copies SQLite's files, of which no LTX file says what they are, to `lost+found/`.
-    fn keep_files(&self) -> Result<()> {
+    pub(in crate::engine) fn keep_files(&self) -> Result<()> {
         for kind in [FileKind::Database, FileKind::Wal, FileKind::Journal] {
             let Some(backing) = self.files.get(kind) else { continue };
             let path = self.files.path(kind);

@@ -162,7 +162,7 @@ impl WalState {
 
 impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
-    /// SQLite ignores the result of the unlock that this is called for. It is tried again.
+    /// SQLite ignores the result of the unlock that this is called for. A file call that failed is made again.
     pub(crate) fn capture_wal(&self) -> Captured {
         let start = Instant::now();
         let captured = self.capture_frames(&mut self.change.lock().unwrap());
@@ -172,7 +172,9 @@ impl Db {
             return Captured::All;
         };
         self.fail(&error);
-        if !self.is_lost() {
+        // What does not fit together is the work of a client that died: the next one recovers it, and gives
+        // WRITE up afterwards.
+        if let Error::Io { .. } = error {
             self.try_again();
         }
         Captured::Failed

@@ -267,11 +267,14 @@ pub fn make_immutable(label: &str, file: &File) -> io::Result<()> {
     })
 }
 
+/// The sticky bit (inode(7)).
+pub const STICKY: u32 = 0o1000;
+
 /// Sets or takes back the sticky bit of a file.
 pub fn set_sticky(label: &str, file: &File, set: bool) -> io::Result<()> {
     change(label, Call::Flag(file), || {
         let mode = file.metadata()?.permissions().mode();
-        let mode = if set { mode | 0o1000 } else { mode & !0o1000 };
+        let mode = if set { mode | STICKY } else { mode & !STICKY };
         file.set_permissions(fs::Permissions::from_mode(mode))
     })
 }

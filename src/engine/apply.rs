@@ -578,15 +578,15 @@ impl Db {
                         self.counters.apply.note_since(start);
                     }
                     if !self.captures_again() {
-                        self.rest();
+                        self.pause(self.inbox.state.lock().unwrap());
                     }
                 }
             }
         }
     }
 
-    /// The database works again, if what was committed to its WAL here can be captured; whether it does. Who
-    /// writes just now captures it all at the end.
+    /// The database works again, if what was committed to its WAL here can be captured; whether it does. If not,
+    /// [`Db::capture_wal`] asks for another try where that may help, and who writes just now captures it all at the end.
     fn captures_again(&self) -> bool {
         let _turn = self.turn();
         // A lent database was captured before; what was lost has been replaced.
@@ -720,13 +720,14 @@ impl Db {
             return;
         }
         self.fail(error);
-        self.rest();
+        let mut state = self.inbox.state.lock().unwrap();
+        // Space may come back: the same again in a while.
+        state.again = true;
+        self.pause(state);
     }
 
-    /// The same again in a while: space may come back.
-    fn rest(&self) {
-        let mut state = self.inbox.state.lock().unwrap();
-        state.again = true;
+    /// Waits before what failed is tried again, unless there is something new.
+    fn pause(&self, state: MutexGuard<'_, State>) {
         if !state.stop {
             drop(self.inbox.changed.wait_timeout(state, RETRY).unwrap());
         }

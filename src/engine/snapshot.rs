@@ -229,7 +229,8 @@ impl Db {
         let mut change = self.change.lock().unwrap();
         if !self.is_lost() {
             match self.settle_wal(&mut change) {
-                // What no other try captures either is in nobody's way, but kept.
+                // What no other try captures either is in nobody's way, but kept. Connections may have seen
+                // counters in it that we have not: those of the import are made as for a lost database.
                 Err(error @ Error::Corrupt { .. }) => {
                     self.keep_files()?;
                     self.fail_for_good(&error);

@@ -14,8 +14,6 @@ use std::path::Path;
 
 use crate::{limits, os};
 
-const STICKY: u32 = 0o1000;
-
 /// Marks `database`, whose sync failed.
 pub fn mark(database: &File) {
     // What else there is to say is what the sync said.
@@ -26,7 +24,7 @@ pub fn mark(database: &File) {
 
 /// Whether `database` is marked. An error: that cannot be told.
 pub fn is_marked(database: &File) -> io::Result<bool> {
-    Ok(database.metadata()?.permissions().mode() & STICKY != 0)
+    Ok(database.metadata()?.permissions().mode() & os::STICKY != 0)
 }
 
 /// All of `database` has been written again, and is durable.

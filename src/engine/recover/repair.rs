@@ -13,6 +13,7 @@ use super::log::{Latest, Log};
 use super::{Error, io_error};
 use crate::engine::checksum::read_zero_extended;
 use crate::engine::layout::DbDir;
+use crate::engine::unsynced;
 use crate::os;
 use crate::sqlite::journal::JournalReader;
 
@@ -225,7 +226,9 @@ pub(super) fn finish_database(
 
 /// Makes the database file durable.
 pub(super) fn sync_database(database: &File, sources: &Sources<'_>) -> Result<(), Error> {
-    os::sync("recover:database", database).map_err(io_error("sync database", sources.database_path))
+    os::sync("recover:database", database)
+        .inspect_err(|_| unsynced::mark(database))
+        .map_err(io_error("sync database", sources.database_path))
 }
 
 /// Makes the name of the database file durable, which was made here.

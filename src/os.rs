@@ -178,6 +178,13 @@ pub fn read_up_to(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::
     Ok(filled)
 }
 
+/// Fills `buf` with what stands at `offset`; behind the end of the file are zeros.
+pub fn read_zero_extended(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    let filled = read_up_to(label, file, buf, offset)?;
+    buf[filled..].fill(0);
+    Ok(())
+}
+
 /// Fills `buf` with what stands at `offset`; a file that ends before is an error.
 pub fn read_exact_at(label: &str, file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
     match read_up_to(label, file, buf, offset)? == buf.len() {

@@ -157,7 +157,8 @@ impl<'a, P: Iterator<Item = (usize, &'a mut [Checksum])>> Scan<'_, P> {
             let len = sums.len() * self.page_size.bytes();
             buffer.resize(len, 0);
             let offset = (index * SCAN_READ_SIZE) as u64;
-            if let Err(error) = read_zero_extended("read:scan", self.file, &mut buffer, offset) {
+            if let Err(error) = os::read_zero_extended("read:scan", self.file, &mut buffer, offset)
+            {
                 failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }
@@ -168,18 +169,6 @@ impl<'a, P: Iterator<Item = (usize, &'a mut [Checksum])>> Scan<'_, P> {
         }
         Ok(())
     }
-}
-
-/// Reads at `offset`; what lies past the end of the file is zeros.
-pub(super) fn read_zero_extended(
-    label: &str,
-    file: &File,
-    buffer: &mut [u8],
-    offset: u64,
-) -> io::Result<()> {
-    let filled = os::read_up_to(label, file, buffer, offset)?;
-    buffer[filled..].fill(0);
-    Ok(())
 }
 
 /// The checksums of a database as they were saved.
@@ -218,7 +207,7 @@ pub fn load(path: &Path, database: &File) -> io::Result<Option<Saved>> {
     };
     let len = file.metadata()?.len();
     let mut bytes = [0; HEADER_SIZE];
-    read_zero_extended("read:checksums", &file, &mut bytes, 0)?;
+    os::read_zero_extended("read:checksums", &file, &mut bytes, 0)?;
     let Some(start) = parse_header(&bytes, &identity(database)?) else {
         return Ok(None);
     };
@@ -228,7 +217,7 @@ pub fn load(path: &Path, database: &File) -> io::Result<Option<Saved>> {
         return Ok(None);
     }
     let mut all = vec![0; len as usize];
-    read_zero_extended("read:checksums", &file, &mut all, 0)?;
+    os::read_zero_extended("read:checksums", &file, &mut all, 0)?;
     Ok(parse_sums(&all).filter(|sums| sums.rolling() == start.pos.checksum).map(|sums| Saved {
         page_size: start.page_size,
         pos: start.pos,

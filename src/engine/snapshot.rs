@@ -54,14 +54,8 @@ impl Frozen<'_> {
         match &self.wal {
             Some((wal, map)) => read_page(map, wal, &self.database, self.page_size, pgno, page),
             None => {
-                let filled = os::read_up_to(
-                    "read:snapshot",
-                    &self.database,
-                    page,
-                    self.page_size.offset(pgno),
-                )?;
-                page[filled..].fill(0);
-                Ok(())
+                let offset = self.page_size.offset(pgno);
+                os::read_zero_extended("read:snapshot", &self.database, page, offset)
             }
         }
     }

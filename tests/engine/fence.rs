@@ -194,7 +194,7 @@ fn a_sync_of_the_wal_fails_under_a_writer_without_a_lease() {
 }
 
 /// What the files of the database hold.
-fn files(dir: &std::path::Path) -> ltx::Checksum {
+pub(super) fn files(dir: &std::path::Path) -> ltx::Checksum {
     Image::of_files(&DbDir::new(&dir.join("dbs/db"))).unwrap().checksum()
 }
 

@@ -111,7 +111,7 @@ impl Db {
                 return Ok(false);
             }
             left -= 1;
-            os::read_up_to("read:remembered", database, &mut page, page_size.offset(pgno))
+            os::read_zero_extended("read:remembered", database, &mut page, page_size.offset(pgno))
                 .map_err(Error::io("read database", &path))?;
             let Some(links) = schema::links(link, &page, usable) else { return Ok(false) };
             todo.extend(links);

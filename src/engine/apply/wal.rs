@@ -412,8 +412,11 @@ impl WalWriter {
     pub fn read_page(&self, pgno: Pgno, page: &mut [u8]) -> Result<(), Error> {
         match self.find(pgno) {
             Some(frame) => self.read_frame(frame, page),
-            None => read_or_zero(&self.files.database, page, self.page_size.offset(pgno))
-                .map_err(io_error("read page")),
+            None => {
+                let (file, offset) = (&self.files.database, self.page_size.offset(pgno));
+                os::read_zero_extended("read:apply-database", file, page, offset)
+                    .map_err(io_error("read page"))
+            }
         }
     }
 
@@ -731,11 +734,4 @@ fn read_log_header(wal: &File, page_size: PageSize) -> io::Result<Option<WalHead
         result => result?,
     }
     Ok(WalHeader::parse(&bytes).ok().filter(|header| header.page_size == page_size))
-}
-
-/// Reads `page`; what lies past the end of the file is zero.
-fn read_or_zero(file: &File, page: &mut [u8], offset: u64) -> io::Result<()> {
-    let read = os::read_up_to("read:apply-database", file, page, offset)?;
-    page[read..].fill(0);
-    Ok(())
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use ltx::{PageSize, Pgno};
 
+use super::wal::End;
 use super::{Change, Draft, Sink};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
@@ -29,17 +30,26 @@ pub(in crate::engine) struct WalMap {
 }
 
 impl Db {
-    /// Compares all pages with their checksums and takes the difference, if there is one.
+    /// Compares all pages, those of the WAL up to `end`, with their checksums and takes the difference, if there is one.
     pub(super) fn resync_wal(
         &self,
         change: &mut Change,
         wal: &Arc<File>,
+        end: End,
         sink: Sink,
     ) -> Result<()> {
         tracing::warn!(db = %self.name, "compare every page: the wal changed in a way that cannot be followed");
-        let Some(map) = self.wal_map(wal, None)? else {
+        let last = match end {
+            End::Frame(last) => Some(last),
+            End::LastCommit => None,
+        };
+        let Some(map) = self.wal_map(wal, last)? else {
             return Err(self.corrupt("compare pages", "the wal has no valid header"));
         };
+        if last.is_some_and(|last| last != map.cursor.frame()) {
+            let text = format!("the wal is valid to frame {} only", map.cursor.frame());
+            return Err(self.corrupt("compare pages", &text));
+        }
         self.take_difference(change, map, wal, sink)
     }
 
@@ -146,10 +156,10 @@ impl Db {
         let mut pending = Vec::new();
         while last.is_none_or(|last| cursor.frame() < last) {
             let offset = cursor.offset();
-            os::read_up_to("read:resync", wal, &mut bytes, offset)
+            let read = os::read_up_to("read:resync", wal, &mut bytes, offset)
                 .map_err(Error::io("read wal", &path))?;
-            // A short read leaves a mix of two frames, which does not verify.
-            let Ok(frame) = cursor.verify(&bytes) else { break };
+            // Behind a short read stands the frame before, and SQLite fills a sector with copies of that.
+            let Ok(frame) = cursor.verify(&bytes[..read]) else { break };
             pending.push((frame.pgno, offset + wal::FRAME_HEADER_SIZE as u64));
             if let Some(commit) = frame.commit {
                 map.pages.extend(pending.drain(..));
@@ -169,10 +179,9 @@ pub(in crate::engine) fn read_page(
     pgno: Pgno,
     image: &mut [u8],
 ) -> std::io::Result<()> {
-    let filled = match map.pages.get(&pgno) {
-        Some(offset) => os::read_up_to("read:page", wal, image, *offset)?,
-        None => os::read_up_to("read:page", database, image, page_size.offset(pgno))?,
+    let (file, offset) = match map.pages.get(&pgno) {
+        Some(offset) => (wal, *offset),
+        None => (database, page_size.offset(pgno)),
     };
-    image[filled..].fill(0);
-    Ok(())
+    os::read_zero_extended("read:page", file, image, offset)
 }

@@ -47,7 +47,7 @@ pub struct WalState {
 
 /// Up to where frames are committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// To this frame, says the wal-index.
     Frame(u32),
     /// As far as valid commit frames go.
@@ -245,7 +245,7 @@ impl Db {
             change.wal.resume(WalCursor::start(&header));
         }
         if change.wal.is_cut(end) || change.needs_resync {
-            return self.resync_wal(change, wal, sink);
+            return self.resync_wal(change, wal, end, sink);
         }
         let result = self.read_frames(change, wal, end, sink);
         change.needs_resync |= result.is_err();

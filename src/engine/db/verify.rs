@@ -40,15 +40,12 @@ impl Db {
                 (Some(map), Some(wal)) => {
                     read_page(map, &wal.file, &database.file, page_size, pgno, &mut image)
                 }
-                _ => os::read_up_to(
+                _ => os::read_zero_extended(
                     "read:verify",
                     &database.file,
                     &mut image,
                     page_size.offset(pgno),
-                )
-                .map(|filled| {
-                    image[filled..].fill(0);
-                }),
+                ),
             };
             read.map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
             if ltx::page_checksum(pgno, &image) != change.sums.get(pgno) {

@@ -121,7 +121,7 @@ impl Recovery<'_> {
         let path = self.dir.database();
         let len = file.metadata().map_err(io_error("stat database", &path))?.len();
         let mut bytes = vec![0; len.min(HEADER_SIZE as u64) as usize];
-        checksum::read_zero_extended("read:found", file, &mut bytes, 0)
+        os::read_zero_extended("read:found", file, &mut bytes, 0)
             .map_err(io_error("read database", &path))?;
         Ok(DatabaseHeader::parse(&bytes))
     }

@@ -11,7 +11,6 @@ use ltx::{Checksum, Compression, Decoder, Encoder, Header, NodeId, PageSize, Pgn
 use super::chain::LtxFile;
 use super::log::{Latest, Log};
 use super::{Error, io_error};
-use crate::engine::checksum::read_zero_extended;
 use crate::engine::layout::DbDir;
 use crate::engine::unsynced;
 use crate::os;
@@ -64,7 +63,7 @@ impl Sources<'_> {
                 log.read_frame(frame, page).map_err(io_error("read wal", self.wal_path))
             }
             (Source::Database, _, Some(file)) => {
-                read_zero_extended("read:repair", file, page, self.page_size.offset(pgno))
+                os::read_zero_extended("read:repair", file, page, self.page_size.offset(pgno))
                     .map_err(io_error("read database", self.database_path))
             }
             _ => {

@@ -12,7 +12,7 @@ use ltx::{PageSize, Pgno};
 
 use super::chain::{End, Reach};
 use super::{Error, Found, Recovered, Recovery, io_error, repair};
-use crate::engine::checksum::read_zero_extended;
+use crate::os;
 use crate::sqlite::freelist;
 
 impl Recovery<'_> {
@@ -61,12 +61,12 @@ impl Recovery<'_> {
 /// The leaves of the freelist.
 fn free_leaves(database: &File, page_size: PageSize, pages: u32) -> io::Result<HashSet<Pgno>> {
     let mut page = vec![0; page_size.bytes()];
-    read_zero_extended("read:rolled-back", database, &mut page, 0)?;
+    os::read_zero_extended("read:rolled-back", database, &mut page, 0)?;
     let (mut trunks, mut leaves) = (HashSet::new(), HashSet::new());
     let mut next = freelist::first_trunk(&page);
     // A list that leaves the database, or comes to a page again, is damaged from there on.
     while let Some(trunk) = next.filter(|trunk| trunk.0 <= pages && trunks.insert(*trunk)) {
-        read_zero_extended("read:rolled-back", database, &mut page, page_size.offset(trunk))?;
+        os::read_zero_extended("read:rolled-back", database, &mut page, page_size.offset(trunk))?;
         let (following, of_trunk) = freelist::trunk(&page);
         leaves.extend(of_trunk);
         next = following;

@@ -571,8 +571,6 @@ impl Db {
             let start = Instant::now();
             match self.apply_batch(&batch) {
                 Err(error) => self.apply_failed(&error),
-                // Something was tried again that has to do with no file.
-                Ok(()) if batch.is_empty() && self.is_lost() => {}
                 Ok(()) => {
                     if !batch.is_empty() {
                         self.counters.apply.note_since(start);
@@ -589,9 +587,12 @@ impl Db {
     /// [`Db::capture_wal`] asks for another try where that may help, and who writes just now captures it all at the end.
     fn captures_again(&self) -> bool {
         let _turn = self.turn();
-        // A lent database was captured before; what was lost has been replaced.
-        let is_captured = self.is_followed() || self.is_lent() || self.is_lost();
-        if is_captured || !self.has_failed() {
+        if self.is_lost() {
+            // What takes its place mends it.
+            return true;
+        }
+        // A lent database was captured before.
+        if self.is_followed() || self.is_lent() || !self.has_failed() {
             self.mend();
             return true;
         }
@@ -666,9 +667,16 @@ impl Db {
             self.follow(&mut turn, limits::LOCK_WAIT)?;
         }
         let pos = self.pos();
-        if first.header.max_txid <= pos.txid && first.pos() == pos {
-            // One that a restart had applied already.
-            return Ok(1);
+        // A snapshot is applied all the same: it was asked for because the files are not the position.
+        if !first.header.is_snapshot() {
+            if first.pos() == pos {
+                // One that a restart had applied already.
+                return Ok(1);
+            }
+            if self.is_lost() {
+                let what = "it is lost, and only a snapshot mends it";
+                return Err(Error::Diverged { db: self.name.clone(), pos, what });
+            }
         }
         self.apply_as_fits(&mut turn, batch, limits::LOCK_WAIT)
     }

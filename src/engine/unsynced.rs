@@ -14,6 +14,11 @@ use std::path::Path;
 
 use crate::{limits, os};
 
+/// Makes `database` durable, or marks it.
+pub fn sync(label: &str, database: &File) -> io::Result<()> {
+    os::sync(label, database).inspect_err(|_| mark(database))
+}
+
 /// Marks `database`, whose sync failed.
 pub fn mark(database: &File) {
     // What else there is to say is what the sync said.

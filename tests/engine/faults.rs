@@ -1,7 +1,7 @@
 //! What must not get lost when a step fails or the process ends there.
 
 use std::fs;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,14 +13,14 @@ use litefs::engine::files::FileKind;
 use litefs::engine::locks::LockKind;
 use litefs::os::fault::{self, Call, Fault, Verdict, Watch};
 use litefs::sqlite::lock_byte::{Lock, LockSet};
-use litefs::sqlite::wal::{self, ByteOrder, Frame, Salts, WalCursor, WalHeader};
-use litefs::sqlite::wal_index::IndexHeader;
+use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno, Txid};
 
 use crate::support::local::copy;
 use crate::support::no_cache::NoCache;
 use crate::support::wait;
 
+use super::mapped::Mapped;
 use super::replica::Refusing;
 use super::{
     PAGE, VIA, asked, begin, commit, contents, database, fence, file, image, lock, open, primary,
@@ -239,55 +239,6 @@ fn a_commit_that_could_not_be_captured_once_is_captured_without_another_client()
     engine.close().unwrap();
 }
 
-/// A log of commits to page 1 that an application writes past the engine, and its wal-index.
-struct Mapped<'a> {
-    db: &'a Db,
-    /// Frame 0, then one after each frame.
-    cursors: Vec<WalCursor>,
-}
-
-impl Mapped<'_> {
-    fn new(db: &Db) -> Mapped<'_> {
-        let (order, salts, page_size) =
-            (ByteOrder::NATIVE, Salts(1, 2), PageSize::new(PAGE as u32).unwrap());
-        let header = WalHeader { order, page_size, sequence: 0, salts };
-        file(db, FileKind::Wal).file.write_all_at(&header.encode(), 0).unwrap();
-        file(db, FileKind::Shm);
-        Mapped { db, cursors: vec![WalCursor::start(&header)] }
-    }
-
-    /// Writes the `len` first bytes of frame `frame`.
-    fn write(&mut self, frame: usize, page: &[u8], len: usize) {
-        self.cursors.truncate(frame);
-        let (mut cursor, mut bytes) = (self.cursors[frame - 1], Vec::new());
-        let (offset, commit) = (cursor.offset(), Some(self.db.page_count()));
-        cursor.encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
-        file(self.db, FileKind::Wal).file.write_all_at(&bytes[..len], offset).unwrap();
-        self.cursors.push(cursor);
-    }
-
-    /// What clients take for committed.
-    fn index(&self, mx_frame: usize) {
-        let cursor = &self.cursors[mx_frame];
-        let header = IndexHeader {
-            change: 1,
-            order: ByteOrder::NATIVE,
-            page_size: cursor.page_size(),
-            mx_frame: cursor.frame(),
-            pages: self.db.page_count(),
-            frame_checksum: cursor.checksum(),
-            salts: cursor.salts(),
-        };
-        file(self.db, FileKind::Shm).file.write_all_at(&header.encode().repeat(2), 0).unwrap();
-    }
-
-    /// Takes the right to write and gives it up.
-    fn write_lock(&self) {
-        lock(self.db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();
-        unlock_all(self.db);
-    }
-}
-
 /// When every page is compared after a failure, what stands in the log behind the last commit of the
 /// wal-index is no commit: neither the one of an application that died before it said so there, nor half of
 /// a copy of the last frame, with which SQLite fills a sector.
@@ -300,24 +251,23 @@ fn a_comparison_of_all_pages_ends_where_the_wal_index_does() {
         let (db, page) = fence::wal_database(&engine);
         let other = |byte| [&page[..PAGE - 1], &[byte]].concat();
         let mut log = Mapped::new(&db);
-        let frame = wal::frame_size(PageSize::new(PAGE as u32).unwrap());
-        log.write(1, &page, frame);
+        log.write(1, &page, fence::FRAME);
         log.index(1);
         log.write_lock();
-        log.write(2, &other(1), frame);
+        log.write(2, &other(1), fence::FRAME);
         log.index(2);
         let committed = fence::files(dir.path());
         let watching = fault::watch(dir.path(), Arc::new(Refusing("read:wal")));
         log.write_lock();
         assert!(matches!(db.state(), DbState::Failed(_)));
         match torn {
-            true => log.write(3, &other(1), frame / 2),
-            false => log.write(3, &other(2), frame),
+            true => log.write(3, &other(1), fence::FRAME / 2),
+            false => log.write(3, &other(2), fence::FRAME),
         }
         drop(watching);
         wait::until_true("the commit", || db.state() == DbState::Ready);
         assert_eq!((db.pos().txid, db.pos().checksum), (Txid(3), committed));
-        log.write(3, &other(3), frame);
+        log.write(3, &other(3), fence::FRAME);
         log.index(3);
         log.write_lock();
         assert_eq!((db.pos().txid, db.pos().checksum), (Txid(4), fence::files(dir.path())));
@@ -424,6 +374,27 @@ fn no_ltx_file_goes_after_a_sync_that_failed_until_the_file_is_written_again() {
     assert_eq!(db.chain().stats().count, 2);
     engine.close().unwrap();
     check_written_again(dir.path());
+}
+
+/// The last sync of a node that ends, of a database with a journal and of one with a log.
+#[test]
+fn a_sync_that_failed_at_the_end_is_made_up_for_by_the_next_start() {
+    for label in ["close:database", "checkpoint:database"] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        if label == "checkpoint:database" {
+            let (db, page) = fence::wal_database(&engine);
+            fence::begin_wal(&db, &page);
+            unlock_all(&db);
+        } else {
+            commit(&database(&engine, "db"), &image(9));
+        }
+        let watching = fault::watch(dir.path(), Unsynced::new(label));
+        engine.close().unwrap_err();
+        drop(watching);
+        drop(engine);
+        check_written_again(dir.path());
+    }
 }
 
 #[test]

@@ -132,6 +132,9 @@ fn a_commit_whose_lease_runs_out_on_its_way_is_refused_whole_or_counts() {
     }
 }
 
+/// Bytes of a frame in these tests.
+pub(super) const FRAME: usize = wal::FRAME_HEADER_SIZE + PAGE;
+
 /// One transaction in a WAL that makes page 1 `page`, up to the release of its locks.
 pub(super) fn begin_wal(db: &Db, page: &[u8]) {
     lock(db, LockSet::one(Lock::Write), LockKind::Exclusive).unwrap();

@@ -22,12 +22,16 @@ mod fence;
 mod faults;
 // What a primary does with what comes from the holder of a HALT lock.
 mod lent;
+// A log that an application writes past the engine.
+mod mapped;
 // Who asks without waiting while the engine itself is in the way.
 mod patience;
 // What a node does with what comes from its primary.
 mod replica;
 // Applications that die, and programs that remove files.
 mod strangers;
+// What follows on something that did not get to its end.
+mod unfinished;
 
 /// Bytes of a page in these tests.
 const PAGE: usize = 4096;

@@ -86,7 +86,13 @@ impl Db {
         let mut applied = 0;
         for received in batch {
             match self.apply_locked(locks, change, received, stale) {
-                Ok(()) => applied += 1,
+                Ok(()) => {
+                    applied += 1;
+                    if received.header.is_snapshot() {
+                        // Nothing is left of what was lost.
+                        self.mend();
+                    }
+                }
                 // It comes again as the first one, unless it is applied and found wrong.
                 Err(_) if applied > 0 && change.pos != received.pos() => break,
                 Err(error) => return Err(error),
@@ -236,7 +242,7 @@ impl Db {
         if self.is_lent() {
             return Ok(Replaced::Remove);
         }
-        let keeps = change.pos.txid >= txid
+        let keeps = (change.pos.txid >= txid && change.pos != received.pos())
             || self.is_lost()
             || self.is_contradicted()
             || (!change.pos.is_zero() && !self.shared.is_same_line())
@@ -378,8 +384,7 @@ impl Db {
     fn sync_pages(&self, header: &Header) -> Result<()> {
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
         let path = self.files.path(FileKind::Database);
-        os::sync("apply:database", &database.file)
-            .inspect_err(|_| unsynced::mark(&database.file))
+        unsynced::sync("apply:database", &database.file)
             .map_err(Error::io("sync database", &path))?;
         if header.is_snapshot() {
             unsynced::unmark(&database.file).map_err(Error::io("unmark database", &path))?;

@@ -13,6 +13,7 @@
 //! cache, which can take as long as a read that a FUSE worker serves: it is made with the turn alone,
 //! for which no worker waits.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -23,7 +24,7 @@ use super::exclusive::Stale;
 use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
 use super::{Received, Turn, random_u32};
 use crate::engine::capture::Change;
-use crate::engine::db::{Db, Guard};
+use crate::engine::db::{Db, Guard, View};
 use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::locks::{LockKind, Owner};
@@ -253,6 +254,7 @@ impl Db {
         batch: &[Arc<Received>],
     ) -> Result<usize> {
         let follower = turn.follower.as_mut().expect("only a followed database fits");
+        let before = change.view();
         let mut applied = Vec::new();
         let mut failure = None;
         for received in batch {
@@ -266,13 +268,11 @@ impl Db {
         }
         let cache = FollowerCache::new(self, &follower.files);
         if let Err(source) = follower.writer.publish(&mut ApplierLocks(self), &cache) {
-            // The checksums have moved on already; a snapshot sets everything right again.
-            let error = self.wal_error("publish wal frames", source);
             let taken_back = follower.writer.rollback_unpublished();
+            let went_back = self.go_back(change, &before, &follower.writer, &applied);
+            went_back.inspect_err(|error| self.fail_for_good(error))?;
             taken_back.map_err(|source| self.wal_error("take back wal frames", source))?;
-            tracing::error!(db = %self.name, error = chain_text(&error), "apply transaction");
-            let what = "the wal-index could not be written";
-            return Err(Error::Diverged { db: self.name.clone(), pos: change.pos, what });
+            return Err(self.wal_error("publish wal frames", source));
         }
         change.wal.resume(follower.writer.cursor());
         for (transaction, received) in &applied {
@@ -289,6 +289,37 @@ impl Db {
         }
         self.verify_if_strict(change)?;
         Ok(applied.len())
+    }
+
+    /// Makes `change` again what it was `before` the transactions `applied`, whose frames were taken back.
+    fn go_back(
+        &self,
+        change: &mut Change,
+        before: &View,
+        writer: &WalWriter,
+        applied: &[(Arc<Transaction>, &Arc<Received>)],
+    ) -> Result<()> {
+        let written = applied.iter().flat_map(|(transaction, _)| &transaction.pages);
+        let mut pages: BTreeSet<Pgno> = written.map(|page| page.pgno).collect();
+        let least = applied.iter().map(|(transaction, _)| transaction.commit).min();
+        pages.extend((least.unwrap_or(before.pages) + 1..=before.pages).map(Pgno));
+        change.sums.truncate(before.pages);
+        if let Some(page_size) = before.page_size {
+            let mut image = vec![0; page_size.bytes()];
+            let there = |pgno: &Pgno| pgno.0 <= before.pages && *pgno != page_size.lock_pgno();
+            for pgno in pages.into_iter().filter(there) {
+                let read = writer.read_page(pgno, &mut image);
+                read.map_err(|source| self.wal_error("read wal", source))?;
+                change.sums.set(pgno, ltx::page_checksum(pgno, &image));
+            }
+        }
+        change.pos = before.pos;
+        change.page_size = before.page_size;
+        change.timestamp_ms = before.timestamp_ms;
+        match change.sums.rolling() == before.pos.checksum {
+            true => Ok(()),
+            false => Err(self.corrupt("take back wal frames", "the pages are not those of before")),
+        }
     }
 
     /// Appends one transaction; nobody sees it yet.

@@ -15,6 +15,7 @@ use crate::engine::capture::Change;
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
+use crate::engine::unsynced;
 use crate::os;
 use crate::sqlite::wal::{ByteOrder, Salts, WalChecksum, WalHeader};
 use crate::sqlite::wal_index::{
@@ -157,7 +158,7 @@ impl Db {
                 .map_err(Error::io("write database", &path))?;
         }
         os::truncate("checkpoint:database", &database.file, page_size.offset(Pgno(map.commit + 1)))
-            .and_then(|()| os::sync("checkpoint:database", &database.file))
+            .and_then(|()| unsynced::sync("checkpoint:database", &database.file))
             .map_err(Error::io("sync database", &path))
     }
 }

@@ -10,18 +10,37 @@ use std::time::Duration;
 use super::Turn;
 use super::exclusive::Stale;
 use crate::engine::capture::Change;
+use crate::engine::capture::journal::JournalState;
 use crate::engine::db::{Db, Refusal};
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::layout::DataDir;
+use crate::engine::unsynced;
 use crate::os;
 use crate::sqlite::journal::{JournalReader, super_journal};
 
 impl Db {
     /// Whether a client left a journal behind that the next one would play back.
     pub(in crate::engine) fn has_hot_journal(&self) -> bool {
-        let active = self.change.lock().unwrap().journal.active;
-        active && !self.has_writer() && !self.is_lost()
+        let mut change = self.change.lock().unwrap();
+        self.forget_cold_journal(&mut change);
+        change.journal.active && !self.has_writer() && !self.is_lost()
+    }
+
+    /// A journal whose writer died before it synced it begins with a zero and is none for SQLite (pager.c,
+    /// `hasHotJournal`), which then ends it with its next one, or never. Nothing was written under it.
+    pub(in crate::engine) fn forget_cold_journal(&self, change: &mut Change) {
+        if !change.journal.active || !change.journal.dirty.is_empty() || self.is_reserved() {
+            return;
+        }
+        let mut first = [0];
+        let read = self
+            .files
+            .get(FileKind::Journal)
+            .map_or(Ok(0), |journal| os::read_up_to("read:journal", &journal.file, &mut first, 0));
+        if read.is_ok() && first == [0] {
+            change.journal = JournalState::default();
+        }
     }
 
     /// Ends a hot journal, waiting for readers `limit` long for each step.
@@ -84,7 +103,7 @@ impl Db {
         }
         let len = u64::from(header.database_pages) * u64::from(header.page_size.get());
         os::truncate("rollback:database", database, len)
-            .and_then(|()| os::sync("rollback:database", database))
+            .and_then(|()| unsynced::sync("rollback:database", database))
             .map_err(write())
     }
 

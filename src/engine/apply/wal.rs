@@ -643,9 +643,8 @@ impl WalWriter {
             let len = u64::from(self.published.pages) * u64::from(self.page_size.get());
             os::truncate("apply:database", &self.files.database, len)
                 .map_err(io_error("truncate database"))?;
-            os::sync("apply:database", &self.files.database)
-                // What is not copied again may be among what was to be written.
-                .inspect_err(|_| unsynced::mark(&self.files.database))
+            // What is not copied again may be among what was to be written.
+            unsynced::sync("apply:database", &self.files.database)
                 .map_err(io_error("sync database"))?;
         }
         cache.size_changed();

@@ -385,6 +385,7 @@ impl Db {
         }
         self.refuse_lost()?;
         let mut change = self.change.lock().unwrap();
+        self.forget_cold_journal(&mut change);
         if change.journal.active {
             // On a node that is no primary any more, to roll back what began before.
             change.mark_dirty(offset, data.len());
@@ -412,7 +413,8 @@ impl Db {
         if current {
             self.refuse_lost()?;
         }
-        let change = self.change.lock().unwrap();
+        let mut change = self.change.lock().unwrap();
+        self.forget_cold_journal(&mut change);
         if current && !self.may_write() && !change.journal.active {
             return Err(Refusal::ReadOnly);
         }

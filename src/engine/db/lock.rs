@@ -303,6 +303,12 @@ impl Db {
         if request.kind != LockKind::Exclusive {
             return Ok(());
         }
+        if request.set.contains(Lock::Reserved)
+            && let Ok(mut change) = self.change.try_lock()
+        {
+            // The new writer may have no journal at all.
+            self.forget_cold_journal(&mut change);
+        }
         if !self.may_write() {
             let journal = request.set.contains(Lock::Reserved);
             if self.is_lent() && (journal || request.set.contains(Lock::Write)) {
@@ -436,6 +442,12 @@ impl Db {
         let locks = self.locks.lock().unwrap();
         let exclusive = Some(LockKind::Exclusive);
         locks.held(Lock::Reserved) == exclusive || locks.held(Lock::Shared) == exclusive
+    }
+
+    /// Whether a client has begun a transaction with a journal.
+    pub(in crate::engine) fn is_reserved(&self) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Reserved);
+        matches!(holder, Some((Owner::Client(_), _)))
     }
 
     /// Whether a client holds EXCLUSIVE on the database file.

@@ -144,7 +144,7 @@ impl Db {
         };
         // What is applied to a rollback-mode database is not synced; after a power loss nothing would
         // tell that the pages are older than their checksums.
-        os::sync("close:database", &database.file)
+        unsynced::sync("close:database", &database.file)
             .map_err(Error::io("sync database", &self.files.path(FileKind::Database)))?;
         let saved = Saved { page_size, pos: change.pos, sums: std::mem::take(&mut change.sums) };
         let path = self.dir.checksums();

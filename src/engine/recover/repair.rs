@@ -225,8 +225,7 @@ pub(super) fn finish_database(
 
 /// Makes the database file durable.
 pub(super) fn sync_database(database: &File, sources: &Sources<'_>) -> Result<(), Error> {
-    os::sync("recover:database", database)
-        .inspect_err(|_| unsynced::mark(database))
+    unsynced::sync("recover:database", database)
         .map_err(io_error("sync database", sources.database_path))
 }
 
@@ -253,7 +252,7 @@ pub(super) fn roll_back(
     }
     let len = u64::from(header.database_pages) * u64::from(header.page_size.get());
     os::truncate("recover:journal", &database, len)
-        .and_then(|()| os::sync("recover:journal", &database))
+        .and_then(|()| unsynced::sync("recover:journal", &database))
         .map_err(io_error("set length of database", &path))
 }
 

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 /// Longest database name taken from a peer, in bytes: a file name on Linux cannot be longer.
 pub const PEER_NAME_BYTES_MAX: usize = 255;
+/// Most pages by which an LTX file lets the database grow without holding them: SQLite writes no page that it took and
+/// gave back within a transaction. Each costs 8 bytes of memory.
+pub const UNSENT_PAGES_MAX: usize = 1 << 20;
 /// Longest lease id taken from a peer, in bytes: Consul's are 36; leaves room for other leasers.
 pub const LEASE_ID_BYTES_MAX: usize = 256;
 /// Most entries of a position map: far above what one mount can hold open, and 18 MB at the most.

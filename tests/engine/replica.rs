@@ -337,6 +337,23 @@ fn leading_elsewhere(pos: Pos) -> Vec<u8> {
     encoder.finish(Checksum::flagged(1)).unwrap().0
 }
 
+/// Each page costs memory, which a peer must not reserve with a number.
+#[test]
+fn a_transaction_that_claims_pages_which_it_does_not_have_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, db, pos) = two_transactions(dir.path());
+    let next = db.page_count() + 1;
+    let (right, post) = ltx_file(3, pos.checksum, next, &[vec![5; PAGE]]);
+    let header = *ltx::Decoder::new(&right[..]).unwrap().header();
+    let commit = u32::MAX;
+    let mut encoder = Encoder::new(Vec::new(), Header { commit, ..header }).unwrap();
+    encoder.page(Pgno(next), &[5; PAGE]).unwrap();
+    receive(&engine, "db", &encoder.finish(post).unwrap().0).unwrap();
+    wait::until_true("nothing but a snapshot to help", || db.received_pos().is_zero());
+    assert_eq!(db.page_count(), next - 1);
+    engine.close().unwrap();
+}
+
 /// What was set aside leads to `pos`, and the chain is the snapshot.
 #[track_caller]
 fn check_kept(dir: &Path, pos: Pos) {

@@ -191,6 +191,11 @@ impl Db {
                 return Err(diverged("the transaction has another page size"));
             }
         }
+        let known = if header.is_snapshot() { 0 } else { change.pages() };
+        let grown = header.commit.saturating_sub(known) as usize;
+        if grown.saturating_sub(received.sums.len()) > limits::UNSENT_PAGES_MAX {
+            return Err(diverged("the transaction lacks pages by which the database grows"));
+        }
         if received.foretell(change) != post {
             return Err(diverged("the transaction does not lead to its checksum"));
         }

@@ -553,11 +553,14 @@ impl Db {
     /// Whether it works and all is applied that led to `target` when that was received. Of a snapshot that still
     /// waits the number says nothing, for that may be below the present one.
     pub fn has_applied(&self, target: Pos) -> bool {
+        let is_there = self.pos().txid >= target.txid && self.state() == DbState::Ready;
+        is_there && !self.awaits_snapshot()
+    }
+
+    /// Whether a snapshot is to come, or is queued and not applied yet.
+    pub(super) fn awaits_snapshot(&self) -> bool {
         let state = self.inbox.state.lock().unwrap();
-        let is_snapshot = |received: &Arc<Received>| received.header.is_snapshot();
-        let waits = state.needs_snapshot || state.queue.iter().any(is_snapshot);
-        drop(state);
-        !waits && self.pos().txid >= target.txid && self.state() == DbState::Ready
+        state.needs_snapshot || state.queue.iter().any(|received| received.header.is_snapshot())
     }
 
     /// How many received LTX files wait to be applied.

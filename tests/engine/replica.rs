@@ -29,12 +29,17 @@ use crate::support::wait;
 
 /// The LTX file of transaction `txid` on a database with the pages before `first`, whose checksum is
 /// `pre`: `pages` from there on.
-fn ltx_file(txid: u64, pre: Checksum, first: u32, pages: &[Vec<u8>]) -> (Vec<u8>, Checksum) {
+pub(super) fn ltx_file(
+    txid: u64,
+    pre: Checksum,
+    first: u32,
+    pages: &[Vec<u8>],
+) -> (Vec<u8>, Checksum) {
     ltx_range([txid, txid], pre, first, pages)
 }
 
 /// As [`ltx_file`], of the transactions from one to another.
-fn ltx_range(
+pub(super) fn ltx_range(
     [min, max]: [u64; 2],
     pre: Checksum,
     first: u32,
@@ -63,7 +68,7 @@ fn ltx_range(
 }
 
 /// An engine on `dir` that follows somebody, with clients whose pages of the WAL it shares.
-fn replica(dir: &Path, cache: Arc<dyn PageCache>) -> Arc<Engine> {
+pub(super) fn replica(dir: &Path, cache: Arc<dyn PageCache>) -> Arc<Engine> {
     let engine = primary(dir);
     engine.mounted(cache, true);
     let primary_info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
@@ -72,14 +77,14 @@ fn replica(dir: &Path, cache: Arc<dyn PageCache>) -> Arc<Engine> {
 }
 
 /// Hands an LTX file over as it comes off the wire.
-fn receive(engine: &Engine, name: &str, bytes: &[u8]) -> Result<Pos, Error> {
+pub(super) fn receive(engine: &Engine, name: &str, bytes: &[u8]) -> Result<Pos, Error> {
     let mut receiver = engine.receive(&DbName::new(name).unwrap()).unwrap();
     receiver.write_all(bytes).unwrap();
     receiver.finish()
 }
 
 /// The snapshot of a database of `rows` rows in WAL mode, its pages and its checksum.
-fn snapshot(rows: u32) -> (Vec<u8>, Vec<Vec<u8>>, Checksum) {
+pub(super) fn snapshot(rows: u32) -> (Vec<u8>, Vec<Vec<u8>>, Checksum) {
     let mut content = image(rows);
     content[18..20].fill(2); // WAL mode.
     let pages: Vec<Vec<u8>> = content.chunks(PAGE).map(<[u8]>::to_vec).collect();
@@ -301,7 +306,7 @@ fn a_snapshot_over_a_former_primary_keeps_its_whole_state() {
 }
 
 /// A replica with two transactions of its primary, and where that is then.
-fn two_transactions(dir: &Path) -> (Arc<Engine>, Arc<Db>, Pos) {
+pub(super) fn two_transactions(dir: &Path) -> (Arc<Engine>, Arc<Db>, Pos) {
     let engine = replica(dir, Arc::new(NoCache));
     // All of it is the primary's: a snapshot of that takes nothing away.
     engine.shared().set_same_line(true);
@@ -315,7 +320,7 @@ fn two_transactions(dir: &Path) -> (Arc<Engine>, Arc<Db>, Pos) {
 }
 
 /// Of another history, up to transaction 9, with `pages` pages.
-fn other_history(pages: usize) -> Vec<u8> {
+pub(super) fn other_history(pages: usize) -> Vec<u8> {
     let (_, first, _) = snapshot(5);
     let mut all = vec![vec![9; PAGE]; pages];
     all[0].clone_from(&first[0]);

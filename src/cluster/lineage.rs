@@ -37,45 +37,84 @@ impl Source {
     }
 }
 
+/// A connection to a primary.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Connection {
+    source: Source,
+    number: u64,
+}
+
 /// What one node has of others.
 #[derive(Debug)]
 pub(super) struct Lineage {
     memory: Arc<Memory>,
-    /// The last process of which this process had everything.
-    process: Mutex<Option<NodeId>>,
+    line: Mutex<Line>,
+    /// Held by who writes a term, so that the word of an earlier connection is never the last one.
+    in_order: Mutex<()>,
     /// Databases that the last primary did not have: they say nothing about how far a node is.
     foreign: Mutex<BTreeSet<String>>,
 }
 
+#[derive(Debug, Default)]
+struct Line {
+    /// The number of the present connection.
+    connection: u64,
+    /// The last process of which this process had everything.
+    process: Option<NodeId>,
+}
+
 impl Lineage {
     pub(super) fn new(memory: Arc<Memory>) -> Lineage {
-        Lineage { memory, process: Mutex::default(), foreign: Mutex::default() }
+        let (line, in_order, foreign) = Default::default();
+        Lineage { memory, line, in_order, foreign }
+    }
+
+    /// A connection to `source` begins, and counts from now on instead of all before.
+    pub(super) fn connect(&self, source: Source) -> Connection {
+        let mut line = self.line.lock().unwrap();
+        line.connection += 1;
+        // The same process may be primary again later, when something of another is here.
+        line.process = line.process.filter(|process| source == Source::Process(*process));
+        Connection { source, number: line.connection }
+    }
+
+    /// Whether no other connection has begun since.
+    pub(super) fn is_present(&self, connection: Connection) -> bool {
+        self.line.lock().unwrap().connection == connection.number
     }
 
     /// Whether everything here is known to come from `source`.
     pub(super) fn is(&self, source: Source) -> bool {
         match source {
             Source::Term(term) => self.memory.term() == term,
-            Source::Process(id) => *self.process.lock().unwrap() == Some(id),
+            Source::Process(id) => self.line.lock().unwrap().process == Some(id),
             Source::Unknown => false,
         }
     }
 
-    /// Everything that `source` had is here; blocking.
-    pub(super) fn reached(&self, source: Source) {
-        let process = match source {
-            Source::Process(id) => Some(id),
-            Source::Term(_) | Source::Unknown => None,
-        };
-        *self.process.lock().unwrap() = process;
-        if let Source::Term(term) = source {
+    /// Everything that the primary had is here, unless another connection has begun since; blocking.
+    pub(super) fn reached(&self, connection: Connection) {
+        let _in_order = self.in_order.lock().unwrap();
+        {
+            let mut line = self.line.lock().unwrap();
+            if line.connection != connection.number {
+                return;
+            }
+            line.process = match connection.source {
+                Source::Process(id) => Some(id),
+                Source::Term(_) | Source::Unknown => None,
+            };
+        }
+        if let Source::Term(term) = connection.source {
             self.remember(term);
         }
     }
 
     /// This node begins the primaryship `term`, and all its databases count; blocking.
     pub(super) fn begin(&self, term: u64) {
+        let _in_order = self.in_order.lock().unwrap();
         self.foreign.lock().unwrap().clear();
+        self.connect(Source::Term(term));
         self.remember(term);
     }
 
@@ -94,6 +133,11 @@ impl Lineage {
     /// The primary has this database.
     pub(super) fn set_known(&self, name: &str) {
         self.foreign.lock().unwrap().remove(name);
+    }
+
+    /// Whether the primary does not have this database.
+    pub(super) fn is_foreign(&self, name: &str) -> bool {
+        self.foreign.lock().unwrap().contains(name)
     }
 
     /// How far the node is.
@@ -132,10 +176,41 @@ mod tests {
         let sources = [Source::Term(3), Source::Process(NodeId(1)), Source::Unknown];
         for source in sources {
             assert!(!lineage.is(source));
-            lineage.reached(source);
+            let connection = lineage.connect(source);
+            assert!(!lineage.is(source));
+            lineage.reached(connection);
             assert_eq!(lineage.is(source), source != Source::Unknown);
         }
         assert!(!lineage.is(Source::Process(NodeId(1))), "something else came since");
         assert_eq!(memory.term(), 3);
+    }
+
+    #[test]
+    fn a_connection_says_nothing_after_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = Arc::new(Memory::load(&DataDir::new(dir.path())));
+        let lineage = Lineage::new(memory.clone());
+        let before = lineage.connect(Source::Term(3));
+        let present = lineage.connect(Source::Term(4));
+        lineage.reached(present);
+        lineage.reached(before);
+        assert_eq!((lineage.is_present(before), memory.term()), (false, 4));
+        lineage.begin(5);
+        lineage.reached(present);
+        assert_eq!((lineage.is_present(present), memory.term()), (false, 5));
+    }
+
+    #[test]
+    fn a_process_that_comes_again_after_another_is_not_the_same_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let lineage = Lineage::new(Arc::new(Memory::load(&DataDir::new(dir.path()))));
+        let [first, second] = [1, 2].map(|id| Source::Process(NodeId(id)));
+        lineage.reached(lineage.connect(first));
+        lineage.connect(first);
+        assert!(lineage.is(first), "nothing else came since");
+        // Something of it may be here, if not all.
+        lineage.connect(second);
+        lineage.connect(first);
+        assert!(!lineage.is(first));
     }
 }

@@ -17,19 +17,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ltx::{HEADER_SIZE, Header, Pos};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::spawn_blocking;
-use tokio::time::{sleep, timeout};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::sleep;
 
-use super::lineage::{Lineage, Source};
+use super::lineage::{Connection, Lineage, Source};
 use super::lookout::View;
 use super::peers::Identity;
-use crate::engine::{self, ClusterId, DbName, DbState, Engine, PrimaryInfo, chain_text};
+use crate::engine::{self, ClusterId, DbName, Engine, PrimaryInfo, chain_text};
 use crate::http::client::{self, Client, Stream, StreamRequest};
 use crate::http::frame::{Event, Frame};
 use crate::http::proxy::Link;
 use crate::http::security::Security;
 use crate::http::{Stop, stopped};
 use crate::limits;
+
+mod reached;
+
+use reached::Awaited;
+pub(super) use reached::wait_applied;
 
 /// Why following ended before its time.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +159,7 @@ impl Replica<'_> {
         };
         self.progress.connected.store(true, Ordering::Relaxed);
         let source = Source::of(&stream);
+        let connection = self.lineage.connect(source);
         // A static primary is always the same node.
         self.engine.shared().set_same_line(view.is_static() || self.lineage.is(source));
         let open = Open::new(self.link, &stream);
@@ -167,7 +173,8 @@ impl Replica<'_> {
             abandoned: abandoned.clone(),
             ready: self.ready.clone(),
             lineage: self.lineage.clone(),
-            source,
+            connection,
+            databases: self.databases.to_vec(),
             progress: self.progress.clone(),
             current: Current::Nothing,
             is_ready: false,
@@ -283,8 +290,9 @@ struct Worker {
     abandoned: Arc<AtomicBool>,
     ready: watch::Sender<bool>,
     lineage: Arc<Lineage>,
-    /// Whose stream it is.
-    source: Source,
+    connection: Connection,
+    /// The only databases wanted; empty for all.
+    databases: Vec<String>,
     progress: Progress,
     current: Current,
     /// The ready frame has come.
@@ -427,17 +435,25 @@ impl Worker {
         Ok(())
     }
 
-    /// Announces that the node is ready, as soon as all that was received is applied.
-    fn announce_ready(&self) {
-        let (engine, ready) = (self.engine.clone(), self.ready.clone());
-        let (lineage, source) = (self.lineage.clone(), self.source);
-        let targets = engine.positions();
-        tokio::spawn(async move {
-            wait_applied(&engine, targets).await;
-            // Blocks for one small file.
-            let _ = spawn_blocking(move || lineage.reached(source)).await;
-            ready.send_replace(true);
-        });
+    /// Announces that the node is ready, and that this primaryship is reached, as soon as they are.
+    fn announce_ready(&self) -> JoinHandle<()> {
+        let mut targets = self.engine.positions();
+        targets.retain(|(name, _)| self.is_of_primary(name.as_str()));
+        let awaited = Awaited {
+            engine: self.engine.clone(),
+            lineage: self.lineage.clone(),
+            connection: self.connection,
+            targets,
+            has_failed: self.failing.subscribe(),
+            ready: self.ready.clone(),
+        };
+        tokio::spawn(awaited.announce())
+    }
+
+    /// Whether the primary has this database, and sends it.
+    fn is_of_primary(&self, name: &str) -> bool {
+        let is_wanted = self.databases.is_empty() || self.databases.iter().any(|db| db == name);
+        is_wanted && !self.lineage.is_foreign(name)
     }
 }
 
@@ -446,21 +462,5 @@ fn is_from_peer(error: &engine::Error) -> bool {
     matches!(error, Error::Ltx { .. } | Error::PositionMismatch { .. } | Error::Diverged { .. })
 }
 
-/// Waits until each database stands at its target or has failed.
-pub(super) async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
-    let applied = Arc::new(Notify::new());
-    let wake = applied.clone();
-    let subscription = engine.subscribe(Box::new(move || wake.notify_one()));
-    loop {
-        targets.retain(|(name, target)| match engine.database(name.as_str()) {
-            Some(db) => db.pos().txid < target.txid && db.state() == DbState::Ready,
-            None => false,
-        });
-        if targets.is_empty() {
-            return;
-        }
-        // A failure wakes nobody, so it is looked for once a second.
-        let _ = timeout(limits::HEARTBEAT_PERIOD, applied.notified()).await;
-        subscription.take();
-    }
-}
+#[cfg(test)]
+mod tests;

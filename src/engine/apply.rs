@@ -19,7 +19,7 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 
 use super::capture::Change;
 use super::capture::wal::Captured;
-use super::db::Db;
+use super::db::{Db, DbState};
 use super::error::{Error, Result, chain_text};
 use super::halt::HaltId;
 use super::locks::{LockKind, Owner};
@@ -548,6 +548,19 @@ impl Db {
             return Ok(());
         }
         Err(Error::PositionMismatch { db: self.name.clone(), have, need })
+    }
+
+    /// Whether it works and all is applied that led to `target` when that was received. Of a snapshot that still
+    /// waits the number says nothing, for that may be below the present one.
+    pub fn has_applied(&self, target: Pos) -> bool {
+        let is_there = self.pos().txid >= target.txid && self.state() == DbState::Ready;
+        is_there && !self.awaits_snapshot()
+    }
+
+    /// Whether a snapshot is to come, or is queued and not applied yet.
+    pub(super) fn awaits_snapshot(&self) -> bool {
+        let state = self.inbox.state.lock().unwrap();
+        state.needs_snapshot || state.queue.iter().any(|received| received.header.is_snapshot())
     }
 
     /// How many received LTX files wait to be applied.

@@ -15,11 +15,13 @@ use std::io::{self, BufReader, BufWriter, Write as _};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use ltx::{Header, PageSize, Pos, Txid};
+use ltx::{Checksum, Header, PageSize, Pos, Txid};
 
 use super::apply::Receiver;
+use super::chain::Successor;
 use super::db::{Db, DbState};
 use super::error::{Error, Result, chain_text};
+use super::follow_on::verified;
 use super::layout::DbDir;
 use crate::{limits, os};
 
@@ -70,6 +72,8 @@ pub struct Backed {
 struct Known {
     /// What the backup confirmed to this node.
     confirmed: Option<Confirmed>,
+    /// Where this history was at the high-water mark that the primary told last, if that is known.
+    told: Option<Pos>,
     /// Why it stands still.
     problem: Option<String>,
 }
@@ -86,7 +90,7 @@ impl Backed {
     pub(super) fn load(dir: &DbDir) -> Backed {
         let text = os::read_to_string("read:backup-state", &dir.backup()).unwrap_or_default();
         let (hwm, confirmed) = parse(&text).unwrap_or_default();
-        let known = Known { confirmed, problem: None };
+        let known = Known { confirmed, ..Known::default() };
         Backed { hwm: AtomicU64::new(hwm.0), known: Mutex::new(known) }
     }
 
@@ -119,14 +123,26 @@ impl Db {
         Txid(self.backed.hwm.load(Ordering::SeqCst))
     }
 
-    /// The primary says what the high-water mark is.
+    /// The primary says what the high-water mark is. Blocking.
+    ///
+    /// A mark is a number, and may run ahead of what is here. So it says where the backup stands only if the
+    /// chain has that position now, and not if a snapshot that came before it is still to take its place.
     pub fn set_hwm(&self, txid: Txid) {
-        self.backed.hwm.store(txid.0, Ordering::SeqCst);
+        if self.backed.hwm.swap(txid.0, Ordering::SeqCst) != txid.0 {
+            let told = if self.awaits_snapshot() { None } else { self.pos_at(txid) };
+            self.backed.known.lock().unwrap().told = told;
+        }
     }
 
     /// The backup has confirmed that it stands at `pos`, and everything before `hwm` is durable there.
     /// Blocking.
     pub fn set_backed(&self, pos: Pos, hwm: Txid, page_size: Option<PageSize>) -> Result<()> {
+        let is_primary = self.shared.is_writable();
+        // An answer that comes late may be about a history that was replaced; nothing is replaced meanwhile.
+        let _replica = (!is_primary).then(|| self.change.lock().unwrap());
+        if !is_primary && self.pos_at(pos.txid) != Some(pos) {
+            return Ok(());
+        }
         let confirmed = Confirmed { pos, page_size };
         let is_known = self.backed.confirmed() == Some(confirmed);
         if is_known && self.hwm() == hwm {
@@ -137,9 +153,24 @@ impl Db {
         os::write_atomic("backup:state", &path, format!("{pos} {} {bytes}\n", hwm.0).as_bytes())
             .map_err(Error::io("write state of backup", &path))?;
         self.backed.known.lock().unwrap().confirmed = Some(confirmed);
-        self.set_hwm(hwm);
+        self.backed.hwm.store(hwm.0, Ordering::SeqCst);
         // The streams tell the replicas.
         self.shared.feed.mark(&self.name);
+        Ok(())
+    }
+
+    /// Another history may be about to take the place of the one of which the backup has a part: what is
+    /// known of the backup says nothing about that. Durable; blocking.
+    pub(super) fn forget_backed(&self) -> Result<()> {
+        if self.backed.confirmed().is_some() {
+            let path = self.dir.backup();
+            os::remove_if_present("backup:state", &path)
+                .and_then(|()| os::sync_dir("backup:state", self.dir.path()))
+                .map_err(Error::io("remove state of backup", &path))?;
+        }
+        let mut known = self.backed.known.lock().unwrap();
+        (known.confirmed, known.told) = (None, None);
+        self.backed.hwm.store(0, Ordering::SeqCst);
         Ok(())
     }
 
@@ -199,12 +230,35 @@ impl Db {
         }
     }
 
-    /// Whether the backup was at `pos` by this node, or by the primary that it followed.
-    fn has_backed(&self, pos: Pos) -> bool {
-        match self.backed.confirmed() {
-            Some(known) if known.pos.txid == pos.txid => known.pos == pos,
-            _ => self.hwm() == pos.txid,
+    /// The position with the number `txid` in this history, if the chain tells. Blocks while a transaction that
+    /// is not small is written to its file.
+    fn pos_at(&self, txid: Txid) -> Option<Pos> {
+        let present = self.pos();
+        if txid.is_zero() || txid >= present.txid {
+            return Some(present).filter(|present| !txid.is_zero() && present.txid == txid);
         }
+        match self.successor(Pos { txid, checksum: Checksum::NONE }) {
+            Ok(Successor::Recent(next)) => Some(Pos { txid, checksum: next.pre }),
+            Ok(Successor::File(file, info)) if info.min == txid.next() => {
+                header_of(&file).map(|header| header.pre_pos())
+            }
+            // Nobody knows what is inside of a snapshot.
+            Ok(Successor::File(file, info)) if info.min > Txid(1) => {
+                let (header, trailer) = verified(&file).ok()?;
+                self.chain.inside(txid, &info, [header.pre_apply, trailer.post_apply])
+            }
+            Ok(_) | Err(_) => None,
+        }
+    }
+
+    /// Whether the backup was at `pos`, and this history too: by the chain; or, where that does not reach
+    /// back, by what the backup confirmed to this node, or to the primary that it followed.
+    fn has_backed(&self, pos: Pos) -> bool {
+        if let Some(here) = self.pos_at(pos.txid) {
+            return here == pos;
+        }
+        let known = self.backed.known.lock().unwrap();
+        known.told == Some(pos) || known.confirmed.is_some_and(|known| known.pos == pos)
     }
 
     /// The LTX files after `remote`, as one.

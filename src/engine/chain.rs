@@ -399,9 +399,15 @@ impl Chain {
     /// Whether `pos` is known to lie inside `file`, whose transactions lead from one checksum to another:
     /// a peer there can go on with it. What cannot be told is no.
     pub fn is_inside(&self, pos: Pos, file: &LtxFile, ends: [Checksum; 2]) -> bool {
-        positions::contains(&self.dir, file, ends, pos).unwrap_or_else(|error| {
-            tracing::warn!(db = %self.db, %pos, %error, "read positions inside an ltx file");
-            false
+        self.inside(pos.txid, file, ends) == Some(pos)
+    }
+
+    /// The position with the number `txid`, if it is known to lie inside `file`, whose transactions lead from
+    /// one checksum to another.
+    pub fn inside(&self, txid: Txid, file: &LtxFile, ends: [Checksum; 2]) -> Option<Pos> {
+        positions::find(&self.dir, file, ends, txid).unwrap_or_else(|error| {
+            tracing::warn!(db = %self.db, %txid, %error, "read positions inside an ltx file");
+            None
         })
     }
 

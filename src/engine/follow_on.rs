@@ -70,7 +70,7 @@ impl Db {
     }
 
     /// What contains the transaction after `pos`, written to its file if need be.
-    fn successor(&self, pos: Pos) -> Result<Successor> {
+    pub(super) fn successor(&self, pos: Pos) -> Result<Successor> {
         match self.chain.successor(pos)? {
             Successor::Queued => {
                 self.chain.flush()?;
@@ -142,7 +142,7 @@ impl Db {
 }
 
 /// The ends of an LTX file, if it is whole.
-fn verified(file: &File) -> Result<(Header, Trailer), ltx::Error> {
+pub(super) fn verified(file: &File) -> Result<(Header, Trailer), ltx::Error> {
     ltx::verify(BufReader::with_capacity(
         limits::IO_BUFFER,
         os::FileCursor::new("read:follow-on", file),

@@ -16,6 +16,8 @@ use ltx::{Compression, NodeId};
 
 use crate::support::wait;
 
+// What a primary knows of a backup that was made before it.
+mod backup;
 // What a primary refuses whose lease is not confirmed.
 mod fence;
 // What must not get lost when a step fails or the process ends there.

@@ -39,7 +39,7 @@ pub(super) fn ltx_file(
 }
 
 /// As [`ltx_file`], of the transactions from one to another.
-fn ltx_range(
+pub(super) fn ltx_range(
     [min, max]: [u64; 2],
     pre: Checksum,
     first: u32,
@@ -320,7 +320,7 @@ pub(super) fn two_transactions(dir: &Path) -> (Arc<Engine>, Arc<Db>, Pos) {
 }
 
 /// Of another history, up to transaction 9, with `pages` pages.
-fn other_history(pages: usize) -> Vec<u8> {
+pub(super) fn other_history(pages: usize) -> Vec<u8> {
     let (_, first, _) = snapshot(5);
     let mut all = vec![vec![9; PAGE]; pages];
     all[0].clone_from(&first[0]);

@@ -164,6 +164,9 @@ impl Db {
         if received.header.is_snapshot() && !self.shared.is_writable() {
             self.forget_for(change, received, stale)?;
         }
+        if replaced == Replaced::Keep && !self.shared.is_writable() {
+            self.forget_backed()?;
+        }
         self.store(change, received, replaced)?;
         if received.header.is_snapshot() {
             self.replaced(change.pos);

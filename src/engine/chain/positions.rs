@@ -46,35 +46,37 @@ pub(super) fn write(dir: &DbDir, batch: &[Arc<Transaction>]) -> io::Result<()> {
     os::write_at("chain:positions", &file, &bytes, 0)
 }
 
-/// Whether `pos` is known to lie inside `file`, which leads from one checksum to another.
-pub(in crate::engine) fn contains(
+/// The position with the number `txid`, if it is known to lie inside `file`, which leads from one checksum to
+/// another.
+pub(in crate::engine) fn find(
     dir: &DbDir,
     file: &LtxFile,
     [pre, post]: [Checksum; 2],
-    pos: Pos,
-) -> io::Result<bool> {
-    let Some(len) = len(file.min, file.max) else { return Ok(false) };
-    if pos.txid < file.min || file.max <= pos.txid {
-        return Ok(false);
+    txid: Txid,
+) -> io::Result<Option<Pos>> {
+    let Some(len) = len(file.min, file.max) else { return Ok(None) };
+    if txid < file.min || file.max <= txid {
+        return Ok(None);
     }
     let opened = match File::open(path(dir, file.min, file.max)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
     let mut bytes = vec![0; len];
     if os::read_up_to("read:positions", &opened, &mut bytes, 0)? != len {
-        return Ok(false);
+        return Ok(None);
     }
     let sums: Vec<u64> = bytes
         .chunks_exact(SUM_SIZE)
         .map(|sum| u64::from_be_bytes(sum.try_into().expect("eight bytes")))
         .collect();
     let whole = ltx::page_checksum(Pgno(1), &bytes[..len - SUM_SIZE]);
-    let inside = (pos.txid.0 - file.min.0) as usize + 1;
-    Ok(sums[sums.len() - 1] == whole.get()
+    let is_of_file = sums[sums.len() - 1] == whole.get()
         && sums[0] == pre.get()
-        && sums[sums.len() - 2] == post.get()
-        && sums[inside] == pos.checksum.get())
+        && sums[sums.len() - 2] == post.get();
+    let inside = sums[(txid.0 - file.min.0) as usize + 1];
+    let checksum = Checksum::from_raw(inside).filter(|sum| is_of_file && !sum.is_none());
+    Ok(checksum.map(|checksum| Pos { txid, checksum }))
 }
 
 /// Removes what belongs to the LTX file from `min` to `max`, which is gone.

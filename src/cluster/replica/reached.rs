@@ -1,0 +1,76 @@
+//! When everything is here that a primary had.
+//!
+//! A node is ready as soon as what can be applied is applied: a database that failed here keeps nobody from
+//! using the others. Its primaryship counts as reached only when no database lacks any of it, for from then on
+//! a snapshot of this primary takes the place of what is here without keeping that.
+
+use std::sync::Arc;
+
+use ltx::Pos;
+use tokio::sync::{Notify, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{sleep, timeout};
+
+use crate::cluster::lineage::{Connection, Lineage};
+use crate::engine::{DbName, DbState, Engine};
+use crate::limits;
+
+/// What was received over a connection until its primary had sent everything.
+pub(super) struct Awaited {
+    pub(super) engine: Arc<Engine>,
+    pub(super) lineage: Arc<Lineage>,
+    pub(super) connection: Connection,
+    /// Where each database of the primary stands when that is applied.
+    pub(super) targets: Vec<(DbName, Pos)>,
+    /// Whether a file could not be taken: what follows on it is of no use over this connection.
+    pub(super) has_failed: watch::Receiver<bool>,
+    pub(super) ready: watch::Sender<bool>,
+}
+
+impl Awaited {
+    /// Announces that the node is ready, and that the primaryship is reached. Outlives its connection, for a
+    /// primary that has gone since was reached all the same; but not the next one.
+    pub(super) async fn announce(self) {
+        wait_applied(&self.engine, self.targets.clone()).await;
+        while !self.is_here() {
+            self.ready.send_replace(true);
+            if *self.has_failed.borrow() || !self.lineage.is_present(self.connection) {
+                return;
+            }
+            // What failed is tried again every second, and nobody is told.
+            sleep(limits::HEARTBEAT_PERIOD).await;
+        }
+        let (lineage, connection) = (self.lineage, self.connection);
+        // Blocks for one small file.
+        let _ = spawn_blocking(move || lineage.reached(connection)).await;
+        self.ready.send_replace(true);
+    }
+
+    /// Whether no database lacks anything.
+    fn is_here(&self) -> bool {
+        let has = |(name, target): &(DbName, Pos)| {
+            let db = self.engine.database(name.as_str());
+            db.is_none_or(|db| db.has_applied(*target))
+        };
+        !*self.has_failed.borrow() && self.targets.iter().all(has)
+    }
+}
+
+/// Waits until each database stands at its target or has failed.
+pub(in crate::cluster) async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
+    let applied = Arc::new(Notify::new());
+    let wake = applied.clone();
+    let subscription = engine.subscribe(Box::new(move || wake.notify_one()));
+    loop {
+        targets.retain(|(name, target)| match engine.database(name.as_str()) {
+            Some(db) => db.pos().txid < target.txid && db.state() == DbState::Ready,
+            None => false,
+        });
+        if targets.is_empty() {
+            return;
+        }
+        // A failure wakes nobody, so it is looked for once a second.
+        let _ = timeout(limits::HEARTBEAT_PERIOD, applied.notified()).await;
+        subscription.take();
+    }
+}

@@ -52,6 +52,7 @@ pub struct EngineVolume {
 }
 
 /// Who ends a lock call that waits.
+#[derive(Clone)]
 enum Waiting {
     /// One of SQLite's locks.
     Table(Arc<Db>),
@@ -216,15 +217,25 @@ impl EngineVolume {
         match backing.kind {
             // A WAL grows while its readers ask how long it is, and the kernel may keep an answer from
             // before: a reader would find the end of the file where a frame is.
-            FileKind::Wal if !passthrough || !self.past.admit(db, id, thread) => {
-                return Ok(OpenMode::Direct);
-            }
+            FileKind::Wal if !passthrough => return Ok(OpenMode::Direct),
             FileKind::Wal => {}
             FileKind::Shm if passthrough => {}
             _ => return Ok(OpenMode::Cached),
         }
         let file = backing.file.try_clone().map_err(|error| os_errno(&error))?;
+        if backing.kind == FileKind::Wal && !self.past.admit(db, id, thread) {
+            return Ok(OpenMode::Direct);
+        }
         Ok(OpenMode::Passthrough(file.into()))
+    }
+
+    /// Has the kernel forget what somebody wrote into a mapping of the database file, and what was refused: it keeps the
+    /// page otherwise, and SQLite would read it.
+    fn forget_mapped(&self, db: &Db, backing: &Backing) {
+        tracing::warn!(db = %db.name(), "refused what was written into a mapping of the database file");
+        if let Some(cache) = self.engine.shared().page_cache() {
+            cache.file_mistaken(backing.ino, db.name().as_str());
+        }
     }
 
     fn text<'a>(&self, file: &'a OpenFile) -> std::borrow::Cow<'a, str> {
@@ -442,7 +453,7 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn write(&self, handle: &Arc<OpenFile>, write: Write<'_>, reply: Reply<u32>) {
-        let Write { offset, data, .. } = write;
+        let Write { offset, data, from_cache } = write;
         let len = data.len() as u32;
         let done: Done = Box::new(move |result| reply.send(result.map(|()| len)));
         if handle.is_turned_out() {
@@ -451,7 +462,15 @@ impl fuse::Volume for EngineVolume {
         }
         let result = match &handle.node {
             Node::File(db, backing) => match backing.kind {
-                FileKind::Database => db.write_database(backing, offset, data),
+                FileKind::Database => {
+                    let written = db.write_database(backing, offset, data).map_err(refused);
+                    let is_refused = written.is_err();
+                    done(written);
+                    if is_refused && from_cache {
+                        self.forget_mapped(db, backing);
+                    }
+                    return;
+                }
                 FileKind::Journal => {
                     return db.write_journal(backing, offset, data, answer(done));
                 }
@@ -533,6 +552,10 @@ impl fuse::Volume for EngineVolume {
             Err(errno) => return reply.send(Err(errno)),
         };
         if handle.is_stale() {
+            if kind == LockKind::Unlock {
+                // It may have been granted before the file went.
+                db.unlock_handle(&call);
+            }
             let may_go_on = kind == LockKind::Unlock || !handle.is_turned_out();
             return reply.send(if may_go_on { stale_lock(&call) } else { Err(Errno::ESTALE) });
         }
@@ -562,7 +585,8 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn interrupt(&self, wait: WaitId) -> bool {
-        let waiting = self.waiting.lock().unwrap().remove(&wait.0);
+        // It stays until the call is answered: one that does not wait yet is interrupted again.
+        let waiting = self.waiting.lock().unwrap().get(&wait.0).cloned();
         match waiting {
             Some(Waiting::Table(db)) => db.interrupt(wait.0),
             Some(Waiting::Halt(id)) => {

@@ -636,7 +636,11 @@ impl Db {
             }
         };
         if due {
-            self.capture_wal();
+            // Who asks for a lock waits for nobody who changes something, nor for a comparison of all pages.
+            match self.change.try_lock() {
+                Ok(change) if !change.needs_resync => _ = self.capture_with(change),
+                _ => self.try_again(),
+            }
         }
         self.failure.lock().unwrap().is_some()
     }

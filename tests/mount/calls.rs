@@ -8,6 +8,7 @@ use crate::cluster::Cluster;
 use crate::support::node::Settings;
 use crate::support::process::Process;
 use crate::support::shell::Shell;
+use crate::support::wait;
 
 /// A database in rollback mode, whose file is all of it.
 fn database(node: &Node) -> super::Connection {
@@ -85,8 +86,15 @@ fn nothing_is_written_past_sqlite(passthrough: &'static str, transport: &'static
     writer.expect(&rename, "EPERM");
     let link = format!("os.link({path:?}, {:?})", node.file("other.db"));
     writer.expect(&link, "EPERM");
+    writer.expect("(m := mapped(f, 8192, mmap.ACCESS_WRITE)) and None", "None");
+    writer.expect("m.__setitem__(4100, m[4100] ^ 255)", "None");
+    writer.expect("m.flush()", "EIO");
     drop(writer);
+    wait::until_true("what was there", || std::fs::read(&path).unwrap() == before.1);
     assert_eq!((node.pos(DB), std::fs::read(&path).unwrap()), before);
+    // The next sync of who had the file open fails too: the kernel tells them all, once.
+    db.execute_batch("insert into t values (5, 5)").unwrap_err();
+    assert_eq!(node.pos(DB), before.0);
     db.execute_batch("insert into t values (5, 5)").unwrap();
     assert_eq!(sqlite::value::<String>(&db, "pragma integrity_check"), "ok");
     check_chain(&node.db_dir(DB), node.pos(DB));

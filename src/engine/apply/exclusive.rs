@@ -53,7 +53,8 @@ impl Db {
         batch: &[Arc<Received>],
         limit: Duration,
     ) -> Result<usize> {
-        self.let_go(turn, &mut self.change.lock().unwrap());
+        let woken = self.let_go(turn, &mut self.change.lock().unwrap());
+        self.wake(woken);
         self.inbox.give_way();
         let mut locks = self.lock_out_everybody(limit)?;
         let mut change = self.change.lock().unwrap();
@@ -129,7 +130,8 @@ impl Db {
 
     /// Empties a WAL with frames that were set aside, as soon as nobody reads them.
     pub(super) fn discard_strays(&self, turn: &mut Turn, limit: Duration) -> Result<()> {
-        self.let_go(turn, &mut self.change.lock().unwrap());
+        let woken = self.let_go(turn, &mut self.change.lock().unwrap());
+        self.wake(woken);
         let _locks = self.lock_everything(limit)?;
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;

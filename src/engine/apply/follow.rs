@@ -24,10 +24,10 @@ use super::exclusive::Stale;
 use super::wal::{CheckpointLocks, ReaderCache, Restart, WalFiles, WalWriter};
 use super::{Received, Turn, random_u32};
 use crate::engine::capture::Change;
-use crate::engine::db::{Db, Guard, View};
+use crate::engine::db::{Db, Guard, View, Waiter};
 use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::{Backing, FileKind};
-use crate::engine::locks::{LockKind, Owner};
+use crate::engine::locks::{LockKind, Owner, Woken};
 use crate::engine::shared::PageCache;
 use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
 use crate::sqlite::header::JournalMode;
@@ -95,7 +95,8 @@ impl Db {
         }
         if self.may_write() {
             if !self.is_behind() {
-                self.let_go(turn, &mut self.change.lock().unwrap());
+                let woken = self.let_go(turn, &mut self.change.lock().unwrap());
+                self.wake(woken);
                 // What a primary has is right, unless it is nothing.
                 self.set_needs_snapshot(self.is_lost());
             }
@@ -140,6 +141,8 @@ impl Db {
         self.capture_frames(&mut change)?;
         let open = WalWriter::open_or_create;
         let hold = self.begin_following(turn, &mut change, page_size, open)?;
+        // Who gets a lock now may want the right to change.
+        drop(change);
         keep_hold(guard, hold);
         Ok(())
     }
@@ -221,9 +224,11 @@ impl Db {
         Ok(Follower { writer, files: FollowedFiles { database, wal, shm } })
     }
 
-    /// Lets go: from now on the clients write the WAL themselves, or nobody does.
-    pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) {
-        let Some(mut follower) = turn.follower.take() else { return };
+    /// Lets go: from now on the clients write the WAL themselves, or nobody does. Those who get a lock by that want the
+    /// right to change, so the caller gives it up before it wakes them.
+    #[must_use = "a waiter wants its answer"]
+    pub(in crate::engine) fn let_go(&self, turn: &mut Turn, change: &mut Change) -> Woken<Waiter> {
+        let Some(mut follower) = turn.follower.take() else { return Woken::new() };
         if let Err(source) = follower.writer.begin_log() {
             let error = self.wal_error("begin wal", source);
             tracing::error!(db = %self.name, error = chain_text(&error), "let go of wal");
@@ -231,7 +236,7 @@ impl Db {
         follower.writer.tell(&FollowerCache::new(self, &follower.files));
         change.wal.resume(follower.writer.cursor());
         self.inbox.followed.store(false, Ordering::SeqCst);
-        self.release(Owner::APPLY, SHARED.union(EXCLUSIVE));
+        self.locks.lock().unwrap().unlock(Owner::APPLY, SHARED.union(EXCLUSIVE))
     }
 
     /// Whether a transaction can be appended to the WAL. One of a rollback journal can as long as

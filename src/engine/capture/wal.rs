@@ -9,8 +9,8 @@
 //! checksum verified (WAL format, section 4.1), the last image of each page taken.
 
 use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
@@ -164,8 +164,14 @@ impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
     /// SQLite ignores the result of the unlock that this is called for. A file call that failed is made again.
     pub(crate) fn capture_wal(&self) -> Captured {
+        self.capture_with(self.change.lock().unwrap())
+    }
+
+    /// As [`Db::capture_wal`], by who has the right to change.
+    pub(in crate::engine) fn capture_with(&self, mut change: MutexGuard<'_, Change>) -> Captured {
         let start = Instant::now();
-        let captured = self.capture_frames(&mut self.change.lock().unwrap());
+        let captured = self.capture_frames(&mut change);
+        drop(change);
         let Err(error) = captured else {
             self.counters.capture.note_since(start);
             self.mend();

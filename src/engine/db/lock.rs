@@ -359,7 +359,8 @@ impl Db {
             }
     }
 
-    fn wake(&self, woken: Woken<Waiter>) {
+    /// Answers those who were waiting. Not with the right to change, which they may want.
+    pub(in crate::engine) fn wake(&self, woken: Woken<Waiter>) {
         for granted in woken {
             self.granted(granted);
         }
@@ -484,8 +485,18 @@ impl Db {
     /// The files that clients have locked are gone: nothing of their locks is left.
     pub(in crate::engine) fn forget_clients(&self) {
         let is_client = |owner| matches!(owner, Owner::Client(_));
+        // Nor of those for which they wait: SQLite asks again, and finds its file gone.
+        while self.cancel(|waiter| is_client(waiter.owner), Refusal::WouldBlock) {}
         let woken = self.locks.lock().unwrap().release_all(is_client);
         self.wake(woken);
+    }
+
+    /// Gives up what the owner of `request` has locked of its set, through this very open file.
+    pub fn unlock_handle(&self, request: &Request) {
+        let held = self.locks.lock().unwrap().owners_via(request.via);
+        for (owner, set) in held.into_iter().filter(|(owner, _)| *owner == request.owner) {
+            self.unlock_gone(owner, set.and(request.set));
+        }
     }
 
     /// Takes locks for the engine, waiting at most `limit`; an error if that was not enough.

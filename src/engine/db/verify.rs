@@ -121,18 +121,26 @@ impl Db {
         let mut turn = self.turn();
         let mut change = self.change.lock().unwrap();
         self.settle_wal(&mut change)?;
-        self.let_go(&mut turn, &mut change);
+        let woken = self.let_go(&mut turn, &mut change);
+        let closed = self.close_files(&mut change);
+        drop(change);
+        self.wake(woken);
+        closed
+    }
+
+    /// Everything is in the database file, if no application is in the way.
+    fn close_files(&self, change: &mut Change) -> Result<()> {
         if self.is_written() {
             // What is committed when nobody is asked any more stands in the WAL for the next start.
             tracing::warn!(db = %self.name, "an application holds its write lock at the end: the wal stays");
             return Ok(());
         }
-        self.checkpoint_fully(&mut change)?;
+        self.checkpoint_fully(change)?;
         change.wal.clear();
         self.files.remove(FileKind::Wal)?;
         self.files.remove(FileKind::Shm)?;
         // With a journal, the file is not what they say.
-        if change.journal.active { Ok(()) } else { self.save_checksums(&mut change) }
+        if change.journal.active { Ok(()) } else { self.save_checksums(change) }
     }
 
     /// Saves the page checksums. Nothing is committed any more.

@@ -368,6 +368,9 @@ impl Worker {
             Event::Frame(Frame::Heartbeat { timestamp_ms }) => self.engine.heartbeat(timestamp_ms),
             Event::Frame(Frame::DropDb { name }) => {
                 tracing::debug!(db = name, "the primary does not have it; kept here");
+                if let Some(db) = self.engine.database(&name) {
+                    db.set_unknown();
+                }
                 self.lineage.set_foreign(name);
             }
         }

@@ -426,6 +426,15 @@ impl Db {
         self.inbox.state.lock().unwrap().contradicted = Some(pos);
     }
 
+    /// The primary does not have this database: if it has one of that name later, that is another.
+    pub fn set_unknown(&self) {
+        let received = self.received_pos();
+        let pos = if received.is_zero() { self.pos() } else { received };
+        if !pos.is_zero() {
+            self.set_contradicted(pos);
+        }
+    }
+
     /// Whether the primary said that of a state that is here, or on its way.
     fn is_contradicted(&self) -> bool {
         self.inbox.state.lock().unwrap().contradicted.is_some()

@@ -233,3 +233,19 @@ async fn a_database_that_is_not_the_primarys_is_not_waited_for() {
         former.engine.close().unwrap();
     }
 }
+
+/// All that the primary had is here, but of this database it had nothing; later it has one of that name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_its_primary_did_not_have_is_kept() {
+    let former = Former::new().await;
+    let mut worker = former.connect(SOURCE);
+    worker.take(Event::Frame(Frame::DropDb { name: "db".to_owned() })).unwrap();
+    settled(ready(&worker).await).await;
+    assert!(former.lineage.is(SOURCE));
+
+    let mut worker = former.connect(SOURCE);
+    former.send(&mut worker, &theirs(3)).unwrap();
+    settled(ready(&worker).await).await;
+    former.check_kept();
+    former.engine.close().unwrap();
+}

@@ -51,8 +51,16 @@ pub(super) struct Lineage {
     line: Mutex<Line>,
     /// Held by who writes a term, so that the word of an earlier connection is never the last one.
     in_order: Mutex<()>,
-    /// Databases that the last primary did not have: they say nothing about how far a node is.
-    foreign: Mutex<BTreeSet<String>>,
+    foreign: Mutex<Foreign>,
+}
+
+/// Databases that a primary does not have.
+#[derive(Debug, Default)]
+struct Foreign {
+    /// The last primary that said so: they say nothing about how far a node is.
+    last: BTreeSet<String>,
+    /// Named over the present connection, which names them all before it is ready.
+    named: BTreeSet<String>,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +79,7 @@ impl Lineage {
 
     /// A connection to `source` begins, and counts from now on instead of all before.
     pub(super) fn connect(&self, source: Source) -> Connection {
+        self.foreign.lock().unwrap().named.clear();
         let mut line = self.line.lock().unwrap();
         line.connection += 1;
         // The same process may be primary again later, when something of another is here.
@@ -113,7 +122,7 @@ impl Lineage {
     /// This node begins the primaryship `term`, and all its databases count; blocking.
     pub(super) fn begin(&self, term: u64) {
         let _in_order = self.in_order.lock().unwrap();
-        self.foreign.lock().unwrap().clear();
+        self.foreign.lock().unwrap().last.clear();
         self.connect(Source::Term(term));
         self.remember(term);
     }
@@ -127,17 +136,27 @@ impl Lineage {
 
     /// The primary does not have this database.
     pub(super) fn set_foreign(&self, name: String) {
-        self.foreign.lock().unwrap().insert(name);
+        let mut foreign = self.foreign.lock().unwrap();
+        foreign.named.insert(name.clone());
+        foreign.last.insert(name);
     }
 
     /// The primary has this database.
     pub(super) fn set_known(&self, name: &str) {
-        self.foreign.lock().unwrap().remove(name);
+        let mut foreign = self.foreign.lock().unwrap();
+        foreign.named.remove(name);
+        foreign.last.remove(name);
+    }
+
+    /// The primary has named everything that it does not have: what a primary before it did not have, it has.
+    pub(super) fn ready(&self) {
+        let mut foreign = self.foreign.lock().unwrap();
+        foreign.last = foreign.named.clone();
     }
 
     /// Whether the primary does not have this database.
     pub(super) fn is_foreign(&self, name: &str) -> bool {
-        self.foreign.lock().unwrap().contains(name)
+        self.foreign.lock().unwrap().last.contains(name)
     }
 
     /// How far the node is.
@@ -153,12 +172,13 @@ impl Lineage {
     }
 
     /// The positions of the databases of a replica that count: where they stand, and not what is still
-    /// to be applied; zero for one that only a snapshot can help.
+    /// to be applied; zero for one that only a snapshot can help, or that waits for its turn: what stands there may be of
+    /// another history.
     pub(super) fn positions(&self, engine: &Engine) -> Vec<(DbName, Pos)> {
         let foreign = self.foreign.lock().unwrap();
         let all = engine.databases().into_iter();
-        let known = all.filter(|db| !foreign.contains(db.name().as_str()));
-        let pos = |db: &Db| if db.received_pos().is_zero() { Pos::ZERO } else { db.pos() };
+        let known = all.filter(|db| !foreign.last.contains(db.name().as_str()));
+        let pos = |db: &Db| if db.awaits_snapshot() { Pos::ZERO } else { db.pos() };
         known.map(|db| (db.name().clone(), pos(&db))).collect()
     }
 }
@@ -198,6 +218,19 @@ mod tests {
         lineage.begin(5);
         lineage.reached(present);
         assert_eq!((lineage.is_present(present), memory.term()), (false, 5));
+    }
+
+    #[test]
+    fn what_the_last_primary_did_not_have_counts_if_the_present_one_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let lineage = Lineage::new(Arc::new(Memory::load(&DataDir::new(dir.path()))));
+        lineage.connect(Source::Term(3));
+        lineage.set_foreign("x.db".to_owned());
+        lineage.ready();
+        lineage.connect(Source::Term(4));
+        assert!(lineage.is_foreign("x.db"), "nothing is known of this one yet");
+        lineage.ready();
+        assert!(!lineage.is_foreign("x.db"));
     }
 
     #[test]

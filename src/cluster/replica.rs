@@ -353,6 +353,7 @@ impl Worker {
             Event::LtxEnd => self.finish()?,
             Event::Frame(Frame::Ready) => {
                 self.is_ready = true;
+                self.lineage.ready();
                 self.progress.ready.store(true, Ordering::Relaxed);
                 self.announce_ready();
             }

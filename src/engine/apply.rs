@@ -567,9 +567,14 @@ impl Db {
     }
 
     /// Whether a snapshot is to come, or is queued and not applied yet.
-    pub(super) fn awaits_snapshot(&self) -> bool {
+    pub fn awaits_snapshot(&self) -> bool {
+        self.needs_snapshot() || self.has_queued_snapshot()
+    }
+
+    /// Whether a snapshot was received and is not applied yet.
+    pub fn has_queued_snapshot(&self) -> bool {
         let state = self.inbox.state.lock().unwrap();
-        state.needs_snapshot || state.queue.iter().any(|received| received.header.is_snapshot())
+        state.queue.iter().any(|received| received.header.is_snapshot())
     }
 
     /// How many received LTX files wait to be applied.

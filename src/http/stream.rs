@@ -456,7 +456,12 @@ impl Filler {
                 LtxBytes::File(file, len) if len <= limits::BODY_PIECE_BYTES as u64 => {
                     let mut bytes = vec![0; len as usize]; // at most BODY_PIECE_BYTES
                     let read = os::read_exact_at("read:stream", &file, &mut bytes, 0);
-                    read.map_err(|source| read_error(&self.name, source))?;
+                    match read {
+                        Ok(()) => {}
+                        Err(source) if files == 0 => return Err(read_error(&self.name, source)),
+                        // What is encoded goes out first, and is not sent again.
+                        Err(_) => return Ok(Step { pos, files, then: Then::More }),
+                    }
                     self.append(&bytes, out);
                 }
                 large => return Ok(Step { pos: next_pos, files, then: Then::Large(large) }),

@@ -56,14 +56,18 @@ impl Awaited {
     }
 }
 
-/// Waits until each database stands at its target or has failed.
+/// Waits until each database stands at its target or has failed. One in whose place a snapshot comes may be beyond the
+/// number of that, with another history.
 pub(in crate::cluster) async fn wait_applied(engine: &Engine, mut targets: Vec<(DbName, Pos)>) {
     let applied = Arc::new(Notify::new());
     let wake = applied.clone();
     let subscription = engine.subscribe(Box::new(move || wake.notify_one()));
     loop {
         targets.retain(|(name, target)| match engine.database(name.as_str()) {
-            Some(db) => db.pos().txid < target.txid && db.state() == DbState::Ready,
+            Some(db) => {
+                let waits = db.pos().txid < target.txid || db.has_queued_snapshot();
+                waits && db.state() == DbState::Ready
+            }
             None => false,
         });
         if targets.is_empty() {

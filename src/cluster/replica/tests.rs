@@ -1,6 +1,7 @@
 //! What a primaryship counts as when something of it could not be stored or applied here.
 
 use std::path::Path;
+use std::time::Duration;
 
 use ltx::{Checksum, Compression, Encoder, NodeId, PageSize, Pgno, Txid};
 use tokio::sync::mpsc;
@@ -8,9 +9,12 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::cluster::memory::Memory;
+use crate::engine::db::Patience;
 use crate::engine::layout::DataDir;
+use crate::engine::locks::{Handle, LockKind, Owner, Request};
 use crate::engine::{DbState, Options, Retain, Role};
 use crate::os::fault::{self, Call, Fault, Verdict, Watch};
+use crate::sqlite::lock_byte::{Lock, LockSet};
 
 /// The primary that is followed. Its node does not say which history the replica's is.
 const SOURCE: Source = Source::Term(5);
@@ -98,8 +102,8 @@ fn open(dir: &Path) -> Arc<Engine> {
     let options = Options {
         dir: dir.to_owned(),
         compression: Compression::None,
-        retention: std::time::Duration::ZERO,
-        retention_interval: std::time::Duration::ZERO,
+        retention: Duration::ZERO,
+        retention_interval: Duration::ZERO,
         retain: Retain::Free,
         strict_verify: true,
         node_id: NodeId(1),
@@ -247,5 +251,29 @@ async fn a_database_that_its_primary_did_not_have_is_kept() {
     former.send(&mut worker, &theirs(3)).unwrap();
     settled(ready(&worker).await).await;
     former.check_kept();
+    former.engine.close().unwrap();
+}
+
+/// A reader keeps a snapshot from its turn, whose number is not beyond that of what is here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_history_that_a_snapshot_will_replace_counts_nothing() {
+    let former = Former::new().await;
+    let (db, reader) = (former.db(), Owner::client(1));
+    let (set, kind) = (LockSet::one(Lock::Shared), LockKind::Shared);
+    let request = Request { owner: reader, via: Handle(1), set, kind };
+    db.lock(request, Patience::None, Box::new(|result| result.unwrap()));
+    let (snapshot, _) = file([1, 1], Checksum::NONE, 3, 7);
+    let mut worker = former.connect(SOURCE);
+    former.send(&mut worker, &snapshot).unwrap();
+    let announced = worker.announce_ready();
+    let targets = former.engine.positions();
+    assert_eq!((targets[0].1.txid, db.pos().txid), (Txid(1), Txid(2)));
+    let waiting = timeout(Duration::ZERO, wait_applied(&former.engine, targets));
+    assert!(waiting.await.is_err(), "it waits for the reader");
+    assert_eq!(former.lineage.positions(&former.engine)[0].1, Pos::ZERO);
+    db.unlock(reader, set, || ());
+    settled(announced).await;
+    assert!(former.lineage.is(SOURCE));
+    assert_eq!(former.lineage.positions(&former.engine)[0].1.txid, Txid(1));
     former.engine.close().unwrap();
 }

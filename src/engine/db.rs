@@ -394,12 +394,15 @@ impl Db {
             self.settle_wal(&mut change)?;
             if len == 0 {
                 self.settle_doubt(&mut change)?;
-                change.wal.clear();
             }
         }
         let path = self.files.path(FileKind::Wal);
-        Ok(os::truncate("wal:truncate", &backing.file, len)
-            .map_err(Error::io("truncate wal", &path))?)
+        os::truncate("wal:truncate", &backing.file, len)
+            .map_err(Error::io("truncate wal", &path))?;
+        if self.files.is_current(backing) && len == 0 {
+            change.wal.clear();
+        }
+        Ok(())
     }
 
     /// Cuts the wal-index. Never below the 3 bytes to which SQLite itself cuts it: a mapped page of

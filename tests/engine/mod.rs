@@ -28,6 +28,8 @@ mod patience;
 mod replica;
 // Applications that die, and programs that remove files.
 mod strangers;
+// What SQLite's calls tell where the wal-index is out of sight.
+mod unseen;
 
 /// Bytes of a page in these tests.
 const PAGE: usize = 4096;

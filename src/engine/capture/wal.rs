@@ -145,18 +145,23 @@ impl WalState {
         self.writer == Some(via)
     }
 
-    /// A write through us at `offset`, bytes into the file.
-    pub fn note_write(&mut self, offset: u64, via: Handle) {
+    /// A write through us at `offset`, bytes into the file, is to be made.
+    pub(super) fn note_write(&mut self, offset: u64, via: Handle) {
         self.writer = Some(via);
         self.refused = false;
         self.doubtful &= self.cursor.is_none_or(|cursor| cursor.offset() != offset);
+        self.overwritten |=
+            offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
+    }
+
+    /// The write at `offset` was made. Not earlier: if it fails, the header of before may still stand there, and
+    /// captured frames must not be taken for new ones. (Behind a torn header no frame is valid.)
+    pub(super) fn note_written(&mut self, offset: u64) {
         if offset == 0 {
-            // Another header, with a checksum of its own that the first frame continues.
+            // A header has a checksum of its own that the first frame continues.
             self.clear();
             self.incomplete = None;
         }
-        self.overwritten |=
-            offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
     }
 }
 

@@ -1,0 +1,130 @@
+//! A wal-index that is out of sight (no passthrough): which frames count for SQLite, its calls must tell, also
+//! such as fail.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use litefs::engine::db::{DbState, Refusal};
+use litefs::engine::files::FileKind;
+use litefs::engine::locks::{LockKind, Owner};
+use litefs::engine::{Db, Engine};
+use litefs::sqlite::lock_byte::{Lock, LockSet};
+use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
+use ltx::{PageSize, Pgno};
+
+use crate::support::wait;
+
+use super::faults::fail;
+use super::{CLIENT, PAGE, VIA, asked, fence, file, lock, primary, unlock_all};
+
+const WRITE: LockSet = LockSet::one(Lock::Write);
+
+/// A log of commits to page 1, as an application writes it.
+struct Log<'a> {
+    db: &'a Db,
+    header: WalHeader,
+    cursor: WalCursor,
+}
+
+impl Log<'_> {
+    /// The log with these salts, of which nothing is written yet.
+    fn new(db: &Db, salts: Salts) -> Log<'_> {
+        let (order, page_size) = (ByteOrder::NATIVE, PageSize::new(PAGE as u32).unwrap());
+        let header = WalHeader { order, page_size, sequence: 0, salts };
+        Log { db, header, cursor: WalCursor::start(&header) }
+    }
+
+    fn write_header(&self) -> Result<(), Refusal> {
+        let log = file(self.db, FileKind::Wal);
+        asked(|answer| self.db.write_wal(&log, VIA, 0, &self.header.encode(), answer))
+    }
+
+    /// Writes the frame of one commit behind the others.
+    fn write(&mut self, page: &[u8]) {
+        let (log, offset) = (file(self.db, FileKind::Wal), self.cursor.offset());
+        let (commit, mut bytes) = (Some(self.db.page_count()), Vec::new());
+        self.cursor.encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
+        asked(|answer| self.db.write_wal(&log, VIA, offset, &bytes, answer)).unwrap();
+    }
+
+    /// One transaction, with the header if it is the first.
+    fn commit(&mut self, page: &[u8]) {
+        lock(self.db, WRITE, LockKind::Exclusive).unwrap();
+        if self.cursor.frame() == 0 {
+            self.write_header().unwrap();
+        }
+        self.write(page);
+        unlock_all(self.db);
+    }
+}
+
+/// A database whose log has two commits, and images of its first page.
+fn logged(engine: &Engine) -> (Arc<Db>, impl Fn(u8) -> Vec<u8>) {
+    let (db, page) = fence::wal_database(engine);
+    let page = move |byte| [&page[..PAGE - 1], &[byte]].concat();
+    let mut log = Log::new(&db, Salts(1, 2));
+    log.commit(&page(1));
+    log.commit(&page(2));
+    (db, page)
+}
+
+/// The files are the position, and writers are let in.
+#[track_caller]
+fn check_goes_on(dir: &Path, db: &Db) {
+    wait::until_true("a write lock", || {
+        db.state() == DbState::Ready && lock(db, WRITE, LockKind::Exclusive).is_ok()
+    });
+    unlock_all(db);
+    assert_eq!(fence::files(dir), db.pos().checksum);
+}
+
+/// The call that starts the log over fails; SQLite goes on with the next log all the same.
+#[test]
+fn a_log_that_could_not_be_started_over_is_not_captured_again() {
+    for label in ["wal:truncate", "wal:write"] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = logged(&engine);
+        let before = db.pos();
+        let mut next = Log::new(&db, Salts(2, 7));
+        lock(&db, WRITE, LockKind::Exclusive).unwrap();
+        fail(label, 0);
+        match label {
+            "wal:truncate" => db.truncate_wal(&file(&db, FileKind::Wal), 0).unwrap_err(),
+            _ => next.write_header().unwrap_err(),
+        };
+        unlock_all(&db);
+        assert_eq!(db.pos(), before, "{label}");
+        next.commit(&page(3));
+        assert_eq!(db.pos().txid, before.txid.next(), "{label}");
+        check_goes_on(dir.path(), &db);
+    }
+}
+
+/// What a dead writer left was compared with the file, and then the log could not go.
+#[test]
+fn a_log_that_was_settled_and_could_not_go_is_not_captured_again() {
+    for label in ["wal:truncate", "files:remove"] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = fence::wal_database(&engine);
+        let before = db.pos();
+        fence::begin_wal(&db, &page);
+        db.flush(Owner::client(CLIENT), LockSet::ALL);
+        lock(&db, LockSet::one(Lock::Shared), LockKind::Exclusive).unwrap();
+        fail(label, 0);
+        match label {
+            "wal:truncate" => db.truncate_wal(&file(&db, FileKind::Wal), 0).unwrap_err(),
+            _ => db.remove_wal().unwrap_err(),
+        };
+        let settled = db.pos();
+        assert_eq!(
+            settled.checksum, before.checksum,
+            "{label}: as the file, which has nothing of it"
+        );
+        db.remove_wal().unwrap();
+        unlock_all(&db);
+        assert_eq!(db.pos(), settled, "{label}");
+        check_goes_on(dir.path(), &db);
+    }
+}

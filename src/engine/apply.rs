@@ -591,7 +591,7 @@ impl Db {
         let _turn = self.turn();
         // A lent database was captured before; what was lost has been replaced.
         let is_captured = self.is_followed() || self.is_lent() || self.is_lost();
-        if is_captured || !self.has_failed() {
+        if is_captured || !(self.has_failed() || self.has_uncut.load(Ordering::SeqCst)) {
             self.mend();
             return true;
         }

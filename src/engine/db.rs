@@ -145,6 +145,8 @@ pub struct Db {
     view: Mutex<View>,
     /// The WAL has transactions that came too late; no writer is let in before they are out of it.
     pub(super) has_strays: AtomicBool,
+    /// The WAL has frames of a refused commit that could not be made invalid; nobody gets WRITE before they are.
+    pub(super) has_uncut: AtomicBool,
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
@@ -219,6 +221,7 @@ impl Db {
             locks: Mutex::default(),
             failure: Mutex::default(),
             has_strays: AtomicBool::new(false),
+            has_uncut: AtomicBool::new(false),
             notes: Mutex::default(),
             virtual_inos: [next_ino(), next_ino()],
             counters: Counters::default(),

@@ -8,6 +8,7 @@ use litefs::engine::db::{DbState, Refusal};
 use litefs::engine::files::FileKind;
 use litefs::engine::locks::{LockKind, Owner};
 use litefs::engine::{Db, Engine};
+use litefs::os::fault;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
 use litefs::sqlite::wal::{ByteOrder, Frame, Salts, WalCursor, WalHeader};
 use ltx::{PageSize, Pgno};
@@ -15,6 +16,7 @@ use ltx::{PageSize, Pgno};
 use crate::support::wait;
 
 use super::faults::fail;
+use super::replica::Refusing;
 use super::{CLIENT, PAGE, VIA, asked, fence, file, lock, primary, unlock_all};
 
 const WRITE: LockSet = LockSet::one(Lock::Write);
@@ -127,4 +129,58 @@ fn a_log_that_was_settled_and_could_not_go_is_not_captured_again() {
         assert_eq!(db.pos(), settled, "{label}");
         check_goes_on(dir.path(), &db);
     }
+}
+
+/// A commit is refused, and what it wrote cannot be made invalid either: whoever built a wal-index now would
+/// take it for a commit.
+#[test]
+fn frames_that_were_refused_let_nobody_write_before_they_are_invalid() {
+    for dies in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let kernel = Arc::new(fence::Kernel::default());
+        engine.mounted(kernel.clone(), false);
+        let (db, page) = fence::wal_database(&engine);
+        let before = db.pos();
+        fence::begin_wal(&db, &page);
+        fail("files:sync", 0);
+        db.sync_file(&file(&db, FileKind::Wal), VIA).unwrap_err();
+        let watching = fault::watch(dir.path(), Arc::new(Refusing("wal:cut")));
+        match dies {
+            true => db.flush(Owner::client(CLIENT), LockSet::ALL),
+            false => unlock_all(&db),
+        }
+        assert!(matches!(db.state(), DbState::Failed(_)), "dies: {dies}");
+        for byte in [Lock::Write, Lock::Ckpt, Lock::Shared] {
+            let refused = lock(&db, LockSet::one(byte), LockKind::Exclusive);
+            assert_eq!(refused, Err(Refusal::WouldBlock), "{byte:?}, dies: {dies}");
+        }
+        assert_eq!(db.pos(), before);
+        drop(watching);
+        check_goes_on(dir.path(), &db);
+        assert_eq!(*kernel.0.lock().unwrap(), ["pages 32 24"], "dies: {dies}");
+        assert_eq!(db.pos(), before);
+        Log::new(&db, Salts(1, 2)).commit(&page);
+        assert_eq!(db.pos().txid, before.txid.next());
+        check_goes_on(dir.path(), &db);
+    }
+}
+
+/// The sync of a checkpoint through the file of the last writer fails: that says nothing about its commits.
+#[test]
+fn a_sync_after_the_commit_refuses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let before = db.pos();
+    fence::begin_wal(&db, &page);
+    let watching = fault::watch(dir.path(), Arc::new(Refusing("read:wal")));
+    unlock_all(&db);
+    assert!(matches!(db.state(), DbState::Failed(_)));
+    fail("files:sync", 0);
+    db.sync_file(&file(&db, FileKind::Wal), VIA).unwrap_err();
+    assert_eq!(lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive), Err(Refusal::WouldBlock));
+    drop(watching);
+    check_goes_on(dir.path(), &db);
+    assert_eq!(db.pos().txid, before.txid.next());
 }

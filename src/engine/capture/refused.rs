@@ -4,12 +4,14 @@
 //!   (the sync failed, or the lease is not confirmed). SQLite rolls back and leaves them where they are,
 //!   for the next writer; but who builds the wal-index anew in the meantime would take them for a
 //!   commit, as would we where the wal-index is out of sight. So they are made invalid before the
-//!   writer's lock goes.
+//!   writer's lock goes. If that fails the database does, and nobody gets WRITE before it is done: behind
+//!   frames that somebody took for committed, theirs would be lost with these.
 //! * **Doubtful**: without passthrough nobody can tell whether a writer that died behind its commit frame
 //!   had got as far as the wal-index. The transaction counts; a writer that goes on behind it says that
 //!   it does for SQLite too. If the log goes before that, the database file is compared.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::wal::Captured;
 use super::{Change, Sink};
@@ -35,7 +37,8 @@ impl Db {
             return;
         }
         let mut change = self.change.lock().unwrap();
-        // With passthrough the wal-index says what became of it.
+        // With passthrough the wal-index says what became of it. Without, a checkpoint's sync must not refuse what
+        // was committed through the same file.
         if self.shared.is_passthrough() || change.wal.is_written_through(via) {
             change.wal.refused = true;
         }
@@ -66,19 +69,40 @@ impl Db {
 
     fn cut_refused(&self) -> Option<Cut> {
         let mut change = self.change.lock().unwrap();
-        if !std::mem::take(&mut change.wal.refused) {
+        change.wal.end_writing();
+        if !change.wal.refused {
             return None;
         }
-        let cut = self.cut_after_committed(&change);
-        // Still not to be captured; the next write overwrites it.
-        change.wal.refused = cut.is_err();
-        match cut {
-            Ok(cut) => cut.filter(|_| !self.shared.is_passthrough()),
-            Err(error) => {
-                self.fail(&error);
-                None
-            }
+        let Ok(cut) = self.cut_after_committed(&change) else {
+            // The capture that follows tries again, and says why not.
+            self.has_uncut.store(true, Ordering::SeqCst);
+            return None;
+        };
+        change.wal.refused = false;
+        cut.filter(|_| !self.shared.is_passthrough())
+    }
+
+    /// Makes invalid what could not be when its writer gave WRITE up. Nobody has had that since.
+    pub(super) fn cut_late(&self, change: &mut Change) -> Result<()> {
+        if !self.has_uncut.load(Ordering::SeqCst) || change.wal.cut_is_untold {
+            return Ok(());
         }
+        let cut = if change.wal.refused { self.cut_after_committed(change)? } else { None };
+        match (cut, self.shared.page_cache(), self.me.upgrade()) {
+            (Some(cut), Some(_), Some(me)) if !self.shared.is_passthrough() => {
+                let tell = move || {
+                    me.tell_kernel(&cut);
+                    me.change.lock().unwrap().wal.cut_is_untold = false;
+                    me.has_uncut.store(false, Ordering::SeqCst);
+                };
+                let path = self.files.path(FileKind::Wal);
+                spawn_cut(tell).map_err(Error::io("start thread for cut frames", &path))?;
+                change.wal.cut_is_untold = true;
+            }
+            _ => self.has_uncut.store(false, Ordering::SeqCst),
+        }
+        change.wal.refused = false;
+        Ok(())
     }
 
     /// Makes the frame after the last committed one invalid, and so all that follow.
@@ -119,15 +143,19 @@ impl Db {
     ) {
         let Some(me) = self.me.upgrade() else { return done() };
         let tell = move || {
-            if let Some(cache) = me.shared.page_cache() {
-                cache.pages_changed(cut.wal.ino, cut.offset, wal::FRAME_HEADER_SIZE as u64);
-            }
+            me.tell_kernel(&cut);
             me.release(owner, set);
             done();
         };
-        if let Err(error) = std::thread::Builder::new().name("litefs-cut".into()).spawn(tell) {
+        if let Err(error) = spawn_cut(tell) {
             tracing::error!(db = %self.name, %error, "start thread");
             self.release(owner, set);
+        }
+    }
+
+    fn tell_kernel(&self, cut: &Cut) {
+        if let Some(cache) = self.shared.page_cache() {
+            cache.pages_changed(cut.wal.ino, cut.offset, wal::FRAME_HEADER_SIZE as u64);
         }
     }
 
@@ -144,4 +172,8 @@ impl Db {
         change.wal.doubtful = false;
         Ok(())
     }
+}
+
+fn spawn_cut(tell: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name("litefs-cut".into()).spawn(tell).map(drop)
 }

@@ -35,10 +35,12 @@ pub struct WalState {
     /// A commit frame that was written and did not follow from the frames before it: its checksum, or
     /// theirs, will be written again.
     pub(super) incomplete: Option<u32>,
-    /// The open file through which the present writer wrote.
+    /// The open file through which the present writer wrote; none if it has not yet, or there is none.
     writer: Option<Handle>,
     /// The last that the present writer was told is that its frames cannot stay.
     pub(super) refused: bool,
+    /// They are invalid now, and the kernel may still have them as they were.
+    pub(super) cut_is_untold: bool,
     /// The last captured frames were written by somebody who died.
     pub(super) doubtful: bool,
     /// Reused for reading frames.
@@ -145,6 +147,11 @@ impl WalState {
         self.writer == Some(via)
     }
 
+    /// The present writer gives its lock up.
+    pub(super) fn end_writing(&mut self) {
+        self.writer = None;
+    }
+
     /// A write through us at `offset`, bytes into the file, is to be made.
     pub(super) fn note_write(&mut self, offset: u64, via: Handle) {
         self.writer = Some(via);
@@ -188,6 +195,7 @@ impl Db {
     /// Captures the new transactions of the WAL. Those that came too late are set aside.
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
+        self.cut_late(change)?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
         if change.wal.refused && !self.shared.is_passthrough() {
             return Ok(());

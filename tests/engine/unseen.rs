@@ -2,11 +2,13 @@
 //! such as fail.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
+use litefs::engine::db::Patience;
 use litefs::engine::db::{DbState, Refusal};
 use litefs::engine::files::FileKind;
-use litefs::engine::locks::{LockKind, Owner};
+use litefs::engine::locks::{Handle, LockKind, Owner, Request};
 use litefs::engine::{Db, Engine};
 use litefs::os::fault;
 use litefs::sqlite::lock_byte::{Lock, LockSet};
@@ -183,4 +185,79 @@ fn a_sync_after_the_commit_refuses_nothing() {
     drop(watching);
     check_goes_on(dir.path(), &db);
     assert_eq!(db.pos().txid, before.txid.next());
+}
+
+/// Another client asks for a lock and gives it up again; whether it got it.
+fn lock_and_unlock(db: &Db, byte: Lock) -> bool {
+    let (owner, set) = (Owner::client(8), LockSet::one(byte));
+    let request = Request { owner, via: Handle(8), set, kind: LockKind::Exclusive };
+    let (sender, answer) = mpsc::channel();
+    db.lock(request, Patience::None, Box::new(move |result| sender.send(result).unwrap()));
+    let granted = answer.recv_timeout(Duration::from_secs(20)).expect("an answer").is_ok();
+    db.unlock(owner, set, || ());
+    granted
+}
+
+/// The last connection has checkpointed what it knows of, and removes the log.
+fn close_log(db: &Db) {
+    lock(db, LockSet::one(Lock::Shared), LockKind::Exclusive).unwrap();
+    db.remove_wal().unwrap();
+    unlock_all(db);
+}
+
+/// A commit is over when its writer gives WRITE up. Who makes a checkpoint meanwhile, or asks for the lock while
+/// the database has failed, says nothing about it.
+#[test]
+fn a_commit_on_its_way_is_not_captured_for_another_client() {
+    for dies in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = fence::wal_database(&engine);
+        let before = db.pos();
+        fence::begin_wal(&db, &page);
+        assert!(lock_and_unlock(&db, Lock::Ckpt), "a checkpoint waits for no writer");
+        assert_eq!(db.pos(), before, "dies: {dies}");
+        match dies {
+            true => db.flush(Owner::client(CLIENT), LockSet::ALL),
+            false => {
+                fail("files:sync", 0);
+                db.sync_file(&file(&db, FileKind::Wal), VIA).unwrap_err();
+                unlock_all(&db);
+                assert_eq!(db.pos(), before);
+            }
+        }
+        close_log(&db);
+        check_goes_on(dir.path(), &db);
+        assert_eq!(db.pos().checksum, before.checksum, "dies: {dies}");
+    }
+}
+
+/// With a size limit for the log, a writer cuts off what it does not need before its commit is over.
+#[test]
+fn a_commit_that_cuts_the_log_to_its_limit_is_not_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let before = db.pos();
+    fence::begin_wal(&db, &page);
+    let log = file(&db, FileKind::Wal);
+    let len = log.file.metadata().unwrap().len();
+    db.truncate_wal(&log, len).unwrap();
+    assert_eq!(db.pos(), before);
+    db.flush(Owner::client(CLIENT), LockSet::ALL);
+    close_log(&db);
+    check_goes_on(dir.path(), &db);
+    assert_eq!(db.pos().checksum, before.checksum);
+}
+
+/// The node ends while an application is in a transaction: that is over when the next start looks at the log.
+#[test]
+fn an_end_captures_no_commit_on_its_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let before = db.pos();
+    fence::begin_wal(&db, &page);
+    engine.close().unwrap();
+    assert_eq!(db.pos(), before);
 }

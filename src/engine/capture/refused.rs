@@ -47,7 +47,7 @@ impl Db {
     /// A writer gives its lock up: takes what it committed, and makes invalid what was refused.
     pub(in crate::engine) fn capture_of_writer(&self) -> Option<Cut> {
         let cut = self.cut_refused();
-        self.capture_wal();
+        self.capture_writer();
         cut
     }
 
@@ -55,7 +55,7 @@ impl Db {
     pub(in crate::engine) fn capture_of_gone_writer(&self) -> Option<Cut> {
         let before = self.pos();
         let cut = self.cut_refused();
-        let captured = self.capture_wal();
+        let captured = self.capture_writer();
         let moved = captured == Captured::All && self.pos() != before;
         if moved && !self.shared.is_passthrough() {
             self.change.lock().unwrap().wal.doubtful = true;

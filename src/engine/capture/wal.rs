@@ -177,7 +177,23 @@ impl Db {
     /// SQLite ignores the result of the unlock that this is called for. A file call that failed is made again.
     pub(crate) fn capture_wal(&self) -> Captured {
         let start = Instant::now();
-        let captured = self.capture_frames(&mut self.change.lock().unwrap());
+        let mut change = self.change.lock().unwrap();
+        if self.is_commit_on_its_way() {
+            return if self.has_failed() { Captured::Failed } else { Captured::All };
+        }
+        let captured = self.capture_committed(&mut change);
+        drop(change);
+        self.conclude_capture(start, captured)
+    }
+
+    /// As [`Db::capture_wal`], also what the client has written that holds WRITE: it gives it up.
+    pub(super) fn capture_writer(&self) -> Captured {
+        let start = Instant::now();
+        let captured = self.capture_committed(&mut self.change.lock().unwrap());
+        self.conclude_capture(start, captured)
+    }
+
+    fn conclude_capture(&self, start: Instant, captured: Result<()>) -> Captured {
         let Err(error) = captured else {
             self.counters.capture.note_since(start);
             self.mend();
@@ -192,8 +208,29 @@ impl Db {
         Captured::Failed
     }
 
-    /// Captures the new transactions of the WAL. Those that came too late are set aside.
+    /// Whether a client is in a transaction of which only its unlock says that it is over, for the wal-index is out of
+    /// sight. An exclusive connection gives up nothing when it has committed. What others committed before was
+    /// captured when they gave WRITE up, unless the database has failed. A checkpoint moves these, and at most one
+    /// more whose writer is just about to: its frames stay in the log until that has captured it.
+    /// Asked with the right to change, so that the answer stays true: each write to the WAL takes that.
+    fn is_commit_on_its_way(&self) -> bool {
+        !self.shared.is_passthrough() && self.is_written() && !self.is_locked_exclusively()
+    }
+
+    /// Captures the new transactions of the WAL, but for one that may not be over. Those that came too late are
+    /// set aside.
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
+        match (self.is_commit_on_its_way(), self.has_failed()) {
+            (false, _) => self.capture_committed(change),
+            (true, false) => Ok(()),
+            (true, true) => Err(Error::Busy {
+                db: self.name.clone(),
+                what: "a client writes, and what was committed before is not captured",
+            }),
+        }
+    }
+
+    fn capture_committed(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
         self.cut_late(change)?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };

@@ -442,7 +442,7 @@ impl fuse::Volume for EngineVolume {
     }
 
     fn write(&self, handle: &Arc<OpenFile>, write: Write<'_>, reply: Reply<u32>) {
-        let Write { offset, data, .. } = write;
+        let Write { offset, data, from_cache } = write;
         let len = data.len() as u32;
         let done: Done = Box::new(move |result| reply.send(result.map(|()| len)));
         if handle.is_turned_out() {
@@ -458,7 +458,8 @@ impl fuse::Volume for EngineVolume {
                 FileKind::Wal => {
                     return db.write_wal(backing, handle.id, offset, data, answer(done));
                 }
-                FileKind::Shm => db.write_shm(backing, offset, data),
+                FileKind::Shm if from_cache => db.write_back_shm(backing, offset, data),
+                FileKind::Shm => db.write_shm(backing, handle.id, offset, data),
             }
             .map_err(refused),
             Node::Plain(plain) => plain.write(offset, data).map_err(|error| os_errno(&error)),

@@ -376,8 +376,25 @@ impl Db {
         Ok(())
     }
 
-    /// A write to the wal-index that came through us.
-    pub fn write_shm(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+    /// A call of an application that writes to the wal-index. SQLite makes only that longer in this way, before what it
+    /// has written to the WAL counts: if it fails, the commit does.
+    pub fn write_shm(
+        &self,
+        backing: &Backing,
+        via: Handle,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
+        self.write_back_shm(backing, offset, data).inspect_err(|_| self.note_refused_index(via))
+    }
+
+    /// What an application has written to a mapped page of the wal-index. It is told nothing of it.
+    pub fn write_back_shm(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
         if self.inbox.is_rewriting_index() || self.is_followed() {
             // What the kernel writes back of pages that are being replaced, or are only read.
             return Ok(());

@@ -43,11 +43,16 @@ impl Log<'_> {
         asked(|answer| self.db.write_wal(&log, VIA, 0, &self.header.encode(), answer))
     }
 
-    /// Writes the frame of one commit behind the others.
-    fn write(&mut self, page: &[u8]) {
-        let (log, offset) = (file(self.db, FileKind::Wal), self.cursor.offset());
+    /// The frame of one commit behind the others.
+    fn encode(&mut self, page: &[u8]) -> Vec<u8> {
         let (commit, mut bytes) = (Some(self.db.page_count()), Vec::new());
         self.cursor.encode(&Frame { pgno: Pgno(1), commit, page }, &mut bytes);
+        bytes
+    }
+
+    fn write(&mut self, page: &[u8]) {
+        let (log, offset) = (file(self.db, FileKind::Wal), self.cursor.offset());
+        let bytes = self.encode(page);
         asked(|answer| self.db.write_wal(&log, VIA, offset, &bytes, answer)).unwrap();
     }
 
@@ -62,13 +67,16 @@ impl Log<'_> {
     }
 }
 
-/// A database whose log has two commits, and images of its first page.
+/// A database whose log has two commits, which are checkpointed, and images of its first page.
 fn logged(engine: &Engine) -> (Arc<Db>, impl Fn(u8) -> Vec<u8>) {
     let (db, page) = fence::wal_database(engine);
     let page = move |byte| [&page[..PAGE - 1], &[byte]].concat();
     let mut log = Log::new(&db, Salts(1, 2));
     log.commit(&page(1));
     log.commit(&page(2));
+    lock(&db, LockSet::one(Lock::Ckpt), LockKind::Exclusive).unwrap();
+    db.write_database(&file(&db, FileKind::Database), 0, &page(2)).unwrap();
+    unlock_all(&db);
     (db, page)
 }
 
@@ -260,4 +268,123 @@ fn an_end_captures_no_commit_on_its_way() {
     fence::begin_wal(&db, &page);
     engine.close().unwrap();
     assert_eq!(db.pos(), before);
+}
+
+/// SQLite makes the wal-index longer when the frames of a large commit are written. If it is told that this failed,
+/// it rolls back.
+#[test]
+fn a_commit_whose_wal_index_could_not_grow_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let (before, shm) = (db.pos(), file(&db, FileKind::Shm));
+    fence::begin_wal(&db, &page);
+    fail("shm:write", 0);
+    db.write_shm(&shm, Handle(99), 65535, &[0]).unwrap_err();
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next(), "that was somebody else");
+    let mut log = Log::new(&db, Salts(1, 2));
+    log.encode(&page); // It stands there.
+    lock(&db, WRITE, LockKind::Exclusive).unwrap();
+    log.write(&page[..PAGE - 1].iter().copied().chain([9]).collect::<Vec<_>>());
+    fail("shm:write", 0);
+    db.write_shm(&shm, VIA, 65535, &[0]).unwrap_err();
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    check_goes_on(dir.path(), &db);
+}
+
+/// Who builds a wal-index has written no frames: those that it finds are not refused with it.
+#[test]
+fn a_wal_index_that_cannot_be_built_refuses_no_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let before = db.pos();
+    fence::begin_wal(&db, &page);
+    let watching = fault::watch(dir.path(), Arc::new(Refusing("read:wal")));
+    unlock_all(&db);
+    lock(&db, WRITE, LockKind::Exclusive).unwrap();
+    fail("shm:write", 0);
+    db.write_shm(&file(&db, FileKind::Shm), VIA, 32767, &[0]).unwrap_err();
+    drop(watching);
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    check_goes_on(dir.path(), &db);
+}
+
+/// A client may fail where nobody sees it, such as when it maps the wal-index. Then the next log, or none, tells.
+#[test]
+fn a_commit_that_failed_unseen_is_gone_when_the_log_is() {
+    for removed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = fence::wal_database(&engine);
+        let before = db.pos();
+        fence::begin_wal(&db, &page);
+        unlock_all(&db);
+        assert_eq!(db.pos().txid, before.txid.next(), "it counts for now");
+        match removed {
+            true => close_log(&db),
+            false => {
+                lock(&db, WRITE, LockKind::Exclusive).unwrap();
+                Log::new(&db, Salts(5, 6)).write_header().unwrap();
+                unlock_all(&db);
+            }
+        }
+        check_goes_on(dir.path(), &db);
+        assert_eq!(db.pos().checksum, before.checksum, "removed: {removed}");
+    }
+}
+
+/// The next writer overwrites what failed unseen, at once: what the engine captured of it is written before.
+#[test]
+fn frames_that_are_captured_are_overwritten_when_their_ltx_file_is_written() {
+    for frame in [0, 1] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = primary(dir.path());
+        let (db, page) = fence::wal_database(&engine);
+        let born = db.pos().checksum;
+        let other = |byte| [&page[..PAGE - 1], &[byte]].concat();
+        let mut log = Log::new(&db, Salts(1, 2));
+        (0..frame).for_each(|n| log.commit(&other(n)));
+        let mut again = Log { cursor: log.cursor, ..log };
+        let watching = fault::watch(dir.path(), Arc::new(Refusing("chain:ltx")));
+        log.commit(&other(7));
+        let before = db.pos();
+        lock(&db, WRITE, LockKind::Exclusive).unwrap();
+        let (wal, offset) =
+            (file(&db, FileKind::Wal), if frame == 0 { 0 } else { again.cursor.offset() });
+        let bytes = [7; 32];
+        asked(|answer| db.write_wal(&wal, VIA, offset, &bytes, answer)).unwrap_err();
+        drop(watching);
+        unlock_all(&db);
+        wait::until_true("ltx files", || db.state() == DbState::Ready);
+        // A log that is begun again had no commit for SQLite: it has started over without a checkpoint.
+        let expected = if frame == 0 { born } else { before.checksum };
+        assert_eq!(db.pos().checksum, expected);
+        again.commit(&other(8));
+        check_goes_on(dir.path(), &db);
+    }
+}
+
+/// An exclusive connection gives no lock up when it has committed: a sync that fails later does not refuse that.
+#[test]
+fn what_an_exclusive_connection_committed_outlives_a_failed_sync() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let (db, page) = fence::wal_database(&engine);
+    let before = db.pos();
+    let mut log = Log::new(&db, Salts(1, 2));
+    file(&db, FileKind::Wal);
+    lock(&db, LockSet::one(Lock::Shared), LockKind::Exclusive).unwrap();
+    log.write_header().unwrap();
+    log.write(&page);
+    fail("files:sync", 0);
+    db.sync_file(&file(&db, FileKind::Wal), VIA).unwrap_err();
+    db.write_database(&file(&db, FileKind::Database), 0, &page).unwrap();
+    db.remove_wal().unwrap();
+    unlock_all(&db);
+    assert_eq!(db.pos().txid, before.txid.next());
+    check_goes_on(dir.path(), &db);
 }

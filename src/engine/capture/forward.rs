@@ -73,7 +73,7 @@ impl Db {
         if offset == 0 {
             self.settle_doubt(&mut change)?;
         }
-        change.wal.note_write(offset, via);
+        self.begin_wal_write(&mut change, offset, via)?;
         if offset == 0 {
             // Nobody looks at the log before the engine knows that it starts over.
             return self.write_and_note(&mut change, wal, Overlay { offset, data });
@@ -122,7 +122,7 @@ impl Db {
             self.write_to_wal(wal, write.offset, write.data)?;
             return Ok(None);
         }
-        change.wal.note_write(write.offset, via);
+        self.begin_wal_write(&mut change, write.offset, via)?;
         let Some(transaction) = self.completed_by(&mut change, wal, &write)? else {
             self.write_and_note(&mut change, wal, write)?;
             return Ok(None);

@@ -8,7 +8,10 @@
 //!   frames that somebody took for committed, theirs would be lost with these.
 //! * **Doubtful**: without passthrough nobody can tell whether a writer that died behind its commit frame
 //!   had got as far as the wal-index. The transaction counts; a writer that goes on behind it says that
-//!   it does for SQLite too. If the log goes before that, the database file is compared.
+//!   it does for SQLite too. If the log goes before that, the database file is compared. So it is for a commit of
+//!   an exclusive connection that was refused.
+//! * **Unseen**: without passthrough a writer may fail behind its commit frame where nobody is told, and go on. Then it
+//!   overwrites them, or one page shows it that the commit changed and the database file does not have when the log goes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -40,7 +43,25 @@ impl Db {
         // With passthrough the wal-index says what became of it. Without, a checkpoint's sync must not refuse what
         // was committed through the same file.
         if self.shared.is_passthrough() || change.wal.is_written_through(via) {
-            change.wal.refused = true;
+            self.refuse_writer(&mut change);
+        }
+    }
+
+    /// The wal-index could not be made longer through `via`: if that was the writer, its frames do not count. Who
+    /// only builds the index has written none.
+    pub(in crate::engine) fn note_refused_index(&self, via: Handle) {
+        let mut change = self.change.lock().unwrap();
+        let is_writer = self.holds_write_through(via) || self.is_locked_exclusively();
+        if !self.shared.is_passthrough() && is_writer && change.wal.has_writer() {
+            self.refuse_writer(&mut change);
+        }
+    }
+
+    fn refuse_writer(&self, change: &mut Change) {
+        match !self.shared.is_passthrough() && self.is_locked_exclusively() {
+            // Before these frames may stand others that it committed, and gave no lock up.
+            true => change.wal.doubtful = true,
+            false => change.wal.refused = true,
         }
     }
 
@@ -162,7 +183,7 @@ impl Db {
     /// The log is about to go, so all that counts for SQLite is in the database file: takes what
     /// differs, if there was a doubt.
     pub(in crate::engine) fn settle_doubt(&self, change: &mut Change) -> Result<()> {
-        if !change.wal.doubtful {
+        if !change.wal.doubtful && self.has_witness(change)? {
             return Ok(());
         }
         if let Some(wal) = self.files.get(FileKind::Wal) {
@@ -171,6 +192,22 @@ impl Db {
         }
         change.wal.doubtful = false;
         Ok(())
+    }
+
+    /// Whether the database file has what the last captured commit changed, as far as one page of it tells.
+    fn has_witness(&self, change: &Change) -> Result<bool> {
+        let (Some(pgno), Some(page_size), Some(database), false) = (
+            change.wal.witness(),
+            change.page_size,
+            self.files.get(FileKind::Database),
+            self.shared.is_passthrough(),
+        ) else {
+            return Ok(true);
+        };
+        let mut image = vec![0; page_size.bytes()];
+        os::read_zero_extended("read:page", &database.file, &mut image, page_size.offset(pgno))
+            .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+        Ok(ltx::page_checksum(pgno, &image) == change.sums.get(pgno))
     }
 }
 

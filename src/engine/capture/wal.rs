@@ -41,8 +41,10 @@ pub struct WalState {
     pub(super) refused: bool,
     /// They are invalid now, and the kernel may still have them as they were.
     pub(super) cut_is_untold: bool,
-    /// The last captured frames were written by somebody who died.
+    /// The last captured frames were written by somebody who died, or was refused.
     pub(super) doubtful: bool,
+    /// A page that the last captured transaction changed, if its frames were just followed.
+    witness: Option<Pgno>,
     /// Reused for reading frames.
     buffer: Vec<u8>,
 }
@@ -77,9 +79,8 @@ impl WalState {
 
     /// Everything up to `cursor` is captured.
     pub fn resume(&mut self, cursor: WalCursor) {
+        self.clear();
         self.cursor = Some(cursor);
-        self.overwritten = false;
-        self.doubtful = false;
     }
 
     /// There is no WAL any more.
@@ -87,6 +88,7 @@ impl WalState {
         self.cursor = None;
         self.overwritten = false;
         self.doubtful = false;
+        self.witness = None;
     }
 
     /// The same place.
@@ -147,13 +149,29 @@ impl WalState {
         self.writer == Some(via)
     }
 
+    /// A page that shows whether the last captured transaction is in the database file.
+    pub(super) fn witness(&self) -> Option<Pgno> {
+        self.witness
+    }
+
+    /// Whether the holder of WRITE has written anything.
+    pub(super) fn has_writer(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Whether a write at `offset` is the first over captured frames, or starts the log over.
+    fn ends_captured(&self, offset: u64) -> bool {
+        let over = |cursor: WalCursor| cursor.frame() > 0 && offset < cursor.offset();
+        !self.overwritten && self.cursor.is_some_and(over)
+    }
+
     /// The present writer gives its lock up.
     pub(super) fn end_writing(&mut self) {
         self.writer = None;
     }
 
     /// A write through us at `offset`, bytes into the file, is to be made.
-    pub(super) fn note_write(&mut self, offset: u64, via: Handle) {
+    fn note_write(&mut self, offset: u64, via: Handle) {
         self.writer = Some(via);
         self.refused = false;
         self.doubtful &= self.cursor.is_none_or(|cursor| cursor.offset() != offset);
@@ -191,6 +209,21 @@ impl Db {
         let start = Instant::now();
         let captured = self.capture_committed(&mut self.change.lock().unwrap());
         self.conclude_capture(start, captured)
+    }
+
+    /// A write to the WAL is to be made. What captured transactions refer to is in their LTX files before it is
+    /// overwritten: after a restart of the log it is in any case, but not if SQLite did not take them for committed.
+    pub(super) fn begin_wal_write(
+        &self,
+        change: &mut Change,
+        offset: u64,
+        via: Handle,
+    ) -> Result<()> {
+        if change.wal.ends_captured(offset) {
+            self.chain.flush()?;
+        }
+        change.wal.note_write(offset, via);
+        Ok(())
     }
 
     fn conclude_capture(&self, start: Instant, captured: Result<()>) -> Captured {
@@ -295,7 +328,10 @@ impl Db {
             change.wal.resume(WalCursor::start(&header));
         }
         if change.wal.is_cut(end) || change.needs_resync {
-            return self.resync_wal(change, wal, end, sink);
+            self.resync_wal(change, wal, end, sink)?;
+            // Which of its pages the last commit changed is not known.
+            change.wal.doubtful = !self.shared.is_passthrough();
+            return Ok(());
         }
         let result = self.read_frames(change, wal, end, sink);
         change.needs_resync |= result.is_err();
@@ -435,8 +471,11 @@ impl Db {
             if let Some(commit) = frame.commit {
                 let draft = self.draft(walk, change.pages(), commit, wal);
                 let transaction = change.transaction(draft);
+                let is_new = |page: &&PageRef| change.sums.get(page.pgno) != page.sum;
+                let witness = transaction.pages.iter().find(is_new).map(|page| page.pgno);
                 self.take_transaction(change, transaction, sink).map_err(Stop::Failed)?;
                 change.wal.cursor = Some(walk.cursor);
+                change.wal.witness = witness;
                 walk.start = walk.cursor;
                 self.verify_if_strict(change).map_err(Stop::Failed)?;
             }

@@ -450,6 +450,12 @@ impl Db {
         matches!(holder, Some((Owner::Client(_), _)))
     }
 
+    /// Whether the client that writes a transaction into the WAL has its locks through this open file.
+    pub(in crate::engine) fn holds_write_through(&self, via: Handle) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
+        matches!(holder, Some((Owner::Client(_), handle)) if handle == via)
+    }
+
     /// Whether a client writes a transaction into the WAL.
     pub(in crate::engine) fn is_written(&self) -> bool {
         let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);

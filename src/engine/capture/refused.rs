@@ -10,8 +10,9 @@
 //!   had got as far as the wal-index. The transaction counts; a writer that goes on behind it says that
 //!   it does for SQLite too. If the log goes before that, the database file is compared. So it is for a commit of
 //!   an exclusive connection that was refused.
-//! * **Unseen**: without passthrough a writer may fail behind its commit frame where nobody is told, and go on. Then it
-//!   overwrites them, or one page shows it that the commit changed and the database file does not have when the log goes.
+//! * **Unseen**: without passthrough a writer may fail behind its commit frame where nobody is told, and live. Then the
+//!   frames are overwritten, or the log goes, and the database file does not have what they changed: of one page that
+//!   is always asked.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -477,7 +477,8 @@ impl fuse::Volume for EngineVolume {
                 FileKind::Wal => {
                     return db.write_wal(backing, handle.id, offset, data, answer(done));
                 }
-                FileKind::Shm => db.write_shm(backing, offset, data),
+                FileKind::Shm if from_cache => db.write_back_shm(backing, offset, data),
+                FileKind::Shm => db.write_shm(backing, handle.id, offset, data),
             }
             .map_err(refused),
             Node::Plain(plain) => plain.write(offset, data).map_err(|error| os_errno(&error)),

@@ -619,7 +619,8 @@ impl Db {
             return true;
         }
         // A lent database was captured before.
-        if self.is_followed() || self.is_lent() || !self.has_failed() {
+        let is_captured = self.is_followed() || self.is_lent();
+        if is_captured || !(self.has_failed() || self.has_uncut.load(Ordering::SeqCst)) {
             self.mend();
             return true;
         }

@@ -145,6 +145,8 @@ pub struct Db {
     view: Mutex<View>,
     /// The WAL has transactions that came too late; no writer is let in before they are out of it.
     pub(super) has_strays: AtomicBool,
+    /// The WAL has frames of a refused commit that could not be made invalid; nobody gets WRITE before they are.
+    pub(super) has_uncut: AtomicBool,
     /// Why it failed, and when it was last tried to mend it.
     failure: Mutex<Option<Failure>>,
     /// When the log last spoke of a refused write, and of a write outside transactions.
@@ -219,6 +221,7 @@ impl Db {
             locks: Mutex::default(),
             failure: Mutex::default(),
             has_strays: AtomicBool::new(false),
+            has_uncut: AtomicBool::new(false),
             notes: Mutex::default(),
             virtual_inos: [next_ino(), next_ino()],
             counters: Counters::default(),
@@ -373,8 +376,25 @@ impl Db {
         Ok(())
     }
 
-    /// A write to the wal-index that came through us.
-    pub fn write_shm(&self, backing: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+    /// A call of an application that writes to the wal-index. SQLite makes only that longer in this way, before what it
+    /// has written to the WAL counts: if it fails, the commit does.
+    pub fn write_shm(
+        &self,
+        backing: &Backing,
+        via: Handle,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
+        self.write_back_shm(backing, offset, data).inspect_err(|_| self.note_refused_index(via))
+    }
+
+    /// What an application has written to a mapped page of the wal-index. It is told nothing of it.
+    pub fn write_back_shm(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Refusal> {
         if self.inbox.is_rewriting_index() || self.is_followed() {
             // What the kernel writes back of pages that are being replaced, or are only read.
             return Ok(());
@@ -394,12 +414,15 @@ impl Db {
             self.settle_wal(&mut change)?;
             if len == 0 {
                 self.settle_doubt(&mut change)?;
-                change.wal.clear();
             }
         }
         let path = self.files.path(FileKind::Wal);
-        Ok(os::truncate("wal:truncate", &backing.file, len)
-            .map_err(Error::io("truncate wal", &path))?)
+        os::truncate("wal:truncate", &backing.file, len)
+            .map_err(Error::io("truncate wal", &path))?;
+        if self.files.is_current(backing) && len == 0 {
+            change.wal.clear();
+        }
+        Ok(())
     }
 
     /// Cuts the wal-index. Never below the 3 bytes to which SQLite itself cuts it: a mapped page of

@@ -28,7 +28,7 @@ use super::{
 };
 
 /// Makes the next call with this label fail in this thread, after `after` that succeed.
-fn fail(label: &str, after: u32) {
+pub(super) fn fail(label: &str, after: u32) {
     fault::arm_here(Fault { label: label.to_owned(), after, errno: libc::EIO });
 }
 

@@ -76,7 +76,7 @@ fn a_fenced_primary_lets_a_journal_roll_back_and_not_commit() {
 
 /// A kernel that remembers what it was told to forget.
 #[derive(Default)]
-struct Kernel(Mutex<Vec<String>>);
+pub(super) struct Kernel(pub(super) Mutex<Vec<String>>);
 
 impl PageCache for Kernel {
     fn pages_changed(&self, _ino: u64, offset: u64, len: u64) {

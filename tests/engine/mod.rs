@@ -34,6 +34,8 @@ mod replica;
 mod strangers;
 // What follows on something that did not get to its end.
 mod unfinished;
+// What SQLite's calls tell where the wal-index is out of sight.
+mod unseen;
 
 /// Bytes of a page in these tests.
 const PAGE: usize = 4096;

@@ -73,9 +73,24 @@ impl Db {
         if offset == 0 {
             self.settle_doubt(&mut change)?;
         }
-        change.wal.note_write(offset, via);
+        self.begin_wal_write(&mut change, offset, via)?;
+        if offset == 0 {
+            // Nobody looks at the log before the engine knows that it starts over.
+            return self.write_and_note(&mut change, wal, Overlay { offset, data });
+        }
         drop(change);
         self.write_to_wal(wal, offset, data)
+    }
+
+    fn write_and_note(
+        &self,
+        change: &mut Change,
+        wal: &Backing,
+        write: Overlay<'_>,
+    ) -> Result<(), Refusal> {
+        self.write_to_wal(wal, write.offset, write.data)?;
+        change.wal.note_written(write.offset);
+        Ok(())
     }
 
     /// Who builds a wal-index is let in even then.
@@ -107,9 +122,9 @@ impl Db {
             self.write_to_wal(wal, write.offset, write.data)?;
             return Ok(None);
         }
-        change.wal.note_write(write.offset, via);
+        self.begin_wal_write(&mut change, write.offset, via)?;
         let Some(transaction) = self.completed_by(&mut change, wal, &write)? else {
-            self.write_to_wal(wal, write.offset, write.data)?;
+            self.write_and_note(&mut change, wal, write)?;
             return Ok(None);
         };
         self.outgoing(&change, &transaction, &write).map(Some)

@@ -4,12 +4,18 @@
 //!   (the sync failed, or the lease is not confirmed). SQLite rolls back and leaves them where they are,
 //!   for the next writer; but who builds the wal-index anew in the meantime would take them for a
 //!   commit, as would we where the wal-index is out of sight. So they are made invalid before the
-//!   writer's lock goes.
+//!   writer's lock goes. If that fails the database does, and nobody gets WRITE before it is done: behind
+//!   frames that somebody took for committed, theirs would be lost with these.
 //! * **Doubtful**: without passthrough nobody can tell whether a writer that died behind its commit frame
 //!   had got as far as the wal-index. The transaction counts; a writer that goes on behind it says that
-//!   it does for SQLite too. If the log goes before that, the database file is compared.
+//!   it does for SQLite too. If the log goes before that, the database file is compared. So it is for a commit of
+//!   an exclusive connection that was refused.
+//! * **Unseen**: without passthrough a writer may fail behind its commit frame where nobody is told, and live. Then the
+//!   frames are overwritten, or the log goes, and the database file does not have what they changed: of one page that
+//!   is always asked.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::wal::Captured;
 use super::{Change, Sink};
@@ -35,16 +41,35 @@ impl Db {
             return;
         }
         let mut change = self.change.lock().unwrap();
-        // With passthrough the wal-index says what became of it.
+        // With passthrough the wal-index says what became of it. Without, a checkpoint's sync must not refuse what
+        // was committed through the same file.
         if self.shared.is_passthrough() || change.wal.is_written_through(via) {
-            change.wal.refused = true;
+            self.refuse_writer(&mut change);
+        }
+    }
+
+    /// The wal-index could not be made longer through `via`: if that was the writer, its frames do not count. Who
+    /// only builds the index has written none.
+    pub(in crate::engine) fn note_refused_index(&self, via: Handle) {
+        let mut change = self.change.lock().unwrap();
+        let is_writer = self.holds_write_through(via) || self.is_locked_exclusively();
+        if !self.shared.is_passthrough() && is_writer && change.wal.has_writer() {
+            self.refuse_writer(&mut change);
+        }
+    }
+
+    fn refuse_writer(&self, change: &mut Change) {
+        match !self.shared.is_passthrough() && self.is_locked_exclusively() {
+            // Before these frames may stand others that it committed, and gave no lock up.
+            true => change.wal.doubtful = true,
+            false => change.wal.refused = true,
         }
     }
 
     /// A writer gives its lock up: takes what it committed, and makes invalid what was refused.
     pub(in crate::engine) fn capture_of_writer(&self) -> Option<Cut> {
         let cut = self.cut_refused();
-        self.capture_wal();
+        self.capture_writer();
         cut
     }
 
@@ -52,7 +77,7 @@ impl Db {
     pub(in crate::engine) fn capture_of_gone_writer(&self) -> Option<Cut> {
         let before = self.pos();
         let cut = self.cut_refused();
-        let captured = self.capture_wal();
+        let captured = self.capture_writer();
         let moved = captured == Captured::All && self.pos() != before;
         if moved && !self.shared.is_passthrough() {
             self.change.lock().unwrap().wal.doubtful = true;
@@ -66,19 +91,40 @@ impl Db {
 
     fn cut_refused(&self) -> Option<Cut> {
         let mut change = self.change.lock().unwrap();
-        if !std::mem::take(&mut change.wal.refused) {
+        change.wal.end_writing();
+        if !change.wal.refused {
             return None;
         }
-        let cut = self.cut_after_committed(&change);
-        // Still not to be captured; the next write overwrites it.
-        change.wal.refused = cut.is_err();
-        match cut {
-            Ok(cut) => cut.filter(|_| !self.shared.is_passthrough()),
-            Err(error) => {
-                self.fail(&error);
-                None
-            }
+        let Ok(cut) = self.cut_after_committed(&change) else {
+            // The capture that follows tries again, and says why not.
+            self.has_uncut.store(true, Ordering::SeqCst);
+            return None;
+        };
+        change.wal.refused = false;
+        cut.filter(|_| !self.shared.is_passthrough())
+    }
+
+    /// Makes invalid what could not be when its writer gave WRITE up. Nobody has had that since.
+    pub(super) fn cut_late(&self, change: &mut Change) -> Result<()> {
+        if !self.has_uncut.load(Ordering::SeqCst) || change.wal.cut_is_untold {
+            return Ok(());
         }
+        let cut = if change.wal.refused { self.cut_after_committed(change)? } else { None };
+        match (cut, self.shared.page_cache(), self.me.upgrade()) {
+            (Some(cut), Some(_), Some(me)) if !self.shared.is_passthrough() => {
+                let tell = move || {
+                    me.tell_kernel(&cut);
+                    me.change.lock().unwrap().wal.cut_is_untold = false;
+                    me.has_uncut.store(false, Ordering::SeqCst);
+                };
+                let path = self.files.path(FileKind::Wal);
+                spawn_cut(tell).map_err(Error::io("start thread for cut frames", &path))?;
+                change.wal.cut_is_untold = true;
+            }
+            _ => self.has_uncut.store(false, Ordering::SeqCst),
+        }
+        change.wal.refused = false;
+        Ok(())
     }
 
     /// Makes the frame after the last committed one invalid, and so all that follow.
@@ -119,22 +165,26 @@ impl Db {
     ) {
         let Some(me) = self.me.upgrade() else { return done() };
         let tell = move || {
-            if let Some(cache) = me.shared.page_cache() {
-                cache.pages_changed(cut.wal.ino, cut.offset, wal::FRAME_HEADER_SIZE as u64);
-            }
+            me.tell_kernel(&cut);
             me.release(owner, set);
             done();
         };
-        if let Err(error) = std::thread::Builder::new().name("litefs-cut".into()).spawn(tell) {
+        if let Err(error) = spawn_cut(tell) {
             tracing::error!(db = %self.name, %error, "start thread");
             self.release(owner, set);
+        }
+    }
+
+    fn tell_kernel(&self, cut: &Cut) {
+        if let Some(cache) = self.shared.page_cache() {
+            cache.pages_changed(cut.wal.ino, cut.offset, wal::FRAME_HEADER_SIZE as u64);
         }
     }
 
     /// The log is about to go, so all that counts for SQLite is in the database file: takes what
     /// differs, if there was a doubt.
     pub(in crate::engine) fn settle_doubt(&self, change: &mut Change) -> Result<()> {
-        if !change.wal.doubtful {
+        if !change.wal.doubtful && self.has_witness(change)? {
             return Ok(());
         }
         if let Some(wal) = self.files.get(FileKind::Wal) {
@@ -144,4 +194,24 @@ impl Db {
         change.wal.doubtful = false;
         Ok(())
     }
+
+    /// Whether the database file has what the last captured commit changed, as far as one page of it tells.
+    fn has_witness(&self, change: &Change) -> Result<bool> {
+        let (Some(pgno), Some(page_size), Some(database), false) = (
+            change.wal.witness(),
+            change.page_size,
+            self.files.get(FileKind::Database),
+            self.shared.is_passthrough(),
+        ) else {
+            return Ok(true);
+        };
+        let mut image = vec![0; page_size.bytes()];
+        os::read_zero_extended("read:page", &database.file, &mut image, page_size.offset(pgno))
+            .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+        Ok(ltx::page_checksum(pgno, &image) == change.sums.get(pgno))
+    }
+}
+
+fn spawn_cut(tell: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name("litefs-cut".into()).spawn(tell).map(drop)
 }

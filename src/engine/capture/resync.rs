@@ -50,10 +50,14 @@ impl Db {
             let text = format!("the wal is valid to frame {} only", map.cursor.frame());
             return Err(self.corrupt("compare pages", &text));
         }
-        self.take_difference(change, map, wal, sink)
+        let cursor = map.cursor;
+        self.take_difference(change, map, wal, sink)?;
+        change.wal.resume(cursor);
+        Ok(())
     }
 
-    /// As if the WAL, which has a header, held nothing.
+    /// As if the WAL, which has a header, held nothing. What is captured of it stays so: if it cannot go after
+    /// all, its frames are no new ones.
     pub(super) fn resync_file(
         &self,
         change: &mut Change,
@@ -89,7 +93,6 @@ impl Db {
         let spool = Arc::new(self.spool_file()?);
         let pages = self.spool_changed(change, &map, wal, &database.file, &spool)?;
         if pages.is_empty() && map.commit == change.pages() {
-            change.wal.resume(map.cursor);
             change.needs_resync = false;
             return Ok(());
         }
@@ -103,7 +106,6 @@ impl Db {
             wal: WalSpan::default(),
         });
         self.take_transaction(change, transaction, sink)?;
-        change.wal.resume(map.cursor);
         change.needs_resync = false;
         Ok(())
     }

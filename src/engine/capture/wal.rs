@@ -35,12 +35,16 @@ pub struct WalState {
     /// A commit frame that was written and did not follow from the frames before it: its checksum, or
     /// theirs, will be written again.
     pub(super) incomplete: Option<u32>,
-    /// The open file through which the present writer wrote.
+    /// The open file through which the present writer wrote; none if it has not yet, or there is none.
     writer: Option<Handle>,
     /// The last that the present writer was told is that its frames cannot stay.
     pub(super) refused: bool,
-    /// The last captured frames were written by somebody who died.
+    /// They are invalid now, and the kernel may still have them as they were.
+    pub(super) cut_is_untold: bool,
+    /// The last captured frames were written by somebody who died, or was refused.
     pub(super) doubtful: bool,
+    /// A page that the last captured transaction changed, if its frames were just followed.
+    witness: Option<Pgno>,
     /// Reused for reading frames.
     buffer: Vec<u8>,
 }
@@ -75,9 +79,8 @@ impl WalState {
 
     /// Everything up to `cursor` is captured.
     pub fn resume(&mut self, cursor: WalCursor) {
+        self.clear();
         self.cursor = Some(cursor);
-        self.overwritten = false;
-        self.doubtful = false;
     }
 
     /// There is no WAL any more.
@@ -85,6 +88,7 @@ impl WalState {
         self.cursor = None;
         self.overwritten = false;
         self.doubtful = false;
+        self.witness = None;
     }
 
     /// The same place.
@@ -145,18 +149,44 @@ impl WalState {
         self.writer == Some(via)
     }
 
-    /// A write through us at `offset`, bytes into the file.
-    pub fn note_write(&mut self, offset: u64, via: Handle) {
+    /// A page that shows whether the last captured transaction is in the database file.
+    pub(super) fn witness(&self) -> Option<Pgno> {
+        self.witness
+    }
+
+    /// Whether the holder of WRITE has written anything.
+    pub(super) fn has_writer(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Whether a write at `offset` is the first over captured frames, or starts the log over.
+    fn ends_captured(&self, offset: u64) -> bool {
+        let over = |cursor: WalCursor| cursor.frame() > 0 && offset < cursor.offset();
+        !self.overwritten && self.cursor.is_some_and(over)
+    }
+
+    /// The present writer gives its lock up.
+    pub(super) fn end_writing(&mut self) {
+        self.writer = None;
+    }
+
+    /// A write through us at `offset`, bytes into the file, is to be made.
+    fn note_write(&mut self, offset: u64, via: Handle) {
         self.writer = Some(via);
         self.refused = false;
         self.doubtful &= self.cursor.is_none_or(|cursor| cursor.offset() != offset);
+        self.overwritten |=
+            offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
+    }
+
+    /// The write at `offset` was made. Not earlier: if it fails, the header of before may still stand there, and
+    /// captured frames must not be taken for new ones. (Behind a torn header no frame is valid.)
+    pub(super) fn note_written(&mut self, offset: u64) {
         if offset == 0 {
-            // Another header, with a checksum of its own that the first frame continues.
+            // A header has a checksum of its own that the first frame continues.
             self.clear();
             self.incomplete = None;
         }
-        self.overwritten |=
-            offset > 0 && self.cursor.is_some_and(|cursor| offset < cursor.offset());
     }
 }
 
@@ -170,8 +200,37 @@ impl Db {
     /// As [`Db::capture_wal`], by who has the right to change.
     pub(in crate::engine) fn capture_with(&self, mut change: MutexGuard<'_, Change>) -> Captured {
         let start = Instant::now();
-        let captured = self.capture_frames(&mut change);
+        if self.is_commit_on_its_way() {
+            return if self.has_failed() { Captured::Failed } else { Captured::All };
+        }
+        let captured = self.capture_committed(&mut change);
         drop(change);
+        self.conclude_capture(start, captured)
+    }
+
+    /// As [`Db::capture_wal`], also what the client has written that holds WRITE: it gives it up.
+    pub(super) fn capture_writer(&self) -> Captured {
+        let start = Instant::now();
+        let captured = self.capture_committed(&mut self.change.lock().unwrap());
+        self.conclude_capture(start, captured)
+    }
+
+    /// A write to the WAL is to be made. What captured transactions refer to is in their LTX files before it is
+    /// overwritten: after a restart of the log it is in any case, but not if SQLite did not take them for committed.
+    pub(super) fn begin_wal_write(
+        &self,
+        change: &mut Change,
+        offset: u64,
+        via: Handle,
+    ) -> Result<()> {
+        if change.wal.ends_captured(offset) {
+            self.chain.flush()?;
+        }
+        change.wal.note_write(offset, via);
+        Ok(())
+    }
+
+    fn conclude_capture(&self, start: Instant, captured: Result<()>) -> Captured {
         let Err(error) = captured else {
             self.counters.capture.note_since(start);
             self.mend();
@@ -186,9 +245,31 @@ impl Db {
         Captured::Failed
     }
 
-    /// Captures the new transactions of the WAL. Those that came too late are set aside.
+    /// Whether a client is in a transaction of which only its unlock says that it is over, for the wal-index is out of
+    /// sight. An exclusive connection gives up nothing when it has committed. What others committed before was
+    /// captured when they gave WRITE up, unless the database has failed. A checkpoint moves these, and at most one
+    /// more whose writer is just about to: its frames stay in the log until that has captured it.
+    /// Asked with the right to change, so that the answer stays true: each write to the WAL takes that.
+    fn is_commit_on_its_way(&self) -> bool {
+        !self.shared.is_passthrough() && self.is_written() && !self.is_locked_exclusively()
+    }
+
+    /// Captures the new transactions of the WAL, but for one that may not be over. Those that came too late are
+    /// set aside.
     pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
+        match (self.is_commit_on_its_way(), self.has_failed()) {
+            (false, _) => self.capture_committed(change),
+            (true, false) => Ok(()),
+            (true, true) => Err(Error::Busy {
+                db: self.name.clone(),
+                what: "a client writes, and what was committed before is not captured",
+            }),
+        }
+    }
+
+    fn capture_committed(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
+        self.cut_late(change)?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };
         if change.wal.refused && !self.shared.is_passthrough() {
             return Ok(());
@@ -257,7 +338,10 @@ impl Db {
             change.wal.resume(WalCursor::start(&header));
         }
         if change.wal.is_cut(end) || change.needs_resync {
-            return self.resync_wal(change, wal, end, sink);
+            self.resync_wal(change, wal, end, sink)?;
+            // Which of its pages the last commit changed is not known.
+            change.wal.doubtful = !self.shared.is_passthrough();
+            return Ok(());
         }
         let result = self.read_frames(change, wal, end, sink);
         change.needs_resync |= result.is_err();
@@ -397,8 +481,11 @@ impl Db {
             if let Some(commit) = frame.commit {
                 let draft = self.draft(walk, change.pages(), commit, wal);
                 let transaction = change.transaction(draft);
+                let is_new = |page: &&PageRef| change.sums.get(page.pgno) != page.sum;
+                let witness = transaction.pages.iter().find(is_new).map(|page| page.pgno);
                 self.take_transaction(change, transaction, sink).map_err(Stop::Failed)?;
                 change.wal.cursor = Some(walk.cursor);
+                change.wal.witness = witness;
                 walk.start = walk.cursor;
                 self.verify_if_strict(change).map_err(Stop::Failed)?;
             }

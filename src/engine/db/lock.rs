@@ -345,11 +345,17 @@ impl Db {
             && (unseen || (self.shared.is_passthrough() && matches!(self.needs_index(), Ok(true))))
     }
 
-    /// Whether it has become too late to begin a transaction. Asked when the lock is held, so that
+    /// Whether it has become too late to begin a transaction, or is too early. Asked when the lock is held, so that
     /// who waits for the last writer after that misses none.
     fn is_too_late(&self, grant: &Grant) -> bool {
         let gained = grant.gained();
         let (wal, journal) = (gained.contains(Lock::Write), gained.contains(Lock::Reserved));
+        if wal && self.has_uncut.load(Ordering::SeqCst) {
+            if !self.has_failed() {
+                self.try_again();
+            }
+            return true;
+        }
         grant.request().kind == LockKind::Exclusive
             && match self.shared.writing() {
                 Writing::Allowed => self.is_lent() && (wal || journal),
@@ -455,6 +461,12 @@ impl Db {
     pub(in crate::engine) fn is_locked_exclusively(&self) -> bool {
         let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Shared);
         matches!(holder, Some((Owner::Client(_), _)))
+    }
+
+    /// Whether the client that writes a transaction into the WAL has its locks through this open file.
+    pub(in crate::engine) fn holds_write_through(&self, via: Handle) -> bool {
+        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
+        matches!(holder, Some((Owner::Client(_), handle)) if handle == via)
     }
 
     /// Whether a client writes a transaction into the WAL.

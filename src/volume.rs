@@ -232,7 +232,6 @@ impl EngineVolume {
     /// Has the kernel forget what somebody wrote into a mapping of the database file, and what was refused: it keeps the
     /// page otherwise, and SQLite would read it.
     fn forget_mapped(&self, db: &Db, backing: &Backing) {
-        tracing::warn!(db = %db.name(), "refused what was written into a mapping of the database file");
         if let Some(cache) = self.engine.shared().page_cache() {
             cache.file_mistaken(backing.ino, db.name().as_str());
         }

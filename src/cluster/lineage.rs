@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use ltx::{NodeId, Pos};
 
 use super::election::{Record, Standing};
-use super::memory::Memory;
+use super::memory::{Memory, Reached};
 use crate::engine::{Db, DbName, Engine};
 use crate::http::client::Stream;
 
@@ -95,14 +95,15 @@ impl Lineage {
     /// Whether everything here is known to come from `source`.
     pub(super) fn is(&self, source: Source) -> bool {
         match source {
-            Source::Term(term) => self.memory.term() == term,
+            Source::Term(term) => self.memory.reached() == Reached { term, ..Reached::default() },
             Source::Process(id) => self.line.lock().unwrap().process == Some(id),
             Source::Unknown => false,
         }
     }
 
-    /// Everything that the primary had is here, unless another connection has begun since; blocking.
-    pub(super) fn reached(&self, connection: Connection) {
+    /// Everything that the primary had is here but for what the databases `lacking` lack, unless another connection
+    /// has begun since; blocking.
+    pub(super) fn reached(&self, connection: Connection, lacking: BTreeSet<String>) {
         let _in_order = self.in_order.lock().unwrap();
         {
             let mut line = self.line.lock().unwrap();
@@ -110,12 +111,12 @@ impl Lineage {
                 return;
             }
             line.process = match connection.source {
-                Source::Process(id) => Some(id),
-                Source::Term(_) | Source::Unknown => None,
+                Source::Process(id) if lacking.is_empty() => Some(id),
+                _ => None,
             };
         }
         if let Source::Term(term) = connection.source {
-            self.remember(term);
+            self.remember(Reached { term, lacking });
         }
     }
 
@@ -124,11 +125,12 @@ impl Lineage {
         let _in_order = self.in_order.lock().unwrap();
         self.foreign.lock().unwrap().last.clear();
         self.connect(Source::Term(term));
-        self.remember(term);
+        self.remember(Reached { term, ..Reached::default() });
     }
 
-    fn remember(&self, term: u64) {
-        if let Err(error) = self.memory.set_term(term) {
+    fn remember(&self, reached: Reached) {
+        let term = reached.term;
+        if let Err(error) = self.memory.set_reached(reached) {
             // An older term only lets others go first.
             tracing::warn!(%error, term, "remember term");
         }
@@ -161,7 +163,7 @@ impl Lineage {
 
     /// How far the node is.
     pub(super) fn standing(&self, engine: &Engine) -> Standing {
-        Standing::of(self.memory.term(), &self.positions(engine))
+        Standing::of(self.memory.reached().term, &self.positions(engine))
     }
 
     /// What the node, as the primary of `term`, says about itself.
@@ -172,13 +174,15 @@ impl Lineage {
     }
 
     /// The positions of the databases of a replica that count: where they stand, and not what is still
-    /// to be applied; zero for one that only a snapshot can help, or that waits for its turn: what stands there may be of
-    /// another history.
+    /// to be applied; zero for one that only a snapshot can help, or that lacks something of the last primaryship: what
+    /// stands there may be of another history.
     pub(super) fn positions(&self, engine: &Engine) -> Vec<(DbName, Pos)> {
         let foreign = self.foreign.lock().unwrap();
         let all = engine.databases().into_iter();
         let known = all.filter(|db| !foreign.last.contains(db.name().as_str()));
-        let pos = |db: &Db| if db.awaits_snapshot() { Pos::ZERO } else { db.pos() };
+        let lacking = self.memory.reached().lacking;
+        let is_old = |db: &Db| db.awaits_snapshot() || lacking.contains(db.name().as_str());
+        let pos = |db: &Db| if is_old(db) { Pos::ZERO } else { db.pos() };
         known.map(|db| (db.name().clone(), pos(&db))).collect()
     }
 }
@@ -198,11 +202,11 @@ mod tests {
             assert!(!lineage.is(source));
             let connection = lineage.connect(source);
             assert!(!lineage.is(source));
-            lineage.reached(connection);
+            lineage.reached(connection, BTreeSet::new());
             assert_eq!(lineage.is(source), source != Source::Unknown);
         }
         assert!(!lineage.is(Source::Process(NodeId(1))), "something else came since");
-        assert_eq!(memory.term(), 3);
+        assert_eq!(memory.reached().term, 3);
     }
 
     #[test]
@@ -212,12 +216,12 @@ mod tests {
         let lineage = Lineage::new(memory.clone());
         let before = lineage.connect(Source::Term(3));
         let present = lineage.connect(Source::Term(4));
-        lineage.reached(present);
-        lineage.reached(before);
-        assert_eq!((lineage.is_present(before), memory.term()), (false, 4));
+        lineage.reached(present, BTreeSet::new());
+        lineage.reached(before, BTreeSet::new());
+        assert_eq!((lineage.is_present(before), memory.reached().term), (false, 4));
         lineage.begin(5);
-        lineage.reached(present);
-        assert_eq!((lineage.is_present(present), memory.term()), (false, 5));
+        lineage.reached(present, BTreeSet::new());
+        assert_eq!((lineage.is_present(present), memory.reached().term), (false, 5));
     }
 
     #[test]
@@ -238,7 +242,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let lineage = Lineage::new(Arc::new(Memory::load(&DataDir::new(dir.path()))));
         let [first, second] = [1, 2].map(|id| Source::Process(NodeId(id)));
-        lineage.reached(lineage.connect(first));
+        lineage.reached(lineage.connect(first), BTreeSet::new());
         lineage.connect(first);
         assert!(lineage.is(first), "nothing else came since");
         // Something of it may be here, if not all.

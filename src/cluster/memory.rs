@@ -2,15 +2,18 @@
 //!
 //! ```text
 //! DATA/lease   the session of the lease that this node has, and a newline
-//! DATA/term    the last primaryship of which this node had everything, and a newline
+//! DATA/term    the last primaryship that this node has reached, a newline, and the names of databases that
+//!              lack something of it, each with a newline
 //! ```
 //!
 //! Neither is proof of anything: the session has to be found again in Consul, and the term only says
 //! how old the data is.
 
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
 
 use crate::engine::layout::DataDir;
 use crate::os;
@@ -20,17 +23,33 @@ use crate::os;
 pub struct Memory {
     lease: PathBuf,
     term_file: PathBuf,
-    term: AtomicU64,
+    reached: Mutex<Reached>,
+}
+
+/// A primaryship that a node has reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reached {
+    /// Its number; 0 for none.
+    pub term: u64,
+    /// The databases that lack something of it, because it could not be stored or applied here.
+    pub lacking: BTreeSet<String>,
+}
+
+impl Reached {
+    fn parse(text: &str) -> Option<Reached> {
+        let mut lines = text.lines();
+        let term = lines.next()?.trim().parse().ok()?;
+        Some(Reached { term, lacking: lines.map(str::to_owned).collect() })
+    }
 }
 
 impl Memory {
     /// What the directory holds. A file that cannot be read is as good as none.
     pub fn load(dir: &DataDir) -> Memory {
         let (lease, term_file) = (dir.lease(), dir.term());
-        let term = os::read_to_string("read:term", &term_file)
-            .ok()
-            .and_then(|text| text.trim().parse().ok());
-        Memory { lease, term_file, term: AtomicU64::new(term.unwrap_or_default()) }
+        let text = os::read_to_string("read:term", &term_file).unwrap_or_default();
+        let reached = Mutex::new(Reached::parse(&text).unwrap_or_default());
+        Memory { lease, term_file, reached }
     }
 
     /// The session of the lease that this node had.
@@ -55,20 +74,25 @@ impl Memory {
         os::remove_if_present("cluster:lease", &self.lease)
     }
 
-    /// The last primaryship of which this node had everything; 0 for none.
-    pub fn term(&self) -> u64 {
-        self.term.load(Ordering::SeqCst)
+    /// The last primaryship that this node has reached.
+    pub fn reached(&self) -> Reached {
+        self.reached.lock().unwrap().clone()
     }
 
-    /// Remembers a term; blocking.
+    /// Remembers a primaryship; blocking.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn set_term(&self, term: u64) -> io::Result<()> {
-        if self.term() != term {
-            os::write_atomic("cluster:term", &self.term_file, format!("{term}\n").as_bytes())?;
-            self.term.store(term, Ordering::SeqCst);
+    pub fn set_reached(&self, reached: Reached) -> io::Result<()> {
+        if self.reached() == reached {
+            return Ok(());
         }
+        let mut text = format!("{}\n", reached.term);
+        for name in &reached.lacking {
+            let _ = writeln!(text, "{name}");
+        }
+        os::write_atomic("cluster:term", &self.term_file, text.as_bytes())?;
+        *self.reached.lock().unwrap() = reached;
         Ok(())
     }
 }
@@ -87,7 +111,9 @@ pub(crate) mod properties {
         let memory = Memory::load(&layout);
         let text = std::str::from_utf8(content).map(str::trim).unwrap_or_default();
         assert_eq!(memory.session().unwrap_or_default(), text);
-        assert_eq!(memory.term(), text.parse::<u64>().unwrap_or_default());
+        let first: Option<u64> =
+            text.lines().next().map(str::trim).and_then(|line| line.parse().ok());
+        assert_eq!(memory.reached().term, first.unwrap_or_default());
     }
 }
 
@@ -100,11 +126,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let layout = DataDir::new(dir.path());
         let memory = Memory::load(&layout);
-        assert_eq!((memory.session(), memory.term()), (None, 0));
+        assert_eq!((memory.session(), memory.reached()), (None, Reached::default()));
         memory.set_session("a-session").unwrap();
-        memory.set_term(7).unwrap();
-        let memory = Memory::load(&layout);
-        assert_eq!((memory.session().as_deref(), memory.term()), (Some("a-session"), 7));
+        for lacking in [vec!["a.db".to_owned(), " b.db".to_owned()], vec![]] {
+            let reached = Reached { term: 7, lacking: lacking.into_iter().collect() };
+            memory.set_reached(reached.clone()).unwrap();
+            let memory = Memory::load(&layout);
+            assert_eq!(
+                (memory.session().as_deref(), memory.reached()),
+                (Some("a-session"), reached)
+            );
+        }
         memory.forget_session().unwrap();
         memory.forget_session().unwrap();
         assert_eq!(memory.session(), None);

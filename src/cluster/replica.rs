@@ -165,7 +165,7 @@ impl Replica<'_> {
         let open = Open::new(self.link, &stream);
         let (queue, events) = mpsc::channel(limits::REPLICA_QUEUE_EVENTS);
         let abandoned = Arc::new(AtomicBool::new(false));
-        let (failing, mut has_failed) = watch::channel(false);
+        let (failing, mut has_failed) = watch::channel(BTreeSet::new());
         self.engine.stream_began();
         let worker = Worker {
             engine: self.engine.clone(),
@@ -275,8 +275,8 @@ async fn pump(mut stream: Stream, queue: mpsc::Sender<Event>) -> Result<(), Erro
 }
 
 /// Waits until a database has failed here, and then [`limits::REPLICA_RETRY`].
-async fn retry_due(has_failed: &mut watch::Receiver<bool>) {
-    if has_failed.wait_for(|failed| *failed).await.is_err() {
+async fn retry_due(has_failed: &mut watch::Receiver<BTreeSet<String>>) {
+    if has_failed.wait_for(|failed| !failed.is_empty()).await.is_err() {
         return std::future::pending().await; // the worker has ended
     }
     sleep(limits::REPLICA_RETRY).await;
@@ -300,7 +300,8 @@ struct Worker {
     /// Databases that failed here: their files are of no use without the one that was lost.
     failed: BTreeSet<String>,
     /// One of them may be well again later.
-    failing: watch::Sender<bool>,
+    /// The databases of which a file could not be stored.
+    failing: watch::Sender<BTreeSet<String>>,
 }
 
 /// The LTX file that is arriving.
@@ -435,7 +436,7 @@ impl Worker {
         }
         tracing::warn!(%db, error = chain_text(&error), "not replicated for now");
         self.failed.insert(db.to_string());
-        self.failing.send_replace(true);
+        self.failing.send_modify(|failing| _ = failing.insert(db.to_string()));
         Ok(())
     }
 
@@ -448,7 +449,7 @@ impl Worker {
             lineage: self.lineage.clone(),
             connection: self.connection,
             targets,
-            has_failed: self.failing.subscribe(),
+            failing: self.failing.subscribe(),
             ready: self.ready.clone(),
         };
         tokio::spawn(awaited.announce())

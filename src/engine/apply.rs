@@ -440,6 +440,11 @@ impl Db {
         self.inbox.state.lock().unwrap().contradicted.is_some()
     }
 
+    /// This node goes on from what is here itself.
+    pub(super) fn forget_contradicted(&self) {
+        self.inbox.state.lock().unwrap().contradicted = None;
+    }
+
     /// A snapshot has taken the place of the state at `pos`.
     fn replaced(&self, pos: Pos) {
         let mut state = self.inbox.state.lock().unwrap();
@@ -500,7 +505,10 @@ impl Db {
 
     /// Whether it is a transaction that was committed here and taken by the primary.
     fn is_here(&self, received: &Received) -> bool {
-        received.header.max_txid <= self.pos().txid && self.has_taken(received.pos())
+        received.header.max_txid <= self.pos().txid
+            && self.has_taken(received.pos())
+            && !self.is_lost()
+            && !self.needs_snapshot()
     }
 
     /// Whether something was received that a client would have to go on from.

@@ -74,6 +74,8 @@ struct Known {
     confirmed: Option<Confirmed>,
     /// Where this history was at the high-water mark that the primary told last, if that is known.
     told: Option<Pos>,
+    /// The mark that it told of the snapshot that waits to be applied, or after that.
+    awaited: Option<Txid>,
     /// Why it stands still.
     problem: Option<String>,
 }
@@ -128,8 +130,10 @@ impl Db {
     /// A mark is a number, and may run ahead of what is here. So it says where the backup stands only if the
     /// chain has that position now, and not if a snapshot that came before it is still to take its place.
     pub fn set_hwm(&self, txid: Txid) {
+        let awaits = self.awaits_snapshot();
+        self.backed.known.lock().unwrap().awaited = awaits.then_some(txid);
         if self.backed.hwm.swap(txid.0, Ordering::SeqCst) != txid.0 {
-            let told = if self.awaits_snapshot() { None } else { self.pos_at(txid) };
+            let told = if awaits { None } else { self.pos_at(txid) };
             self.backed.known.lock().unwrap().told = told;
         }
     }
@@ -170,7 +174,8 @@ impl Db {
         }
         let mut known = self.backed.known.lock().unwrap();
         (known.confirmed, known.told) = (None, None);
-        self.backed.hwm.store(0, Ordering::SeqCst);
+        let mark = known.awaited.take().unwrap_or_default();
+        self.backed.hwm.store(mark.0, Ordering::SeqCst);
         Ok(())
     }
 

@@ -30,6 +30,7 @@ use super::recover::Recovered;
 use super::shared::Shared;
 use super::times::Times;
 use super::transaction::Transaction;
+use super::unsynced;
 use crate::os;
 use crate::sqlite::header::JournalMode;
 
@@ -345,7 +346,12 @@ impl Db {
             self.journal_synced();
         }
         let path = self.files.path(backing.kind);
-        let mut synced = os::sync("files:sync", &backing.file).map_err(Error::io("sync", &path));
+        let mut synced = match backing.kind {
+            // Pages that a replica applied may be among what was to be written.
+            FileKind::Database => unsynced::sync("files:sync", &backing.file),
+            _ => os::sync("files:sync", &backing.file),
+        }
+        .map_err(Error::io("sync", &path));
         // SQLite syncs the directory after the first sync of these, but does not ask whether that
         // worked; afterwards it finds nothing left to do.
         let is_log = matches!(backing.kind, FileKind::Journal | FileKind::Wal);
@@ -369,7 +375,7 @@ impl Db {
     /// fail.
     fn refuse_fenced_writer(&self) -> Result<(), Refusal> {
         // What the primary has taken may be finished, whatever became of the HALT lock meanwhile.
-        if !self.may_commit() && self.is_client_writing() && !self.has_pending() {
+        if !self.may_commit() && self.is_written() && !self.has_pending() {
             tracing::warn!(db = %self.name, "commit refused: the lease is not confirmed");
             return Err(Refusal::Os(libc::EIO));
         }
@@ -404,7 +410,7 @@ impl Db {
             .map_err(Error::io("write wal-index", &path))?)
     }
 
-    /// Cuts the WAL: what it holds must be in the chain.
+    /// Cuts the WAL: what was committed to it must be in the chain.
     pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
         if self.files.is_current(backing) && !self.may_write() {
             return Err(Refusal::ReadOnly);
@@ -543,7 +549,7 @@ impl Db {
         Ok(())
     }
 
-    /// Everything in the WAL is captured and durable in the chain.
+    /// Everything in the WAL is captured and durable in the chain, but for a commit that may not be over.
     pub(super) fn settle_wal(&self, change: &mut Change) -> Result<()> {
         self.capture_frames(change)?;
         if self.chain.is_durable(change.pos.txid) { Ok(()) } else { self.chain.sync() }
@@ -645,26 +651,14 @@ impl Db {
 
     /// Whether a writer must be refused; a failed database is tried again first, once in a while.
     pub(super) fn refuses_writers(&self) -> bool {
-        let due = {
-            let mut failure = self.failure.lock().unwrap();
-            match &mut *failure {
-                None => return self.chain_refuses(),
-                Some(failure) if failure.for_good || failure.tried.elapsed() < MEND_INTERVAL => {
-                    return true;
-                }
-                Some(failure) => {
-                    failure.tried = Instant::now();
-                    true
-                }
+        match &mut *self.failure.lock().unwrap() {
+            None => return self.chain_refuses(),
+            Some(failure) if failure.for_good || failure.tried.elapsed() < MEND_INTERVAL => {
+                return true;
             }
-        };
-        if due {
-            // Who asks for a lock waits for nobody who changes something, nor for a comparison of all pages.
-            match self.change.try_lock() {
-                Ok(change) if !change.needs_resync => _ = self.capture_with(change),
-                _ => self.try_again(),
-            }
+            Some(failure) => failure.tried = Instant::now(),
         }
+        self.capture_quickly();
         self.failure.lock().unwrap().is_some()
     }
 

@@ -376,6 +376,20 @@ fn no_ltx_file_goes_after_a_sync_that_failed_until_the_file_is_written_again() {
     check_written_again(dir.path());
 }
 
+/// What an application syncs may be what a replica has written before, which SQLite does not write again.
+#[test]
+fn a_sync_of_an_application_that_failed_is_made_up_for_by_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = primary(dir.path());
+    let db = database(&engine, "db");
+    commit(&db, &image(9));
+    let watching = fault::watch(dir.path(), Unsynced::new("files:sync"));
+    db.sync_file(&file(&db, FileKind::Database), VIA).unwrap_err();
+    drop(watching);
+    engine.close().unwrap();
+    check_written_again(dir.path());
+}
+
 /// The last sync of a node that ends, of a database with a journal and of one with a log.
 #[test]
 fn a_sync_that_failed_at_the_end_is_made_up_for_by_the_next_start() {

@@ -440,6 +440,26 @@ fn a_history_that_was_contradicted_is_kept_when_another_snapshot_comes() {
     check_kept(dir.path(), pos);
 }
 
+/// It has been primary with it, and everybody has followed.
+#[test]
+fn a_history_that_was_contradicted_before_this_node_led_with_it_is_the_primarys() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, db, pos) = two_transactions(dir.path());
+    db.set_contradicted(pos);
+    engine.set_role(Role::Primary);
+    wait::until_true("the end of what was followed", || {
+        let may_write = lock(&db, LockSet::one(Lock::Write), LockKind::Exclusive).is_ok();
+        unlock_all(&db);
+        may_write
+    });
+    let info = PrimaryInfo { hostname: String::new(), advertise_url: String::new() };
+    engine.set_role(Role::Replica(info));
+    let target = receive(&engine, "db", &other_history(3)).unwrap();
+    wait::until_true("the snapshot", || db.pos() == target);
+    engine.close().unwrap();
+    assert!(lost_and_found(dir.path()).is_empty());
+}
+
 /// Where the primary says nothing of that kind, a snapshot takes the place of its own transactions.
 #[test]
 fn a_history_that_nobody_contradicted_is_not_kept() {

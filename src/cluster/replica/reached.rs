@@ -1,9 +1,10 @@
 //! When everything is here that a primary had.
 //!
-//! A node is ready as soon as what can be applied is applied: a database that failed here keeps nobody from
-//! using the others. Its primaryship counts as reached only when no database lacks any of it, for from then on
-//! a snapshot of this primary takes the place of what is here without keeping that.
+//! A node is ready, and has reached the primaryship, as soon as what can be applied is applied: a database that failed
+//! here keeps nobody from using the others, and counts nothing. Only when no database lacks anything is all of it of
+//! that primary's line: from then on its snapshots take the place of what is here without keeping that.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ltx::Pos;
@@ -22,8 +23,8 @@ pub(super) struct Awaited {
     pub(super) connection: Connection,
     /// Where each database of the primary stands when that is applied.
     pub(super) targets: Vec<(DbName, Pos)>,
-    /// Whether a file could not be taken: what follows on it is of no use over this connection.
-    pub(super) has_failed: watch::Receiver<bool>,
+    /// The databases of which a file could not be taken: what follows on it is of no use over this connection.
+    pub(super) failing: watch::Receiver<BTreeSet<String>>,
     pub(super) ready: watch::Sender<bool>,
 }
 
@@ -32,27 +33,37 @@ impl Awaited {
     /// primary that has gone since was reached all the same; but not the next one.
     pub(super) async fn announce(self) {
         wait_applied(&self.engine, self.targets.clone()).await;
-        while !self.is_here() {
-            self.ready.send_replace(true);
-            if *self.has_failed.borrow() || !self.lineage.is_present(self.connection) {
+        let mut lacking = self.lacking();
+        self.reach(lacking.clone()).await;
+        self.ready.send_replace(true);
+        while !lacking.is_empty() {
+            if !self.failing.borrow().is_empty() || !self.lineage.is_present(self.connection) {
                 return;
             }
             // What failed is tried again every second, and nobody is told.
             sleep(limits::HEARTBEAT_PERIOD).await;
+            let before = std::mem::replace(&mut lacking, self.lacking());
+            if lacking != before {
+                self.reach(lacking.clone()).await;
+            }
         }
-        let (lineage, connection) = (self.lineage, self.connection);
-        // Blocks for one small file.
-        let _ = spawn_blocking(move || lineage.reached(connection)).await;
-        self.ready.send_replace(true);
     }
 
-    /// Whether no database lacks anything.
-    fn is_here(&self) -> bool {
-        let has = |(name, target): &(DbName, Pos)| {
+    async fn reach(&self, lacking: BTreeSet<String>) {
+        let (lineage, connection) = (self.lineage.clone(), self.connection);
+        // Blocks for one small file.
+        let _ = spawn_blocking(move || lineage.reached(connection, lacking)).await;
+    }
+
+    /// The databases that lack something.
+    fn lacking(&self) -> BTreeSet<String> {
+        let failing = self.failing.borrow().clone();
+        let lacks = |(name, target): &&(DbName, Pos)| {
             let db = self.engine.database(name.as_str());
-            db.is_none_or(|db| db.has_applied(*target))
+            db.is_some_and(|db| !db.has_applied(*target))
         };
-        !*self.has_failed.borrow() && self.targets.iter().all(has)
+        let lacking = self.targets.iter().filter(lacks).map(|(name, _)| name.to_string());
+        lacking.chain(failing).collect()
     }
 }
 

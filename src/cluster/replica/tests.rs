@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::*;
+use crate::cluster::election::Standing;
 use crate::cluster::memory::Memory;
 use crate::engine::db::Patience;
 use crate::engine::layout::DataDir;
@@ -69,7 +70,7 @@ impl Former {
             current: Current::Nothing,
             is_ready: false,
             failed: BTreeSet::new(),
-            failing: watch::Sender::new(false),
+            failing: watch::Sender::new(BTreeSet::new()),
         }
     }
 
@@ -175,6 +176,8 @@ async fn a_primary_of_which_a_file_was_left_out_is_not_reached() {
     settled(ready(&worker).await).await;
     assert!(!former.lineage.is(SOURCE), "not all of it is here");
     assert_eq!(former.db().pos().txid, Txid(2));
+    // In an election the other databases count as of this primaryship, and this one nothing.
+    assert_eq!(former.lineage.standing(&former.engine), Standing::of(5, &[]));
 
     let mut worker = former.connect(SOURCE);
     former.send(&mut worker, &snapshot).unwrap();
@@ -261,7 +264,10 @@ async fn a_history_that_a_snapshot_will_replace_counts_nothing() {
     let (db, reader) = (former.db(), Owner::client(1));
     let (set, kind) = (LockSet::one(Lock::Shared), LockKind::Shared);
     let request = Request { owner: reader, via: Handle(1), set, kind };
-    db.lock(request, Patience::None, Box::new(|result| result.unwrap()));
+    // The applier may just be about to give it back.
+    let (sender, granted) = std::sync::mpsc::channel();
+    db.lock(request, Patience::Any(1), Box::new(move |result| sender.send(result).unwrap()));
+    assert_eq!(granted.recv_timeout(limits::LOCK_WAIT), Ok(Ok(())));
     let (snapshot, _) = file([1, 1], Checksum::NONE, 3, 7);
     let mut worker = former.connect(SOURCE);
     former.send(&mut worker, &snapshot).unwrap();

@@ -99,6 +99,7 @@ impl Db {
                 self.wake(woken);
                 // What a primary has is right, unless it is nothing.
                 self.set_needs_snapshot(self.is_lost());
+                self.forget_contradicted();
             }
             return Ok(());
         }

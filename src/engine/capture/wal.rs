@@ -197,8 +197,20 @@ impl Db {
         self.capture_with(self.change.lock().unwrap())
     }
 
+    /// As [`Db::capture_wal`], of a database that has failed, by a worker: that waits for nobody who changes something, and
+    /// leaves a comparison of all pages to the applier.
+    pub(in crate::engine) fn capture_quickly(&self) -> Captured {
+        match self.change.try_lock() {
+            Ok(change) if !change.needs_resync => self.capture_with(change),
+            _ => {
+                self.try_again();
+                Captured::Failed
+            }
+        }
+    }
+
     /// As [`Db::capture_wal`], by who has the right to change.
-    pub(in crate::engine) fn capture_with(&self, mut change: MutexGuard<'_, Change>) -> Captured {
+    fn capture_with(&self, mut change: MutexGuard<'_, Change>) -> Captured {
         let start = Instant::now();
         if self.is_commit_on_its_way() {
             return if self.has_failed() { Captured::Failed } else { Captured::All };
@@ -338,6 +350,7 @@ impl Db {
             change.wal.resume(WalCursor::start(&header));
         }
         if change.wal.is_cut(end) || change.needs_resync {
+            change.needs_resync = true;
             self.resync_wal(change, wal, end, sink)?;
             // Which of its pages the last commit changed is not known.
             change.wal.doubtful = !self.shared.is_passthrough();

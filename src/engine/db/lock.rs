@@ -394,7 +394,10 @@ impl Db {
         let set = grant.request().set;
         if !set.contains(Lock::Write) {
             // What an exclusive connection committed without ever releasing WRITE.
-            let captured = self.capture_wal();
+            let captured = match self.has_failed() && !set.contains(Lock::Recover) {
+                true => self.capture_quickly(),
+                false => self.capture_wal(),
+            };
             // RECOVER goes with a new wal-index, which may be what capture needs; it moves no frame.
             if captured == Captured::Failed && !set.contains(Lock::Recover) {
                 let woken = self.locks.lock().unwrap().undo(grant);
@@ -438,12 +441,6 @@ impl Db {
         self.locks.lock().unwrap().holds(owner, lock) == Some(LockKind::Exclusive)
     }
 
-    /// Whether a client is in a WAL transaction.
-    pub(in crate::engine) fn is_client_writing(&self) -> bool {
-        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
-        matches!(holder, Some((Owner::Client(_), _)))
-    }
-
     /// Whether somebody may write the database file under a journal.
     pub(in crate::engine) fn has_writer(&self) -> bool {
         let locks = self.locks.lock().unwrap();
@@ -453,26 +450,28 @@ impl Db {
 
     /// Whether a client has begun a transaction with a journal.
     pub(in crate::engine) fn is_reserved(&self) -> bool {
-        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Reserved);
-        matches!(holder, Some((Owner::Client(_), _)))
+        self.client_holder(Lock::Reserved).is_some()
     }
 
     /// Whether a client holds EXCLUSIVE on the database file.
     pub(in crate::engine) fn is_locked_exclusively(&self) -> bool {
-        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Shared);
-        matches!(holder, Some((Owner::Client(_), _)))
+        self.client_holder(Lock::Shared).is_some()
     }
 
     /// Whether the client that writes a transaction into the WAL has its locks through this open file.
     pub(in crate::engine) fn holds_write_through(&self, via: Handle) -> bool {
-        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
-        matches!(holder, Some((Owner::Client(_), handle)) if handle == via)
+        self.client_holder(Lock::Write) == Some(via)
     }
 
     /// Whether a client writes a transaction into the WAL.
     pub(in crate::engine) fn is_written(&self) -> bool {
-        let holder = self.locks.lock().unwrap().exclusive_holder(Lock::Write);
-        matches!(holder, Some((Owner::Client(_), _)))
+        self.client_holder(Lock::Write).is_some()
+    }
+
+    /// The open file through which a client holds `lock` exclusively, if one does.
+    fn client_holder(&self, lock: Lock) -> Option<Handle> {
+        let holder = self.locks.lock().unwrap().exclusive_holder(lock);
+        holder.and_then(|(owner, via)| matches!(owner, Owner::Client(_)).then_some(via))
     }
 
     /// Whether a client may write to the database file from the WAL.

@@ -23,13 +23,15 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::pace::{Backoff, Reports};
 use crate::engine::backup::{Need, Upload};
-use crate::engine::{self, DbName, Engine, Subscription, chain_text};
+use crate::engine::{self, DbName, DbState, Engine, Subscription, chain_text};
 use crate::http::{Stop, stopped};
 use crate::limits;
 
+pub mod begun;
 pub mod cloud;
 pub mod directory;
 
+use begun::Begun;
 use cloud::Cloud;
 use directory::Directory;
 
@@ -181,6 +183,10 @@ pub struct Backup {
     leads: watch::Receiver<bool>,
     /// The backup was reached, and what this node lacked of it was restored.
     settled: watch::Sender<bool>,
+    begun: Begun,
+    /// Databases that had failed at the start: nothing is restored over them and nobody can begin them
+    /// anew, so they are not waited for.
+    failed: BTreeSet<DbName>,
     backoff: Backoff,
     reports: Reports,
     failing: bool,
@@ -206,10 +212,20 @@ impl Backup {
         leads: watch::Receiver<bool>,
     ) -> (Backup, watch::Receiver<bool>) {
         let (settled, is_settled) = watch::channel(false);
-        let backoff = Backoff::new(limits::BACKUP_PAUSE_MAX);
-        let reports = Reports::default();
-        let backup =
-            Backup { engine, store, timing, leads, settled, backoff, reports, failing: false };
+        let databases = engine.databases();
+        let failed = databases.iter().filter(|db| matches!(db.state(), DbState::Failed(_)));
+        let backup = Backup {
+            begun: Begun::new(engine.layout()),
+            failed: failed.map(|db| db.name().clone()).collect(),
+            engine,
+            store,
+            timing,
+            leads,
+            settled,
+            backoff: Backoff::new(limits::BACKUP_PAUSE_MAX),
+            reports: Reports::default(),
+            failing: false,
+        };
         (backup, is_settled)
     }
 
@@ -271,6 +287,7 @@ impl Backup {
         loop {
             self.round(session).await?;
             self.note_success(session);
+            self.note_restored(session).await?;
             if self.wait(session).await == Due::FullSync {
                 self.refresh(session).await?;
             }
@@ -292,13 +309,32 @@ impl Backup {
             tracing::info!("backup to {} works again", self.store);
         }
         self.backoff.reset();
-        self.settled.send_replace(true);
         let databases = self.engine.databases();
         let is_stalled = databases.iter().any(|db| db.backup_problem().is_some());
         if session.dirty.is_empty() && !is_stalled {
             let now = (self.engine.shared().clock)();
             self.engine.shared().backup.complete_ms.store(now, Ordering::Relaxed);
         }
+    }
+
+    /// Says that this node has what its backup has, once that is so: an application could begin another
+    /// history of what is missing.
+    async fn note_restored(&self, session: &Session) -> Result<(), Error> {
+        let known = session.positions.iter().filter(|(_, pos)| !pos.is_zero());
+        if known.map(|(name, _)| name).any(|name| self.lacks(name)) {
+            return Ok(());
+        }
+        let begun = self.begun.clone();
+        spawn_blocking(move || begun.forget()).await??;
+        self.settled.send_replace(true);
+        Ok(())
+    }
+
+    /// Whether a database of the backup is still to be restored here.
+    fn lacks(&self, name: &str) -> bool {
+        let Ok(name) = DbName::new(name) else { return false };
+        let db = self.engine.database(name.as_str());
+        !self.failed.contains(&name) && db.is_none_or(|db| db.pos().is_zero())
     }
 
     /// Waits for changes, and lets them gather; or until the backup is to be asked where it stands.
@@ -423,6 +459,10 @@ impl Backup {
 
     /// Takes over what the backup has; where that stands.
     async fn restore(&self, name: &DbName, local: Pos) -> Result<Pos, Error> {
+        if has_no_data(&self.engine) {
+            let begun = self.begun.clone();
+            spawn_blocking(move || begun.note()).await??;
+        }
         let (engine, db) = (self.engine.clone(), name.clone());
         let receiver = spawn_blocking(move || engine.receive(&db)).await??;
         let receiver = self.store.fetch(name, receiver).await?;
@@ -430,6 +470,11 @@ impl Backup {
         tracing::info!(db = %name, from = %local, to = %pos, "restored from the backup");
         Ok(pos)
     }
+}
+
+/// Whether nothing was ever committed in any database of this node.
+pub fn has_no_data(engine: &Engine) -> bool {
+    engine.databases().iter().all(|db| db.pos().is_zero())
 }
 
 /// Waits until `value` is `wanted`; false if it cannot be any more.

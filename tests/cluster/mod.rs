@@ -43,6 +43,8 @@ mod readers;
 mod refuse;
 /// Connections that stay open while transactions that they have seen go.
 mod remembered;
+/// What a node notes while it gets its backup.
+mod restore;
 /// Nodes that want a token and speak TLS.
 mod secure;
 /// Nodes for long, and what they use.

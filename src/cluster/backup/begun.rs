@@ -25,19 +25,16 @@ impl Begun {
         Begun { path: dir.restoring() }
     }
 
-    /// Whether it is there.
+    /// Whether it is there, or nobody can say.
     pub fn is_noted(&self) -> bool {
-        self.path.exists()
+        self.path.try_exists().unwrap_or(true)
     }
 
-    /// Writes it, unless it is there.
+    /// Writes it, also if it is there: its name may not be durable.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn note(&self) -> Result<()> {
-        if self.is_noted() {
-            return Ok(());
-        }
         os::write_atomic("backup:restoring", &self.path, b"")
             .map_err(Error::io("note restore", &self.path))
     }

@@ -70,12 +70,23 @@ pub enum Error {
     /// What concerns one database of this node only.
     #[error(transparent)]
     Database(#[from] engine::Error),
+    /// A database of the backup of which nobody knows where it stands: in words, why.
+    #[error("its backup cannot be read, and is left as it is: {0}")]
+    Unreadable(String),
     /// The backup is elsewhere each time that it is written to.
     #[error("the backup moved to {0} while it was written to: is another node writing to it?")]
     Moved(Pos),
 }
 
 impl Error {
+    /// Whether it concerns one database only, so that the others go on.
+    fn is_of_one_database(&self) -> bool {
+        match self {
+            Error::Database(_) | Error::Unreadable(_) | Error::Ltx { .. } | Error::Moved(_) => true,
+            Error::Io { .. } | Error::Cloud(_) | Error::Thread(_) => false,
+        }
+    }
+
     fn io<'a>(
         what: &'static str,
         path: &'a std::path::Path,
@@ -101,7 +112,15 @@ pub enum Written {
     },
     /// The backup stands elsewhere.
     Mismatch(Pos),
+    /// It was not to be sent any more.
+    NotNow,
 }
+
+/// Whether something may be sent at this moment.
+type MaySend = Box<dyn Fn() -> bool + Send>;
+
+/// Where the backup of each database stands; or, in words, why nobody knows.
+type Positions = BTreeMap<String, Result<Pos, String>>;
 
 impl Store {
     /// A directory of LTX files.
@@ -114,21 +133,32 @@ impl Store {
         Store::Cloud(Box::new(cloud))
     }
 
-    async fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+    async fn positions(&self) -> Result<Positions, Error> {
         match self {
             Store::Directory(directory) => {
                 let directory = directory.clone();
-                spawn_blocking(move || directory.positions()).await?
+                let found = spawn_blocking(move || directory.positions()).await??;
+                let in_words = |pos: Result<Pos, Error>| pos.map_err(|error| chain_text(&error));
+                Ok(found.into_iter().map(|(name, pos)| (name, in_words(pos))).collect())
             }
-            Store::Cloud(cloud) => Ok(cloud.positions().await?),
+            Store::Cloud(cloud) => {
+                let found = cloud.positions().await?;
+                Ok(found.into_iter().map(|(name, pos)| (name, Ok(pos))).collect())
+            }
         }
     }
 
-    async fn write(&self, name: &DbName, upload: Upload) -> Result<Written, Error> {
+    /// Sends a file. A call to a server ends when nobody waits for it; a thread goes on, and asks.
+    async fn write(
+        &self,
+        name: &DbName,
+        upload: Upload,
+        may_send: MaySend,
+    ) -> Result<Written, Error> {
         match self {
             Store::Directory(directory) => {
                 let (directory, name) = (directory.clone(), name.clone());
-                spawn_blocking(move || directory.write(&name, &upload)).await?
+                spawn_blocking(move || directory.write(&name, &upload, &may_send)).await?
             }
             Store::Cloud(cloud) => Ok(cloud.write(name, upload).await?),
         }
@@ -196,11 +226,12 @@ pub struct Backup {
 struct Session {
     subscription: Subscription,
     woken: Arc<Notify>,
-    /// Where the backup stands.
-    positions: BTreeMap<String, Pos>,
+    positions: Positions,
     /// What is to be compared with it.
     dirty: BTreeSet<String>,
     full_sync: Instant,
+    /// Goes with it: what was begun in it is not finished in another one.
+    lives: Arc<()>,
 }
 
 impl Backup {
@@ -320,8 +351,8 @@ impl Backup {
     /// Says that this node has what its backup has, once that is so: an application could begin another
     /// history of what is missing.
     async fn note_restored(&self, session: &Session) -> Result<(), Error> {
-        let known = session.positions.iter().filter(|(_, pos)| !pos.is_zero());
-        if known.map(|(name, _)| name).any(|name| self.lacks(name)) {
+        let mut has_any = session.positions.iter().filter(|(_, pos)| **pos != Ok(Pos::ZERO));
+        if has_any.any(|(name, _)| self.lacks(name)) {
             return Ok(());
         }
         let begun = self.begun.clone();
@@ -366,7 +397,7 @@ impl Backup {
             match synced {
                 Ok(Synced::Yes) => {}
                 Ok(Synced::NotNow) => _ = session.dirty.insert(name),
-                Err(error @ (Error::Database(_) | Error::Moved(_))) => {
+                Err(error) if error.is_of_one_database() => {
                     self.engine.shared().backup.errors.fetch_add(1, Ordering::Relaxed);
                     let text = format!("{name}: not backed up for now: {}", chain_text(&error));
                     self.reports.warn(&text, format_args!("{text}"));
@@ -387,13 +418,14 @@ impl Backup {
             if !self.engine.shared().may_begin() {
                 return Ok(Synced::NotNow);
             }
-            let remote = session.positions.get(name.as_str()).copied().unwrap_or_default();
+            let remote = session.positions.get(name.as_str()).cloned();
+            let remote = remote.unwrap_or(Ok(Pos::ZERO)).map_err(Error::Unreadable)?;
             match self.need(name, remote).await? {
                 Need::Nothing => return Ok(self.settle(name, None)),
                 Need::Diverged(why) => return Ok(self.settle(name, Some(why))),
                 Need::Restore(local) => {
                     let pos = self.restore(name, local).await?;
-                    session.positions.insert(name.to_string(), pos);
+                    session.positions.insert(name.to_string(), Ok(pos));
                 }
                 Need::Upload(upload) if upload.resized && !self.store.takes_other_page_sizes() => {
                     return Ok(self.settle(name, Some(OTHER_PAGE_SIZE.to_owned())));
@@ -401,9 +433,10 @@ impl Backup {
                 Need::Upload(upload) => {
                     let (pos, page_size) = (upload.pos, upload.header.page_size);
                     let page_size = (upload.header.commit > 0).then_some(page_size);
-                    match self.store.write(name, upload).await? {
+                    match self.store.write(name, upload, self.may_send(session)).await? {
+                        Written::NotNow => return Ok(Synced::NotNow),
                         Written::Taken { hwm } => {
-                            session.positions.insert(name.to_string(), pos);
+                            session.positions.insert(name.to_string(), Ok(pos));
                             self.note_backed(name, pos, hwm, page_size).await?;
                             self.settle(name, None);
                             if pos.txid >= target {
@@ -413,12 +446,18 @@ impl Backup {
                         Written::Mismatch(at) if was_elsewhere => return Err(Error::Moved(at)),
                         Written::Mismatch(at) => {
                             was_elsewhere = true;
-                            session.positions.insert(name.to_string(), at);
+                            session.positions.insert(name.to_string(), Ok(at));
                         }
                     }
                 }
             }
         }
+    }
+
+    /// Whether what is sent in this session may be sent still, for as long as that takes.
+    fn may_send(&self, session: &Session) -> MaySend {
+        let (engine, lives) = (self.engine.clone(), Arc::downgrade(&session.lives));
+        Box::new(move || lives.strong_count() > 0 && engine.shared().may_begin())
     }
 
     async fn need(&self, name: &DbName, remote: Pos) -> Result<Need, Error> {
@@ -505,6 +544,7 @@ impl Session {
             positions: BTreeMap::new(),
             dirty: BTreeSet::new(),
             full_sync: Instant::now(),
+            lives: Arc::new(()),
         }
     }
 }

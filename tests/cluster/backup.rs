@@ -3,7 +3,7 @@
 use std::fs;
 
 use ltx::Pos;
-use test_case::test_matrix;
+use test_case::{test_case, test_matrix};
 
 use super::lease::is_primary;
 use super::{Cluster, check_node};
@@ -217,6 +217,47 @@ fn a_restore_that_was_killed_is_finished_by_the_next_start() {
     follower.start();
     assert_eq!([DB, OTHER].map(|name| follower.pos(name)), positions);
     assert!(!follower.data().join("restoring").exists(), "there is nothing left to restore");
+}
+
+/// A last file in the backup that is cut off: nothing is made of that database, and the others go on.
+#[test_case(50; "in its header")]
+#[test_case(ltx::HEADER_SIZE + 10; "after its header")]
+fn a_torn_file_in_the_backup_holds_up_its_database_only(len: usize) {
+    let backup = Backup::new(InDirectory);
+    let mut node = Node::primary(&backup.settings());
+    run(&node, "create table t (x)");
+    sqlite::run(&node.file(OTHER), "create table o (x); insert into o values (7)");
+    let positions = [DB, OTHER].map(|name| backup.check(&node, name));
+    node.stop();
+    let (_, _, whole) = backup.vault.files(OTHER).pop().unwrap();
+    let (next, refused) = (positions[1].txid.next(), "other.db: not backed up for now");
+    let torn = backup.vault.dir(OTHER).join(ltx::file_name(next, next));
+    fs::write(&torn, &fs::read(whole).unwrap()[..len]).unwrap();
+    let files = backup.vault.files(OTHER);
+    node.start();
+    sqlite::run(&node.file(OTHER), "insert into o values (8)");
+    run(&node, "insert into t values (1)");
+    let first = backup.check(&node, DB);
+    node.wait_for_log(refused);
+    let path = torn.display().to_string();
+    assert!(node.log().lines().any(|line| line.contains(refused) && line.contains(&path)));
+    node.stop();
+
+    let mut empty = Node::new(&backup.settings(), Member::Primary);
+    empty.spawn();
+    empty.wait_for_log(refused);
+    empty.wait_for_log("waiting to connect to cluster");
+    empty.wait_for_pos(DB, first);
+    assert!(!empty.log().contains(READY), "{}", empty.log());
+    assert_eq!(backup.vault.files(OTHER), files, "nothing was sent or removed");
+    // Somebody looks at the file and removes it.
+    fs::remove_file(torn).unwrap();
+    empty.wait_ready();
+    check_restored(&empty, [first, positions[1]]);
+    empty.stop();
+    node.start();
+    backup.check(&node, OTHER);
+    assert_eq!(sqlite::run(&node.file(OTHER), "select count(*) from o"), "2");
 }
 
 /// Two histories of one database, of which the backup's has fewer or more transactions.

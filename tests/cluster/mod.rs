@@ -52,6 +52,8 @@ mod soak;
 
 /// What nodes say of themselves and of their primary.
 mod truth;
+/// Uploads to a backup that outlive who began them.
+mod uploads;
 
 /// A generator that gives the same numbers for the same seed (xorshift).
 struct Chance(u64);

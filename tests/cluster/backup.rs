@@ -219,6 +219,27 @@ fn a_restore_that_was_killed_is_finished_by_the_next_start() {
     assert!(!follower.data().join("restoring").exists(), "there is nothing left to restore");
 }
 
+/// A lease that is lost before everything was restored, and comes back.
+#[test]
+fn a_lease_that_is_lost_for_a_moment_ends_no_restore() {
+    let (backup, positions) = two_on_a_server();
+    let (cloud, consul) = (backup.cloud.as_ref().unwrap(), Consul::start());
+    cloud.send_snapshots(Snapshots::Held(OTHER));
+    let (url, before) = (&consul.url(), cloud.snapshots_asked(OTHER));
+    let lease = Lease { url, hostname: "a", advertise: "", candidate: true, ttl: "10s" };
+    let mut node = Node::new(&backup.settings(), Member::Consul(lease));
+    node.spawn();
+    node.wait_for_log("waiting for what its backup has");
+    wait::until_true("the second restore", || cloud.snapshots_asked(OTHER) > before);
+    consul.delete("test/lease");
+    wait::until_true("the lease again", || cloud.snapshots_asked(OTHER) > before + 1);
+    node.wait_for_log("waiting to connect to cluster");
+    assert!(!node.log().contains(READY), "{}", node.log());
+    cloud.send_snapshots(Snapshots::Whole);
+    node.wait_ready();
+    check_restored(&node, positions);
+}
+
 /// A last file in the backup that is cut off: nothing is made of that database, and the others go on.
 #[test_case(50; "in its header")]
 #[test_case(ltx::HEADER_SIZE + 10; "after its header")]

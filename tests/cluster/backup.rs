@@ -281,6 +281,31 @@ fn a_torn_file_in_the_backup_holds_up_its_database_only(len: usize) {
     assert_eq!(sqlite::run(&node.file(OTHER), "select count(*) from o"), "2");
 }
 
+/// A file before the last one that is cut off is met only by who restores.
+#[test]
+fn a_torn_file_in_the_middle_holds_up_one_restore_only() {
+    let backup = Backup::new(InDirectory);
+    let mut node = Node::primary(&backup.settings());
+    sqlite::run(&node.file(OTHER), "create table o (x); insert into o values (7)");
+    let other = backup.check(&node, OTHER);
+    run(&node, "create table t (x)");
+    backup.check(&node, DB);
+    run(&node, "insert into t values (1)");
+    let pos = backup.check(&node, DB);
+    node.stop();
+    let (_, _, path) = backup.vault.files(DB).swap_remove(0);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..50]).unwrap();
+    let mut empty = Node::new(&backup.settings(), Member::Primary);
+    empty.spawn();
+    empty.wait_for_log("app.db: not backed up for now");
+    empty.wait_for_pos(OTHER, other);
+    assert!(!empty.log().contains(READY), "{}", empty.log());
+    fs::write(&path, whole).unwrap();
+    empty.wait_ready();
+    check_restored(&empty, [pos, other]);
+}
+
 /// Two histories of one database, of which the backup's has fewer or more transactions.
 #[test_matrix([InDirectory, OnServer], [1, 9])]
 fn two_histories_stay_as_they_are(kind: Kind, transactions: u32) {

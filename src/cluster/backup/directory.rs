@@ -50,7 +50,10 @@ impl LtxFile {
         let mut head = [0; ltx::HEADER_SIZE];
         let mut tail = [0; ltx::TRAILER_SIZE];
         let len = file.metadata().map_err(Error::io("stat", &self.path))?.len();
-        let tail_at = len.saturating_sub(ltx::TRAILER_SIZE as u64);
+        if len < (ltx::HEADER_SIZE + ltx::TRAILER_SIZE) as u64 {
+            return Err(ltx(ltx::Error::Short));
+        }
+        let tail_at = len - ltx::TRAILER_SIZE as u64;
         os::read_exact_at("read:backup", &file, &mut head, 0)
             .and_then(|()| os::read_exact_at("read:backup", &file, &mut tail, tail_at))
             .map_err(Error::io("read", &self.path))?;

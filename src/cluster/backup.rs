@@ -23,13 +23,15 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::pace::{Backoff, Reports};
 use crate::engine::backup::{Need, Upload};
-use crate::engine::{self, DbName, Engine, Subscription, chain_text};
+use crate::engine::{self, DbName, DbState, Engine, Subscription, chain_text};
 use crate::http::{Stop, stopped};
 use crate::limits;
 
+pub mod begun;
 pub mod cloud;
 pub mod directory;
 
+use begun::Begun;
 use cloud::Cloud;
 use directory::Directory;
 
@@ -68,12 +70,23 @@ pub enum Error {
     /// What concerns one database of this node only.
     #[error(transparent)]
     Database(#[from] engine::Error),
+    /// A database of the backup of which nobody knows where it stands: in words, why.
+    #[error("its backup cannot be read, and is left as it is: {0}")]
+    Unreadable(String),
     /// The backup is elsewhere each time that it is written to.
     #[error("the backup moved to {0} while it was written to: is another node writing to it?")]
     Moved(Pos),
 }
 
 impl Error {
+    /// Whether it concerns one database only, so that the others go on.
+    fn is_of_one_database(&self) -> bool {
+        match self {
+            Error::Database(_) | Error::Unreadable(_) | Error::Ltx { .. } | Error::Moved(_) => true,
+            Error::Io { .. } | Error::Cloud(_) | Error::Thread(_) => false,
+        }
+    }
+
     fn io<'a>(
         what: &'static str,
         path: &'a std::path::Path,
@@ -99,7 +112,15 @@ pub enum Written {
     },
     /// The backup stands elsewhere.
     Mismatch(Pos),
+    /// It was not to be sent any more.
+    NotNow,
 }
+
+/// Whether something may be sent at this moment.
+type MaySend = Box<dyn Fn() -> bool + Send>;
+
+/// Where the backup of each database stands; or, in words, why nobody knows.
+type Positions = BTreeMap<String, Result<Pos, String>>;
 
 impl Store {
     /// A directory of LTX files.
@@ -112,21 +133,32 @@ impl Store {
         Store::Cloud(Box::new(cloud))
     }
 
-    async fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+    async fn positions(&self) -> Result<Positions, Error> {
         match self {
             Store::Directory(directory) => {
                 let directory = directory.clone();
-                spawn_blocking(move || directory.positions()).await?
+                let found = spawn_blocking(move || directory.positions()).await??;
+                let in_words = |pos: Result<Pos, Error>| pos.map_err(|error| chain_text(&error));
+                Ok(found.into_iter().map(|(name, pos)| (name, in_words(pos))).collect())
             }
-            Store::Cloud(cloud) => Ok(cloud.positions().await?),
+            Store::Cloud(cloud) => {
+                let found = cloud.positions().await?;
+                Ok(found.into_iter().map(|(name, pos)| (name, Ok(pos))).collect())
+            }
         }
     }
 
-    async fn write(&self, name: &DbName, upload: Upload) -> Result<Written, Error> {
+    /// Sends a file. A call to a server ends when nobody waits for it; a thread goes on, and asks.
+    async fn write(
+        &self,
+        name: &DbName,
+        upload: Upload,
+        may_send: MaySend,
+    ) -> Result<Written, Error> {
         match self {
             Store::Directory(directory) => {
                 let (directory, name) = (directory.clone(), name.clone());
-                spawn_blocking(move || directory.write(&name, &upload)).await?
+                spawn_blocking(move || directory.write(&name, &upload, &may_send)).await?
             }
             Store::Cloud(cloud) => Ok(cloud.write(name, upload).await?),
         }
@@ -181,6 +213,10 @@ pub struct Backup {
     leads: watch::Receiver<bool>,
     /// The backup was reached, and what this node lacked of it was restored.
     settled: watch::Sender<bool>,
+    begun: Begun,
+    /// Databases that had failed at the start: nothing is restored over them and nobody can begin them
+    /// anew, so they are not waited for.
+    failed: BTreeSet<DbName>,
     backoff: Backoff,
     reports: Reports,
     failing: bool,
@@ -190,11 +226,12 @@ pub struct Backup {
 struct Session {
     subscription: Subscription,
     woken: Arc<Notify>,
-    /// Where the backup stands.
-    positions: BTreeMap<String, Pos>,
+    positions: Positions,
     /// What is to be compared with it.
     dirty: BTreeSet<String>,
     full_sync: Instant,
+    /// Goes with it: what was begun in it is not finished in another one.
+    lives: Arc<()>,
 }
 
 impl Backup {
@@ -206,10 +243,20 @@ impl Backup {
         leads: watch::Receiver<bool>,
     ) -> (Backup, watch::Receiver<bool>) {
         let (settled, is_settled) = watch::channel(false);
-        let backoff = Backoff::new(limits::BACKUP_PAUSE_MAX);
-        let reports = Reports::default();
-        let backup =
-            Backup { engine, store, timing, leads, settled, backoff, reports, failing: false };
+        let databases = engine.databases();
+        let failed = databases.iter().filter(|db| matches!(db.state(), DbState::Failed(_)));
+        let backup = Backup {
+            begun: Begun::new(engine.layout()),
+            failed: failed.map(|db| db.name().clone()).collect(),
+            engine,
+            store,
+            timing,
+            leads,
+            settled,
+            backoff: Backoff::new(limits::BACKUP_PAUSE_MAX),
+            reports: Reports::default(),
+            failing: false,
+        };
         (backup, is_settled)
     }
 
@@ -271,6 +318,7 @@ impl Backup {
         loop {
             self.round(session).await?;
             self.note_success(session);
+            self.note_restored(session).await?;
             if self.wait(session).await == Due::FullSync {
                 self.refresh(session).await?;
             }
@@ -292,13 +340,32 @@ impl Backup {
             tracing::info!("backup to {} works again", self.store);
         }
         self.backoff.reset();
-        self.settled.send_replace(true);
         let databases = self.engine.databases();
         let is_stalled = databases.iter().any(|db| db.backup_problem().is_some());
         if session.dirty.is_empty() && !is_stalled {
             let now = (self.engine.shared().clock)();
             self.engine.shared().backup.complete_ms.store(now, Ordering::Relaxed);
         }
+    }
+
+    /// Says that this node has what its backup has, once that is so: an application could begin another
+    /// history of what is missing.
+    async fn note_restored(&self, session: &Session) -> Result<(), Error> {
+        let mut has_any = session.positions.iter().filter(|(_, pos)| **pos != Ok(Pos::ZERO));
+        if has_any.any(|(name, _)| self.lacks(name)) {
+            return Ok(());
+        }
+        let begun = self.begun.clone();
+        spawn_blocking(move || begun.forget()).await??;
+        self.settled.send_replace(true);
+        Ok(())
+    }
+
+    /// Whether a database of the backup is still to be restored here.
+    fn lacks(&self, name: &str) -> bool {
+        let Ok(name) = DbName::new(name) else { return false };
+        let db = self.engine.database(name.as_str());
+        !self.failed.contains(&name) && db.is_none_or(|db| db.pos().is_zero())
     }
 
     /// Waits for changes, and lets them gather; or until the backup is to be asked where it stands.
@@ -330,7 +397,7 @@ impl Backup {
             match synced {
                 Ok(Synced::Yes) => {}
                 Ok(Synced::NotNow) => _ = session.dirty.insert(name),
-                Err(error @ (Error::Database(_) | Error::Moved(_))) => {
+                Err(error) if error.is_of_one_database() => {
                     self.engine.shared().backup.errors.fetch_add(1, Ordering::Relaxed);
                     let text = format!("{name}: not backed up for now: {}", chain_text(&error));
                     self.reports.warn(&text, format_args!("{text}"));
@@ -351,13 +418,14 @@ impl Backup {
             if !self.engine.shared().may_begin() {
                 return Ok(Synced::NotNow);
             }
-            let remote = session.positions.get(name.as_str()).copied().unwrap_or_default();
+            let remote = session.positions.get(name.as_str()).cloned();
+            let remote = remote.unwrap_or(Ok(Pos::ZERO)).map_err(Error::Unreadable)?;
             match self.need(name, remote).await? {
                 Need::Nothing => return Ok(self.settle(name, None)),
                 Need::Diverged(why) => return Ok(self.settle(name, Some(why))),
                 Need::Restore(local) => {
                     let pos = self.restore(name, local).await?;
-                    session.positions.insert(name.to_string(), pos);
+                    session.positions.insert(name.to_string(), Ok(pos));
                 }
                 Need::Upload(upload) if upload.resized && !self.store.takes_other_page_sizes() => {
                     return Ok(self.settle(name, Some(OTHER_PAGE_SIZE.to_owned())));
@@ -365,9 +433,10 @@ impl Backup {
                 Need::Upload(upload) => {
                     let (pos, page_size) = (upload.pos, upload.header.page_size);
                     let page_size = (upload.header.commit > 0).then_some(page_size);
-                    match self.store.write(name, upload).await? {
+                    match self.store.write(name, upload, self.may_send(session)).await? {
+                        Written::NotNow => return Ok(Synced::NotNow),
                         Written::Taken { hwm } => {
-                            session.positions.insert(name.to_string(), pos);
+                            session.positions.insert(name.to_string(), Ok(pos));
                             self.note_backed(name, pos, hwm, page_size).await?;
                             self.settle(name, None);
                             if pos.txid >= target {
@@ -377,12 +446,18 @@ impl Backup {
                         Written::Mismatch(at) if was_elsewhere => return Err(Error::Moved(at)),
                         Written::Mismatch(at) => {
                             was_elsewhere = true;
-                            session.positions.insert(name.to_string(), at);
+                            session.positions.insert(name.to_string(), Ok(at));
                         }
                     }
                 }
             }
         }
+    }
+
+    /// Whether what is sent in this session may be sent still, for as long as that takes.
+    fn may_send(&self, session: &Session) -> MaySend {
+        let (engine, lives) = (self.engine.clone(), Arc::downgrade(&session.lives));
+        Box::new(move || lives.strong_count() > 0 && engine.shared().may_begin())
     }
 
     async fn need(&self, name: &DbName, remote: Pos) -> Result<Need, Error> {
@@ -423,6 +498,10 @@ impl Backup {
 
     /// Takes over what the backup has; where that stands.
     async fn restore(&self, name: &DbName, local: Pos) -> Result<Pos, Error> {
+        if has_no_data(&self.engine) {
+            let begun = self.begun.clone();
+            spawn_blocking(move || begun.note()).await??;
+        }
         let (engine, db) = (self.engine.clone(), name.clone());
         let receiver = spawn_blocking(move || engine.receive(&db)).await??;
         let receiver = self.store.fetch(name, receiver).await?;
@@ -430,6 +509,11 @@ impl Backup {
         tracing::info!(db = %name, from = %local, to = %pos, "restored from the backup");
         Ok(pos)
     }
+}
+
+/// Whether nothing was ever committed in any database of this node.
+pub fn has_no_data(engine: &Engine) -> bool {
+    engine.databases().iter().all(|db| db.pos().is_zero())
 }
 
 /// Waits until `value` is `wanted`; false if it cannot be any more.
@@ -460,6 +544,7 @@ impl Session {
             positions: BTreeMap::new(),
             dirty: BTreeSet::new(),
             full_sync: Instant::now(),
+            lives: Arc::new(()),
         }
     }
 }

@@ -6,6 +6,7 @@
 //! DATA/node-ids                  the ids that this node has had
 //! DATA/lease                     the session of a lease that this node has, and a newline
 //! DATA/term                      the last primaryship of which it had everything, and a newline
+//! DATA/restoring                 empty: not all of the backup is here yet
 //! DATA/super-journals/           super-journals of transactions over several databases
 //! DATA/dbs/NAME/database         SQLite's main file
 //! DATA/dbs/NAME/journal          the rollback journal
@@ -61,6 +62,11 @@ impl DataDir {
     /// The file with the last primaryship of which this node had everything.
     pub fn term(&self) -> PathBuf {
         self.0.join("term")
+    }
+
+    /// There while a node without data gets what its backup has.
+    pub fn restoring(&self) -> PathBuf {
+        self.0.join("restoring")
     }
 
     /// The directory that holds a directory for each database.

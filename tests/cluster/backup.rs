@@ -3,18 +3,19 @@
 use std::fs;
 
 use ltx::Pos;
-use test_case::test_matrix;
+use test_case::{test_case, test_matrix};
 
 use super::lease::is_primary;
 use super::{Cluster, check_node};
 use crate::support::consul::Consul;
 use crate::support::image::{self, Image};
-use crate::support::node::{Lease, Member, Node, Settings};
+use crate::support::node::{Lease, Member, Node, READY, Settings};
 use crate::support::shell::Shell;
-use crate::support::vault::{self, Cloud, Vault};
+use crate::support::vault::{self, Cloud, Snapshots, Vault};
 use crate::support::{sqlite, wait};
 
 const DB: &str = "app.db";
+const OTHER: &str = "other.db";
 
 /// How often a backup is looked at, for tests that wait for it.
 const TIMING: &str = "delay: 20ms, full-sync-interval: 300ms";
@@ -137,6 +138,172 @@ fn an_empty_node_gets_what_its_backup_has(kind: Kind) {
     backup.check(&node, DB);
     check_node(&node, DB, node.pos(DB));
     assert!(!node.db_dir(DB).lost_found().exists(), "nothing was in its place");
+}
+
+/// A server that has two databases, and where they stand.
+fn two_on_a_server() -> (Backup, [Pos; 2]) {
+    let backup = Backup::new(OnServer);
+    let mut node = Node::primary(&backup.settings());
+    run(&node, "create table t (x); insert into t values (1)");
+    sqlite::run(&node.file(OTHER), "create table o (x); insert into o values (7)");
+    let positions = [DB, OTHER].map(|name| backup.check(&node, name));
+    node.stop();
+    (backup, positions)
+}
+
+/// Has what the backup has, and had it before it said that it is ready.
+#[track_caller]
+fn check_restored(node: &Node, positions: [Pos; 2]) {
+    assert_eq!([DB, OTHER].map(|name| node.pos(name)), positions);
+    assert_eq!(sqlite::run(&node.file(OTHER), "select x from o"), "7");
+    let log = node.log();
+    let line_of = |what: &str| log.lines().position(|line| line.contains(what));
+    let restored = line_of("restored from the backup\" db=other.db");
+    assert!(restored.is_some() && restored < line_of(READY), "{log}");
+    assert!(!node.data().join("restoring").exists(), "it is done");
+}
+
+/// A database of the backup that cannot be restored yet is waited for: an application would begin another
+/// history of it.
+#[test]
+fn an_empty_node_waits_for_each_database_of_its_backup() {
+    let (backup, positions) = two_on_a_server();
+    let cloud = backup.cloud.as_ref().unwrap();
+    cloud.send_snapshots(Snapshots::Damaged(OTHER));
+    let before = cloud.snapshots_asked(OTHER);
+    let mut node = Node::new(&backup.settings(), Member::Primary);
+    node.spawn();
+    wait::until_true("a second try", || cloud.snapshots_asked(OTHER) >= before + 2);
+    node.wait_for_log("waiting to connect to cluster");
+    node.wait_for_pos(DB, positions[0]);
+    assert!(!node.log().contains(READY), "{}", node.log());
+    cloud.send_snapshots(Snapshots::Whole);
+    node.wait_ready();
+    check_restored(&node, positions);
+    backup.check(&node, OTHER);
+}
+
+/// A node that was killed between two databases of its backup has data, but is not ready with it.
+#[test]
+fn a_restore_that_was_killed_is_finished_by_the_next_start() {
+    let (backup, positions) = two_on_a_server();
+    let cloud = backup.cloud.as_ref().unwrap();
+    let node = || {
+        cloud.send_snapshots(Snapshots::Held(OTHER));
+        let before = cloud.snapshots_asked(OTHER);
+        let mut node = Node::new(&backup.settings(), Member::Primary);
+        node.spawn();
+        wait::until_true("the second restore", || cloud.snapshots_asked(OTHER) > before);
+        node.kill();
+        node
+    };
+    let mut killed = node();
+    killed.spawn();
+    killed.wait_for_log("a restore from the backup was begun");
+    killed.wait_for_log("waiting to connect to cluster");
+    killed.wait_for_pos(DB, positions[0]);
+    assert!(!killed.log().contains(READY), "{}", killed.log());
+    cloud.send_snapshots(Snapshots::Whole);
+    killed.wait_ready();
+    check_restored(&killed, positions);
+    backup.check(&killed, OTHER);
+
+    // Another one becomes a replica, which is ready with what its primary has.
+    let mut follower = node();
+    let id = fs::read(killed.data().join("clusterid")).unwrap();
+    fs::write(follower.data().join("clusterid"), id).unwrap();
+    let url = killed.url();
+    follower.configure(&backup.settings(), Member::Replica(&url));
+    follower.start();
+    assert_eq!([DB, OTHER].map(|name| follower.pos(name)), positions);
+    assert!(!follower.data().join("restoring").exists(), "there is nothing left to restore");
+}
+
+/// A lease that is lost before everything was restored, and comes back.
+#[test]
+fn a_lease_that_is_lost_for_a_moment_ends_no_restore() {
+    let (backup, positions) = two_on_a_server();
+    let (cloud, consul) = (backup.cloud.as_ref().unwrap(), Consul::start());
+    cloud.send_snapshots(Snapshots::Held(OTHER));
+    let (url, before) = (&consul.url(), cloud.snapshots_asked(OTHER));
+    let lease = Lease { url, hostname: "a", advertise: "", candidate: true, ttl: "10s" };
+    let mut node = Node::new(&backup.settings(), Member::Consul(lease));
+    node.spawn();
+    node.wait_for_log("waiting for what its backup has");
+    wait::until_true("the second restore", || cloud.snapshots_asked(OTHER) > before);
+    consul.delete("test/lease");
+    wait::until_true("the lease again", || cloud.snapshots_asked(OTHER) > before + 1);
+    node.wait_for_log("waiting to connect to cluster");
+    assert!(!node.log().contains(READY), "{}", node.log());
+    cloud.send_snapshots(Snapshots::Whole);
+    node.wait_ready();
+    check_restored(&node, positions);
+}
+
+/// A last file in the backup that is cut off: nothing is made of that database, and the others go on.
+#[test_case(50; "in its header")]
+#[test_case(ltx::HEADER_SIZE + 10; "after its header")]
+fn a_torn_file_in_the_backup_holds_up_its_database_only(len: usize) {
+    let backup = Backup::new(InDirectory);
+    let mut node = Node::primary(&backup.settings());
+    run(&node, "create table t (x)");
+    sqlite::run(&node.file(OTHER), "create table o (x); insert into o values (7)");
+    let positions = [DB, OTHER].map(|name| backup.check(&node, name));
+    node.stop();
+    let (_, _, whole) = backup.vault.files(OTHER).pop().unwrap();
+    let (next, refused) = (positions[1].txid.next(), "other.db: not backed up for now");
+    let torn = backup.vault.dir(OTHER).join(ltx::file_name(next, next));
+    fs::write(&torn, &fs::read(whole).unwrap()[..len]).unwrap();
+    let files = backup.vault.files(OTHER);
+    node.start();
+    sqlite::run(&node.file(OTHER), "insert into o values (8)");
+    run(&node, "insert into t values (1)");
+    let first = backup.check(&node, DB);
+    node.wait_for_log(refused);
+    let path = torn.display().to_string();
+    assert!(node.log().lines().any(|line| line.contains(refused) && line.contains(&path)));
+    node.stop();
+
+    let mut empty = Node::new(&backup.settings(), Member::Primary);
+    empty.spawn();
+    empty.wait_for_log(refused);
+    empty.wait_for_log("waiting to connect to cluster");
+    empty.wait_for_pos(DB, first);
+    assert!(!empty.log().contains(READY), "{}", empty.log());
+    assert_eq!(backup.vault.files(OTHER), files, "nothing was sent or removed");
+    // Somebody looks at the file and removes it.
+    fs::remove_file(torn).unwrap();
+    empty.wait_ready();
+    check_restored(&empty, [first, positions[1]]);
+    empty.stop();
+    node.start();
+    backup.check(&node, OTHER);
+    assert_eq!(sqlite::run(&node.file(OTHER), "select count(*) from o"), "2");
+}
+
+/// A file before the last one that is cut off is met only by who restores.
+#[test]
+fn a_torn_file_in_the_middle_holds_up_one_restore_only() {
+    let backup = Backup::new(InDirectory);
+    let mut node = Node::primary(&backup.settings());
+    sqlite::run(&node.file(OTHER), "create table o (x); insert into o values (7)");
+    let other = backup.check(&node, OTHER);
+    run(&node, "create table t (x)");
+    backup.check(&node, DB);
+    run(&node, "insert into t values (1)");
+    let pos = backup.check(&node, DB);
+    node.stop();
+    let (_, _, path) = backup.vault.files(DB).swap_remove(0);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..50]).unwrap();
+    let mut empty = Node::new(&backup.settings(), Member::Primary);
+    empty.spawn();
+    empty.wait_for_log("app.db: not backed up for now");
+    empty.wait_for_pos(OTHER, other);
+    assert!(!empty.log().contains(READY), "{}", empty.log());
+    fs::write(&path, whole).unwrap();
+    empty.wait_ready();
+    check_restored(&empty, [pos, other]);
 }
 
 /// Two histories of one database, of which the backup's has fewer or more transactions.

@@ -43,6 +43,8 @@ mod readers;
 mod refuse;
 /// Connections that stay open while transactions that they have seen go.
 mod remembered;
+/// What a node notes while it gets its backup.
+mod restore;
 /// Nodes that want a token and speak TLS.
 mod secure;
 /// Nodes for long, and what they use.
@@ -50,6 +52,8 @@ mod soak;
 
 /// What nodes say of themselves and of their primary.
 mod truth;
+/// Uploads to a backup that outlive who began them.
+mod uploads;
 
 /// A generator that gives the same numbers for the same seed (xorshift).
 struct Chance(u64);

@@ -6,14 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use litefs::engine::backup::Need;
+use litefs::engine::locks::LockKind;
 use litefs::engine::{Db, Engine, Role};
+use litefs::sqlite::lock_byte::{Lock, LockSet};
 use ltx::{Checksum, Pos, Txid};
 use test_case::test_case;
 
 use super::replica::{
     ltx_file, ltx_range, other_history, receive, replica, snapshot, two_transactions,
 };
-use super::{PAGE, commit, database, image, primary};
+use super::{PAGE, commit, database, image, lock, primary, unlock_all};
 use crate::support::no_cache::NoCache;
 use crate::support::wait;
 
@@ -147,4 +149,22 @@ fn inside(dir: &Path, sums: [Checksum; 3]) {
     known.extend(ltx::page_checksum(ltx::Pgno(1), &known).get().to_be_bytes());
     let name = format!("dbs/db/ltx/{}-{}.positions", Txid(2), Txid(3));
     fs::write(dir.join(name), known).unwrap();
+}
+
+/// The primary tells its mark right behind the snapshot, which still waits for a reader.
+#[test]
+fn a_mark_that_comes_before_its_snapshot_is_applied_counts_after_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, db, pos) = two_transactions(dir.path());
+    db.set_contradicted(pos);
+    db.set_hwm(Txid(1));
+    let read = LockSet::one(Lock::Read1);
+    wait::until_true("a reader", || lock(&db, read, LockKind::Shared).is_ok());
+    let target = receive(&engine, "db", &other_history(3)).unwrap();
+    assert!(db.has_queued_snapshot());
+    db.set_hwm(target.txid);
+    unlock_all(&db);
+    wait::until_true("the snapshot", || db.pos() == target);
+    assert_eq!(db.hwm(), target.txid);
+    engine.close().unwrap();
 }

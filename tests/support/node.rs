@@ -18,7 +18,7 @@ use super::program::{self, Limit};
 use super::{image, wait};
 
 /// What a node says when it is ready and has nothing to run.
-const READY: &str = "waiting for signal";
+pub const READY: &str = "waiting for signal";
 
 /// What `fuse.passthrough` and `fuse.transport` are where a test does not say; `make test-transports`
 /// tries all.

@@ -17,6 +17,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use ltx::{Checksum, Compression, Encoder, Header, NodeId, PageSize, Pgno, Pos, Txid};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use super::node::free_address;
 use super::wait;
@@ -184,8 +185,22 @@ pub struct Cloud {
 struct State {
     /// It answers that it cannot now.
     refuses: AtomicBool,
+    /// What becomes of snapshots, until another one is chosen.
+    snapshots: watch::Sender<Snapshots>,
     /// What it was asked, a line each.
     requests: Mutex<Vec<String>>,
+}
+
+/// What becomes of the snapshots that a server sends.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub enum Snapshots {
+    /// All are as they should be.
+    #[default]
+    Whole,
+    /// Those of this database have a flipped bit.
+    Damaged(&'static str),
+    /// Those of this database do not come.
+    Held(&'static str),
 }
 
 impl Cloud {
@@ -237,6 +252,17 @@ impl Cloud {
         self.state.refuses.store(refuses, Ordering::SeqCst);
     }
 
+    /// What becomes of snapshots from now on, also of one that is held.
+    pub fn send_snapshots(&self, how: Snapshots) {
+        self.state.snapshots.send_replace(how);
+    }
+
+    /// How often it was asked for a snapshot of a database so far.
+    pub fn snapshots_asked(&self, name: &str) -> usize {
+        let asked = format!("GET /db/snapshot?db={name}&");
+        self.requests().iter().filter(|line| line.starts_with(&asked)).count()
+    }
+
     /// What it was asked so far: method, path, and headers that tell something.
     pub fn requests(&self) -> Vec<String> {
         self.state.requests.lock().unwrap().clone()
@@ -285,7 +311,7 @@ async fn answer(vault: &Vault, state: &State, request: Request<Incoming>) -> Res
             let text = positions.iter().map(|(name, pos)| format!("\"{name}\":{}", json(*pos)));
             plain(200, &format!("{{{}}}", text.collect::<Vec<_>>().join(",")))
         }
-        "/db/snapshot" => Response::new(Full::new(vault.snapshot(name).into())),
+        "/db/snapshot" => Response::new(Full::new(snapshot(vault, state, name).await.into())),
         "/db/tx" => match vault.take(name, &body) {
             Ok(pos) => {
                 let mut taken = plain(200, "");
@@ -301,6 +327,19 @@ async fn answer(vault: &Vault, state: &State, request: Request<Incoming>) -> Res
     };
     response.headers_mut().insert("Lfsc-Instance-Id", "instance-1".parse().unwrap());
     response
+}
+
+/// The snapshot of a database, as the test wants it.
+async fn snapshot(vault: &Vault, state: &State, name: &str) -> Vec<u8> {
+    let mut snapshots = state.snapshots.subscribe();
+    let is_held = |how: &Snapshots| matches!(how, Snapshots::Held(held) if *held == name);
+    let how = *snapshots.wait_for(|how| !is_held(how)).await.unwrap();
+    let mut bytes = vault.snapshot(name);
+    if matches!(how, Snapshots::Damaged(damaged) if damaged == name) {
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+    }
+    bytes
 }
 
 fn json(pos: Pos) -> String {

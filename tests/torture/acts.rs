@@ -37,7 +37,8 @@ pub fn back_up(engine: &Arc<Engine>, dir: &Path) -> Result<(), String> {
     let name = DbName::new(DB).unwrap();
     let failed = |error: Error| text(&error);
     loop {
-        let at = store.positions().map_err(failed)?.get(DB).copied().unwrap_or(Pos::ZERO);
+        let at = store.positions().map_err(failed)?.remove(DB).unwrap_or(Ok(Pos::ZERO));
+        let at = at.map_err(failed)?;
         let need = match engine.database(DB) {
             Some(db) => db.backup_need(at).map_err(|error| text(&error))?,
             None if at.is_zero() => Need::Nothing,
@@ -53,7 +54,9 @@ pub fn back_up(engine: &Arc<Engine>, dir: &Path) -> Result<(), String> {
             }
             Need::Upload(upload) => {
                 let size = (upload.header.commit > 0).then_some(upload.header.page_size);
-                if let Written::Taken { hwm } = store.write(&name, &upload).map_err(failed)? {
+                if let Written::Taken { hwm } =
+                    store.write(&name, &upload, &|| true).map_err(failed)?
+                {
                     let db = engine.database(DB).unwrap();
                     db.set_backed(upload.pos, hwm, size).map_err(|error| text(&error))?;
                 }

@@ -46,7 +46,7 @@ fn labels_in(text: &str) -> Vec<&str> {
 }
 
 /// Labels that no script comes to, and why.
-const ELSEWHERE: [(&str, &str); 40] = [
+const ELSEWHERE: [(&str, &str); 41] = [
     ("cluster:lease", LEASE),
     ("cluster:term", LEASE),
     ("read:lease", LEASE),
@@ -78,6 +78,7 @@ const ELSEWHERE: [(&str, &str); 40] = [
     ("read:apply-index", CHANCE),
     ("read:apply-database", "page 1 of a replica's database that is not in its WAL"),
     ("read:repair", "pages of a start that explains a database by its file"),
+    ("backup:restoring", "a note of the task that keeps a backup: tests/cluster/restore.rs"),
     ("read:restore", "page 1 at a restore over older data: tests/cluster/backup.rs"),
     ("read:rolled-back", "free pages after a rollback at a start: src/engine/recover/tests.rs"),
     ("super-journal:restore", "only after a call before it has failed"),

@@ -29,8 +29,9 @@ use tokio::time::{Instant, sleep};
 
 use super::fly::{Machine, RoleReport};
 use super::{Settings, StaleMount, users};
+use crate::cluster::backup::begun::Begun;
 use crate::cluster::backup::cloud::{Cloud, Options as CloudOptions};
-use crate::cluster::backup::{Backup, Store, Timing};
+use crate::cluster::backup::{Backup, Store, Timing, has_no_data};
 use crate::cluster::consul::address::Address;
 use crate::cluster::consul::client::Client as ConsulClient;
 use crate::cluster::consul::{Consul, Options as ConsulOptions};
@@ -259,7 +260,10 @@ impl Node {
         let (cluster, control, ready) = Cluster::new(engine.clone(), leaser, options);
         let links = cluster.links();
         let ready = match store {
-            Some(store) => self.start_backup(config, engine, store, cluster.leads(), ready),
+            Some(store) => {
+                let restored = self.start_backup(config, engine, store, cluster.leads());
+                when_restored(engine.clone(), ready, restored, links.clone())
+            }
             None => ready,
         };
         let (stop, stopped) = watch::channel(());
@@ -268,28 +272,20 @@ impl Node {
         Membership { ready, links, control }
     }
 
-    /// Starts the backup; when this node is ready with it.
+    /// Starts the backup; whether this node has what it has.
     fn start_backup(
         &mut self,
         config: &Config,
         engine: &Arc<Engine>,
         store: Store,
         leads: watch::Receiver<bool>,
-        ready: Ready,
-    ) -> Ready {
+    ) -> watch::Receiver<bool> {
         let config::Backup { delay, full_sync_interval, .. } = config.backup;
         let timing = Timing { delay, full_sync: full_sync_interval };
-        let (backup, settled) = Backup::new(engine.clone(), store, timing, leads.clone());
+        let (backup, restored) = Backup::new(engine.clone(), store, timing, leads);
         let (stop, stopped) = watch::channel(());
         self.backup = Some(Task { stop, handle: tokio::spawn(backup.run(stopped)) });
-        let (restored, is_ready) = watch::channel(false);
-        let engine = engine.clone();
-        tokio::spawn(async move {
-            if wait_for_restore(&engine, ready, settled, leads).await {
-                restored.send_replace(true);
-            }
-        });
-        is_ready
+        restored
     }
 
     fn start_proxy(
@@ -460,25 +456,53 @@ fn store(config: &Config, engine: &Arc<Engine>) -> anyhow::Result<Option<Store>>
     })
 }
 
-/// Waits until the node is ready and, if it is a primary without any data, what its backup has was
-/// restored: an application that began before that would begin another history. Whether it came to that.
+/// True once the node is `ready` and, if it may lack something of its backup, has that too.
+fn when_restored(
+    engine: Arc<Engine>,
+    ready: Ready,
+    restored: watch::Receiver<bool>,
+    links: Links,
+) -> Ready {
+    let (sender, is_ready) = watch::channel(false);
+    tokio::spawn(async move {
+        if wait_for_restore(&engine, ready, restored, links).await {
+            sender.send_replace(true);
+        }
+    });
+    is_ready
+}
+
+/// Waits until the node is ready and, if it is a primary without any data or died before it had all of
+/// its backup, what that has was restored: an application that began before that would begin another
+/// history. Whether it came to that.
 async fn wait_for_restore(
     engine: &Engine,
     mut ready: Ready,
-    mut settled: watch::Receiver<bool>,
-    mut leads: watch::Receiver<bool>,
+    mut restored: watch::Receiver<bool>,
+    mut links: Links,
 ) -> bool {
     if ready.wait_for(|ready| *ready).await.is_err() {
         return false;
     }
-    let is_empty = engine.databases().iter().all(|db| db.pos().is_zero());
-    if !is_empty || engine.role() != Role::Primary || *settled.borrow() {
+    let begun = Begun::new(engine.layout());
+    if let Role::Replica(_) = engine.role() {
+        // It has what its primary has, and nothing is left to restore.
+        if let Ok(Err(error)) = spawn_blocking(move || begun.forget()).await {
+            tracing::warn!(error = chain(&error), "forget restore");
+        }
         return true;
     }
-    tracing::info!("this node has no data: waiting for what its backup has");
+    let why = match (begun.is_noted(), has_no_data(engine)) {
+        _ if *restored.borrow() => return true,
+        (true, _) => "a restore from the backup was begun: waiting for the rest",
+        (false, true) => "this node has no data: waiting for what its backup has",
+        (false, false) => return true,
+    };
+    tracing::info!("{why}");
     tokio::select! {
-        settled = settled.wait_for(|settled| *settled) => settled.is_ok(),
-        followed = leads.wait_for(|leads| !*leads) => followed.is_ok(),
+        restored = restored.wait_for(|restored| *restored) => restored.is_ok(),
+        // A lease that is only lost may come back before anything was restored.
+        followed = links.wait_for(Option::is_some) => followed.is_ok(),
     }
 }
 

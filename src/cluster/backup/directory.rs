@@ -2,16 +2,20 @@
 //!
 //! ```text
 //! PATH/NAME/MIN-MAX.ltx   each goes on from the one before; the last one by name is where it stands
-//! PATH/NAME/upload.tmp    one that is being written
+//! PATH/NAME/upload-*.tmp  one that is being written
 //! ```
 //!
 //! Invariants: a file is there under its name only when it was verified and is durable; none is ever
-//! changed or removed. After a change of the page size the next file holds all pages.
+//! changed or removed. No two uploads write one file, and those of this process come one after the other:
+//! the thread of one cannot be stopped, and goes on when nobody waits for it any more. After a change of
+//! the page size the next file holds all pages.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use ltx::{Checksum, Compression, Decoder, Encoder, Header, Pgno, Pos, Trailer, Txid};
 
@@ -23,6 +27,8 @@ use crate::{limits, os};
 /// The directory.
 pub struct Directory {
     path: PathBuf,
+    /// Held for a whole upload, so that the next one sees what came of it.
+    turn: Mutex<()>,
 }
 
 /// A file of one database.
@@ -44,7 +50,10 @@ impl LtxFile {
         let mut head = [0; ltx::HEADER_SIZE];
         let mut tail = [0; ltx::TRAILER_SIZE];
         let len = file.metadata().map_err(Error::io("stat", &self.path))?.len();
-        let tail_at = len.saturating_sub(ltx::TRAILER_SIZE as u64);
+        if len < (ltx::HEADER_SIZE + ltx::TRAILER_SIZE) as u64 {
+            return Err(ltx(ltx::Error::Short));
+        }
+        let tail_at = len - ltx::TRAILER_SIZE as u64;
         os::read_exact_at("read:backup", &file, &mut head, 0)
             .and_then(|()| os::read_exact_at("read:backup", &file, &mut tail, tail_at))
             .map_err(Error::io("read", &self.path))?;
@@ -57,45 +66,60 @@ impl LtxFile {
 impl Directory {
     /// The directory at `path`, which may be missing.
     pub fn new(path: PathBuf) -> Directory {
-        Directory { path }
+        Directory { path, turn: Mutex::new(()) }
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the backup of each database stands.
-    pub fn positions(&self) -> Result<BTreeMap<String, Pos>, Error> {
+    /// Where the backup of each database stands; or why that cannot be read.
+    ///
+    /// # Errors
+    /// The directory cannot be listed.
+    pub fn positions(&self) -> Result<BTreeMap<String, Result<Pos, Error>>, Error> {
         let mut positions = BTreeMap::new();
         for entry in entries(&self.path)? {
             let name = entry.file_name();
             let Some(name) = name.to_str().and_then(|name| DbName::new(name).ok()) else {
                 continue;
             };
-            if let Some(last) = self.files(&name)?.last() {
-                positions.insert(name.to_string(), last.ends()?.1);
+            if let Some(pos) = self.pos(&name).transpose() {
+                positions.insert(name.to_string(), pos);
             }
         }
         Ok(positions)
     }
 
-    /// Adds a file, if it goes on from the last one.
-    pub fn write(&self, name: &DbName, upload: &Upload) -> Result<Written, Error> {
-        let dir = self.path.join(name.as_str());
-        let at = match self.files(name)?.last() {
-            Some(last) => last.ends()?.1,
-            None => Pos::ZERO,
-        };
-        if upload.header.pre_pos() != at {
-            return Ok(Written::Mismatch(at));
+    /// Where the backup of one database stands, if there is one.
+    fn pos(&self, name: &DbName) -> Result<Option<Pos>, Error> {
+        let files = self.files(name)?;
+        files.last().map(|last| Ok(last.ends()?.1)).transpose()
+    }
+
+    /// Adds a file, if it goes on from the last one, and as long as `may_send`.
+    ///
+    /// # Errors
+    /// The last file cannot be read, or this one not be written, or it is not whole.
+    pub fn write(
+        &self,
+        name: &DbName,
+        upload: &Upload,
+        may_send: &dyn Fn() -> bool,
+    ) -> Result<Written, Error> {
+        let _turn = self.turn.lock().unwrap();
+        if let Some(refused) = self.refusal(name, upload, may_send)? {
+            return Ok(refused);
         }
+        let dir = self.path.join(name.as_str());
         os::create_dirs("backup:dir", &dir)
             .and_then(|()| os::sync_dir("backup:dir", &self.path))
             .map_err(Error::io("create", &dir))?;
-        let temporary = dir.join("upload.tmp");
+        remove_unfinished(&dir)?;
+        // Another node may be writing here, or think that it may.
+        let temporary = dir.join(format!("upload-{:016x}.tmp", RandomState::new().hash_one(0)));
         let target = dir.join(ltx::file_name(upload.header.min_txid, upload.header.max_txid));
         let copy = || -> io::Result<File> {
-            os::remove_if_present("backup:file", &temporary)?;
             let file = os::create_new("backup:file", &temporary)?;
             let mut from = os::FileCursor::new("read:backup", &upload.file);
             io::copy(&mut from, &mut os::Labelled::new("backup:file", &file))?;
@@ -104,10 +128,30 @@ impl Directory {
         };
         let file = copy().map_err(Error::io("write", &temporary))?;
         verify(&temporary, &file, upload.pos)?;
+        // All that may have taken long.
+        if let Some(refused) = self.refusal(name, upload, may_send)? {
+            os::remove_if_present("backup:file", &temporary)
+                .map_err(Error::io("remove", &temporary))?;
+            return Ok(refused);
+        }
         os::rename("backup:file", &temporary, &target)
             .and_then(|()| os::sync_dir("backup:file", &dir))
             .map_err(Error::io("write", &target))?;
         Ok(Written::Taken { hwm: upload.header.max_txid })
+    }
+
+    /// Why a file is not to be added now, if it is not.
+    fn refusal(
+        &self,
+        name: &DbName,
+        upload: &Upload,
+        may_send: &dyn Fn() -> bool,
+    ) -> Result<Option<Written>, Error> {
+        if !may_send() {
+            return Ok(Some(Written::NotNow));
+        }
+        let at = self.pos(name)?.unwrap_or_default();
+        Ok((upload.header.pre_pos() != at).then_some(Written::Mismatch(at)))
     }
 
     /// Writes all files of a database as one snapshot.
@@ -156,6 +200,18 @@ fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(Vec::new()),
         listed => listed.map_err(Error::io("list", dir)),
     }
+}
+
+/// Removes what uploads have left that came to no end.
+fn remove_unfinished(dir: &Path) -> Result<(), Error> {
+    for entry in entries(dir)? {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with("upload") && name.ends_with(".tmp")) {
+            let path = entry.path();
+            os::remove_if_present("backup:file", &path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// What was written is what was to be written.

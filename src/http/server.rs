@@ -110,10 +110,10 @@ impl Api {
         let changes = role.clone();
         let role_watch = engine.watch_events(Box::new(move |event| {
             if let Event::PrimaryChange { is_primary, .. } = event {
-                set_primary(&changes, *is_primary);
+                set_primary(&changes, || *is_primary);
             }
         }));
-        set_primary(&role, matches!(engine.role(), Role::Primary));
+        set_primary(&role, || matches!(engine.role(), Role::Primary));
         Ok(Arc::new(Api {
             engine,
             options,
@@ -512,11 +512,12 @@ impl Api {
     }
 }
 
-/// Notes whether the node is primary; a new primaryship gets a new number.
-fn set_primary(role: &watch::Sender<Option<u64>>, is_primary: bool) {
+/// Notes whether the node is primary; a new primaryship gets a new number. Asked when nobody else notes it, so that
+/// the role of the start is not noted after that which has come since.
+fn set_primary(role: &watch::Sender<Option<u64>>, is_primary: impl FnOnce() -> bool) {
     static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     role.send_if_modified(|now| {
-        let was = now.is_some();
+        let (was, is_primary) = (now.is_some(), is_primary());
         if was != is_primary {
             *now = is_primary.then(|| NEXT.fetch_add(1, Ordering::Relaxed));
         }
@@ -711,5 +712,25 @@ impl From<Refusal> for Response<Body> {
             headers.insert(WWW_AUTHENTICATE, ASK_FOR_TOKEN);
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The node becomes primary while its API begins.
+    #[test]
+    fn the_role_of_the_start_is_not_noted_after_a_later_one() {
+        let (role, primaryship) = watch::channel(None);
+        let role = Arc::new(role);
+        let of_thread = role.clone();
+        let mut later = None;
+        set_primary(&role, || {
+            later = Some(std::thread::spawn(move || set_primary(&of_thread, || true)));
+            false
+        });
+        later.expect("it was asked").join().expect("no panic");
+        assert!(primaryship.borrow().is_some());
     }
 }

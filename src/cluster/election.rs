@@ -20,7 +20,7 @@ use crate::limits;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Standing {
-    /// The last primaryship of which it had everything.
+    /// The last primaryship that it has reached.
     pub term: u64,
     /// The sum of the TXIDs of all databases.
     pub transactions: u64,

@@ -5,7 +5,7 @@
 //! DATA/clusterid                 the cluster id and a newline
 //! DATA/node-ids                  the ids that this node has had
 //! DATA/lease                     the session of a lease that this node has, and a newline
-//! DATA/term                      the last primaryship of which it had everything, and a newline
+//! DATA/term                      the last primaryship that it has reached, and what lacks something of it
 //! DATA/restoring                 empty: not all of the backup is here yet
 //! DATA/super-journals/           super-journals of transactions over several databases
 //! DATA/dbs/NAME/database         SQLite's main file
@@ -59,7 +59,7 @@ impl DataDir {
         self.0.join("lease")
     }
 
-    /// The file with the last primaryship of which this node had everything.
+    /// The file with the last primaryship that this node has reached.
     pub fn term(&self) -> PathBuf {
         self.0.join("term")
     }

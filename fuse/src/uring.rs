@@ -27,6 +27,7 @@
 //! A slot is taken for as long as its request is unanswered. Lock calls that wait may not take them all,
 //! or the unlock that they wait for would find none; see `ring`.
 
+mod aside;
 mod memory;
 mod ring;
 
@@ -39,6 +40,7 @@ use nix::errno::Errno;
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
 
+use aside::{Aside, Trail};
 pub(crate) use ring::{Ring, Slot};
 
 use crate::dev::{self, Blocking, Channel};
@@ -122,15 +124,18 @@ impl Rings {
         let (ready, readies) = channel();
         let mut rings = Rings { of_cpus: 0, starts: Vec::new(), readies };
         let own = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        let trail = Arc::new(Trail::default());
+        let may_step_aside = aside::is_allowed();
         let seats = seats(possible_cpus()?, |cpu| own.is_set(usize::from(cpu)).unwrap_or(false));
         for Seat { cpu, queues } in seats {
             rings.of_cpus += usize::from(cpu.is_some());
             let ring = Arc::new(Ring::new(cpu, &queues)?);
+            let aside = Aside::new(trail.clone(), cpu.filter(|_| may_step_aside));
             let (start, started) = channel();
             let ready = ready.clone();
             thread::Builder::new()
                 .name(cpu.map_or("fuse-ring".to_owned(), |cpu| format!("fuse-ring-{cpu}")))
-                .spawn(move || run(ring, &ready, &started))
+                .spawn(move || run((ring, aside), &ready, &started))
                 .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)))?;
             rings.starts.push(start);
         }
@@ -164,9 +169,13 @@ impl Rings {
 }
 
 /// A ring's thread: makes the ring, registers it, serves; ends early when its mount does not come.
-fn run(ring: Arc<Ring>, ready: &Sender<Result<(), Errno>>, started: &Receiver<Start>) {
+fn run(
+    (ring, aside): (Arc<Ring>, Aside),
+    ready: &Sender<Result<(), Errno>>,
+    started: &Receiver<Start>,
+) {
     ring.pin();
-    let mut runner = match ring::Runner::new(ring) {
+    let mut runner = match ring::Runner::new(ring, aside) {
         Ok(runner) => runner,
         Err(errno) => {
             let _ = ready.send(Err(errno));

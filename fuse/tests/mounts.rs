@@ -150,7 +150,7 @@ fn a_mount_point_must_be_a_directory() {
 }
 
 /// Another process that mounts below `temp`, ready.
-fn start_mounting(temp: &Path, transport: Transport) -> Child {
+pub fn start_mounting(temp: &Path, transport: Transport) -> Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "mounts::mounts_for_another_test", "--nocapture"])
         .env(VARIABLE, temp)

@@ -1,7 +1,8 @@
 //! The choice of the transport, the CPUs of rings, and queues that are full.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use fuse::{Error, Transport};
 use nix::errno::Errno;
@@ -10,6 +11,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::child::Process;
+use crate::mounts::start_mounting;
 use crate::volume::{Place, Way, mounted, options, wait_for};
 
 /// Forbids io_uring to this thread and those that it starts, as containers do.
@@ -121,6 +123,51 @@ fn waiting_calls_never_fill_a_queue() {
         assert_eq!(holder.tell("setlk u 120 1"), "ok");
     });
     assert_eq!(refused.into_inner() + granted.into_inner(), CALLS);
+}
+
+/// The policies of the threads that serve the rings of `process`.
+fn policies(process: u32) -> Vec<libc::c_int> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let rings = tasks.filter_map(|task| {
+        let path = task.unwrap().path();
+        let name = std::fs::read_to_string(path.join("comm")).unwrap();
+        let thread: libc::pid_t = path.file_name()?.to_str()?.parse().ok()?;
+        // SAFETY: takes a number.
+        name.starts_with("fuse-ring-").then(|| unsafe { libc::sched_getscheduler(thread) })
+    });
+    rings.collect()
+}
+
+/// A client that is on another CPU with each call has a ring's thread step aside, until it rests.
+#[test]
+fn a_ring_steps_aside_for_a_client_that_comes_and_goes() {
+    let temp = Place::new();
+    let mut child = start_mounting(temp.path(), Transport::Uring);
+    let path = temp.path().join("mount/db");
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let cpus = cpus();
+    assert!(cpus.len() > 1, "needs two CPUs");
+    let come_and_go = || {
+        for cpu in &cpus[..2] {
+            pin(0, *cpu);
+            lock_and_wait(&file).unwrap();
+        }
+    };
+    let some_aside = || policies(child.id()).contains(&libc::SCHED_IDLE);
+    assert!(!some_aside());
+    wait_for("a ring to step aside", || {
+        (0..100).for_each(|_| come_and_go());
+        some_aside()
+    });
+    wait_for("all to step back", || {
+        let start = Instant::now();
+        wait_for("a rest", || start.elapsed() > Duration::from_millis(20));
+        come_and_go();
+        !some_aside()
+    });
+    drop(file);
+    drop(child.stdin.take());
+    child.wait().unwrap();
 }
 
 fn lock_and_wait(file: &File) -> Result<(), Errno> {

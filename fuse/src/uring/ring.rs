@@ -24,6 +24,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use super::aside::Aside;
 use super::memory::Memory;
 use crate::abi::{self, InHeader, OutHeader, RingHeader};
 use crate::dev::Channel;
@@ -132,6 +133,11 @@ impl LastClient {
         self.requests.store(known.saturating_add(1), Ordering::Relaxed);
     }
 
+    /// The thread that sent the last request, and how many in a row.
+    fn row(&self) -> (u32, u32) {
+        (self.thread.load(Ordering::Relaxed), self.requests.load(Ordering::Relaxed))
+    }
+
     fn is_only_one(&self) -> bool {
         let has_followers = self.has_followers.load(Ordering::Relaxed);
         !has_followers && self.requests.load(Ordering::Relaxed) >= ONLY_ONE
@@ -186,8 +192,16 @@ impl Ring {
     /// Whom the ring's thread serves at the moment.
     pub fn clients(&self) -> Clients {
         // One is the request that asks.
-        let requests: usize = self.lanes.iter().map(|lane| lane.here.load(Ordering::Relaxed)).sum();
-        if requests == 1 && self.client.is_only_one() { Clients::One } else { Clients::Many }
+        if self.unanswered() == 1 && self.client.is_only_one() {
+            Clients::One
+        } else {
+            Clients::Many
+        }
+    }
+
+    /// How many requests are here and not answered.
+    fn unanswered(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.here.load(Ordering::Relaxed)).sum()
     }
 
     /// How many slots there are in all queues.
@@ -207,6 +221,7 @@ pub(crate) struct Runner {
     woken: Box<u64>,
     /// Taken from the ring, being submitted.
     answers: Answers,
+    aside: Aside,
 }
 
 /// The device in a submission: the ring's first file. So the count of who uses the device, which all
@@ -215,7 +230,7 @@ const DEVICE: types::Fixed = types::Fixed(0);
 
 impl Runner {
     /// Makes the ring. The thread that calls this is the one that serves.
-    pub fn new(ring: Arc<Ring>) -> Result<Runner, Errno> {
+    pub fn new(ring: Arc<Ring>, aside: Aside) -> Result<Runner, Errno> {
         let io = IoUring::<Entry128>::builder()
             .setup_single_issuer()
             .setup_coop_taskrun()
@@ -227,7 +242,7 @@ impl Runner {
         let is_new = ring.thread.set(thread::current().id()).is_ok();
         assert!(is_new, "one thread serves a ring");
         let (memories, answers) = (Vec::new(), Answers::default());
-        Ok(Runner { io, memories, ring, woken: Box::default(), answers })
+        Ok(Runner { io, memories, ring, woken: Box::default(), answers, aside })
     }
 
     /// Gives the slots of each queue to the kernel.
@@ -285,10 +300,13 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         loop {
+            // A client that waits for somebody else's answer cannot ask.
+            let begin = if self.ring.unanswered() == 0 { self.aside.begin_wait() } else { None };
             match self.wait() {
                 Ok(()) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
                 Err(errno) => return Err(errno),
             }
+            self.aside.end_wait(begin);
             while let Some(completion) = self.next_completion() {
                 self.complete(session, &completion, buffer)?;
                 // Nobody's answer waits until the next request is served.
@@ -333,6 +351,8 @@ impl Runner {
         }
         let has_followers = !self.io.completion().is_empty();
         self.serve_slot(session, (slot, has_followers), buffer)?;
+        let (client, row) = self.ring.client.row();
+        self.aside.served(client, row);
         self.submit_answers()
     }
 

@@ -76,7 +76,7 @@ quick:
 	cargo test --workspace --lib
 	cargo test --test main -- engine:: tidy::
 
-# ROUNDS=5 SCALE=1 ONLY="wal reads" TRANSPORT=auto PASSTHROUGH=auto: see benches/numbers/main.rs.
+# ROUNDS=5 SCALE=1 ONLY="wal reads" TRANSPORT=auto PASSTHROUGH=auto SESSION=same: see benches/numbers/main.rs.
 # SQLite syncs with fdatasync, as distributions build it and as litefs syncs for it: with fsync the
 # bare half would wait for a journal commit of the file system each time.
 bench:

@@ -8,7 +8,8 @@
 //! that is slower for a while is so for both.
 //!
 //! Environment: `ROUNDS` (5), `ONLY` (words; a case runs if its name contains one), `SCALE` (1;
-//! 0.01 tries everything in a minute), `TRANSPORT` and `PASSTHROUGH` (as in `litefs.yml`), `DIR`
+//! 0.01 tries everything in a minute), `TRANSPORT` and `PASSTHROUGH` (as in `litefs.yml`), `SESSION` (`own`: nodes
+//! have a session of their own, as services have, so that the scheduler groups them apart from the client), `DIR`
 //! (where to work; it needs 20 GB at scale 1).
 
 #![allow(clippy::disallowed_methods, reason = "a benchmark makes files as an application does")]
@@ -38,18 +39,35 @@ pub struct Plan {
     transport: String,
     /// `fuse.passthrough`.
     passthrough: String,
+    /// Whose session nodes are in.
+    session: Session,
+}
+
+/// In which session(7) nodes are, and so, outside of containers, in which group of the scheduler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Session {
+    /// In that of the client.
+    Same,
+    /// Each in its own.
+    Own,
 }
 
 impl Plan {
     fn of_environment() -> Result<Plan> {
         let rounds = variable("ROUNDS", "5");
         let scale = variable("SCALE", "1");
+        let session = match variable("SESSION", "same").as_str() {
+            "same" => Session::Same,
+            "own" => Session::Own,
+            other => anyhow::bail!("SESSION={other}: same or own"),
+        };
         let plan = Plan {
             rounds: rounds.parse().with_context(|| format!("ROUNDS={rounds}"))?,
             only: variable("ONLY", "").split_whitespace().map(str::to_owned).collect(),
             scale: scale.parse().with_context(|| format!("SCALE={scale}"))?,
             transport: variable("TRANSPORT", "auto"),
             passthrough: variable("PASSTHROUGH", "auto"),
+            session,
         };
         anyhow::ensure!(plan.rounds > 0 && plan.scale > 0.0, "ROUNDS and SCALE are above zero");
         Ok(plan)

@@ -12,7 +12,7 @@ use ltx::Pos;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::Plan;
+use super::{Plan, Session};
 
 /// The program under test.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_litefs");
@@ -30,6 +30,7 @@ const LOOK_PERIOD: Duration = Duration::from_micros(500);
 pub struct Node {
     dir: PathBuf,
     address: String,
+    session: Session,
     child: Option<Child>,
 }
 
@@ -64,7 +65,7 @@ impl Node {
              candidate: {candidate}, reconnect-delay: 100ms}}\n"
         );
         fs::write(dir.join("litefs.yml"), config).context("write configuration")?;
-        Ok(Node { dir, address, child: None })
+        Ok(Node { dir, address, session: plan.session, child: None })
     }
 
     /// Starts it and waits until it is primary, or has what its primary has.
@@ -76,7 +77,15 @@ impl Node {
     /// Starts the process.
     pub fn spawn(&mut self) -> Result<()> {
         let log = File::create(self.dir.join("log")).context("open log")?;
-        let mut command = Command::new(PROGRAM);
+        let mut command = match self.session {
+            Session::Same => Command::new(PROGRAM),
+            // It becomes the program: a child of ours leads no group of processes.
+            Session::Own => {
+                let mut command = Command::new("setsid");
+                command.arg(PROGRAM);
+                command
+            }
+        };
         command.arg("mount").arg("-config").arg(self.dir.join("litefs.yml"));
         command.stdout(log.try_clone()?).stderr(log).stdin(File::open("/dev/null")?);
         self.child = Some(command.spawn().context("start litefs")?);

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::Plan;
+use super::{Plan, Session};
 
 /// The values of one measurement, one for each round, never empty.
 #[derive(Debug, Clone)]
@@ -220,7 +220,11 @@ impl Display for Report<'_> {
         let Ways { transport, passthrough } = environment.ways();
         writeln!(f, "* Linux {kernel}, {cpus}, {memory}, {file_system}")?;
         writeln!(f, "* commit {commit}, transport {transport}, passthrough {passthrough}")?;
-        writeln!(f, "* {} rounds at scale {}", plan.rounds, plan.scale)?;
+        let session = match plan.session {
+            Session::Same => "the session of the nodes",
+            Session::Own => "another session than the nodes",
+        };
+        writeln!(f, "* {} rounds at scale {}, from {session}", plan.rounds, plan.scale)?;
         writeln!(f, "* load average {load_before} before, {} after\n", load())?;
         writeln!(f, "| case | unit | bare | litefs | litefs / bare | target | met |")?;
         writeln!(f, "|---|---|--:|--:|--:|---|---|")?;

@@ -144,14 +144,19 @@ fn step_back(cpu: Option<u16>) {
 }
 
 fn policy() -> Result<libc::c_int, Errno> {
+    // Not by the library's functions, which musl refuses: for POSIX they are about whole processes.
     // SAFETY: takes a number; zero is the current thread.
-    Errno::result(unsafe { libc::sched_getscheduler(0) })
+    let policy = Errno::result(unsafe { libc::syscall(libc::SYS_sched_getscheduler, 0) })?;
+    Ok(policy as libc::c_int)
 }
 
 fn set_policy(policy: libc::c_int) -> Result<(), Errno> {
     let none = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters live until the call returns; zero is the current thread.
-    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const none) }).map(drop)
+    let result = Errno::result(unsafe {
+        libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const none)
+    });
+    result.map(drop)
 }
 
 /// Keeps the current thread's class for the disk as it is; by itself it follows the policy, and the disk would

@@ -18,8 +18,6 @@ use crate::mount::{PassthroughMode, Transport};
 pub(crate) const TRANSFER_MAX: usize = 1 << 20;
 /// The same over io_uring, where each slot of each CPU's queue has room for it.
 pub(crate) const RING_TRANSFER_MAX: usize = 128 << 10;
-/// The smallest page; a request's limit is also one of pages.
-const PAGE: usize = 4096;
 /// How far the kernel reads ahead: enough for a scan of a database, little for single pages.
 const READAHEAD_MAX: u32 = 128 << 10;
 /// How many requests nobody waits for (read-ahead, release, pages of a mapping) may be under way.
@@ -38,6 +36,8 @@ pub(crate) struct Agreed {
 pub(crate) struct Ready {
     pub passthrough: PassthroughMode,
     pub transport: Transport,
+    /// Bytes of a page of this kernel; a request's limit is also one of pages, and a ring's slot has to hold as many.
+    pub page: usize,
 }
 
 /// What to answer to the kernel's offer.
@@ -68,7 +68,7 @@ pub(crate) fn agree(offer: &abi::InitIn, ready: Ready) -> Result<Agreed, Error> 
         congestion_threshold: BACKGROUND_MAX / 4 * 3,
         max_write: transfer as u32,
         time_gran: 1,
-        max_pages: (transfer / PAGE) as u16,
+        max_pages: (transfer / ready.page).max(1) as u16,
         max_stack_depth: u32::from(passthrough),
         ..abi::InitOut::default()
     };
@@ -111,7 +111,8 @@ mod tests {
         }
     }
 
-    const AUTO: Ready = Ready { passthrough: PassthroughMode::Auto, transport: Transport::Dev };
+    const AUTO: Ready =
+        Ready { passthrough: PassthroughMode::Auto, transport: Transport::Dev, page: 4096 };
 
     #[test]
     fn only_what_is_offered_and_wanted_is_agreed() {
@@ -119,10 +120,13 @@ mod tests {
         assert!(agreed.passthrough);
         assert_eq!(agreed.answer.max_stack_depth, 1);
         assert_eq!(agreed.answer.flags & (1 << 16), 0, "write-back cache");
-        let ready = Ready { passthrough: PassthroughMode::Off, transport: Transport::Uring };
+        let ready =
+            Ready { passthrough: PassthroughMode::Off, transport: Transport::Uring, page: 4096 };
         let agreed = agree(&offer(45, u64::MAX), ready).unwrap();
         assert!(!agreed.passthrough && agreed.uring);
         assert_eq!((agreed.answer.max_write, agreed.answer.max_pages), (128 << 10, 32));
+        let agreed = agree(&offer(45, u64::MAX), Ready { page: 64 << 10, ..ready }).unwrap();
+        assert_eq!((agreed.answer.max_write, agreed.answer.max_pages), (128 << 10, 2));
         let old = init::INIT_EXT | init::POSIX_LOCKS;
         let agreed = agree(&offer(36, old), AUTO).unwrap();
         assert!(!agreed.passthrough);

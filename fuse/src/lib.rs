@@ -6,7 +6,7 @@
 //! opened; `notify` tells it what is stale; `mount` begins and ends it all.
 //!
 //! `unsafe` stands in `ioctl`, where a descriptor is received, and in `uring` for the memory shared
-//! with the kernel.
+//! with the kernel and the policy of its threads.
 
 mod abi;
 mod dev;
@@ -33,7 +33,7 @@ pub use error::Error;
 pub use mount::{Mount, MountOptions, PassthroughMode, Transport, mount};
 pub use nix::errno::Errno;
 pub use notify::Notifier;
-pub use uring::{enable_uring, uring_enabled};
+pub use uring::{enable_uring, settle_thread, uring_enabled};
 pub use volume::{
     Attr, Caller, Conflict, Created, DirEntry, Entry, FileType, LockCall, LockKind, Lookup,
     OpenMode, Opened, Owner, ROOT, Range, Reply, SetAttr, StatFs, Volume, Wait, WaitId, Write,

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::unistd::SysconfVar;
 
 use crate::dev::{self, Buffer, Channel, Source};
 use crate::disk::{Disk, Workers};
@@ -203,7 +204,10 @@ fn start<V: Volume>(
 ) -> Result<Mount, Error> {
     let channel = Arc::new(Channel::new(device));
     let transport = if rings.is_some() { Transport::Uring } else { Transport::Dev };
-    let agreed = handshake(&channel, Ready { passthrough: options.passthrough, transport })?;
+    let page = nix::unistd::sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    let page = page.and_then(|page| usize::try_from(page).ok()).unwrap_or(4096);
+    let ready = Ready { passthrough: options.passthrough, transport, page };
+    let agreed = handshake(&channel, ready)?;
     let passthrough = agreed.passthrough && try_backing(&channel, &options.probe);
     let workers_of_rings = rings.as_ref().map(Rings::workers);
     let rings = match rings {

@@ -40,6 +40,7 @@ use nix::errno::Errno;
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
 
+pub use aside::settle_thread;
 use aside::{Aside, Trail};
 pub(crate) use ring::{Ring, Slot};
 

@@ -592,9 +592,7 @@ impl Db {
 
     fn spawn_applier(self: &Arc<Db>) {
         let db = self.clone();
-        let spawned =
-            std::thread::Builder::new().name("litefs-apply".into()).spawn(move || db.run_applier());
-        if let Err(error) = spawned {
+        if let Err(error) = os::spawn("litefs-apply", move || db.run_applier()) {
             tracing::error!(db = %self.name, %error, "start apply thread");
             self.inbox.state.lock().unwrap().running = false;
         }

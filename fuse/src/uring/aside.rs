@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sched::{sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 /// A look at the trail is taken each time that so many requests in a row came from one client.
 const STRIDE: u32 = 32;
@@ -26,6 +28,8 @@ const MOVES: u32 = 8;
 const MOVES_MAX: u32 = MOVES << 5;
 /// Who waits longer steps back. A turn of the processor among equals is 3 ms.
 const PATIENCE: Duration = Duration::from_millis(5);
+/// The same while a request is unanswered: perhaps the client waits for a disk and cannot ask.
+const PATIENCE_UNANSWERED: Duration = Duration::from_millis(50);
 /// A stay of this length has spared more than the slow call that may end it, so the next one needs less.
 const LONG_STAY: Duration = Duration::from_millis(20);
 
@@ -94,13 +98,24 @@ impl Aside {
         self.since.map(|_| Instant::now())
     }
 
-    /// The thread has waited since `begin`.
-    pub fn end_wait(&mut self, begin: Option<Instant>) {
+    /// The thread has waited since `begin`, so many requests being unanswered.
+    pub fn end_wait(&mut self, begin: Option<Instant>, unanswered: usize) {
         let (Some(begin), Some(since)) = (begin, self.since) else { return };
-        let now = Instant::now();
-        if now.duration_since(begin) > PATIENCE {
-            self.stayed(begin.duration_since(since));
-            step_back(self.cpu);
+        let patience = if unanswered == 0 { PATIENCE } else { PATIENCE_UNANSWERED };
+        if begin.elapsed() <= patience {
+            return;
+        }
+        match set_policy(libc::SCHED_OTHER) {
+            Ok(()) => {
+                tracing::debug!(cpu = self.cpu, "fuse ring thread steps back");
+                self.stayed(begin.duration_since(since));
+            }
+            // It tries again after the next wait.
+            Err(errno) => tracing::warn!(
+                %errno,
+                cpu = self.cpu,
+                "a fuse ring thread cannot leave SCHED_IDLE, so calls may be slow: allow CAP_SYS_NICE"
+            ),
         }
     }
 
@@ -120,12 +135,30 @@ impl Aside {
 pub(super) fn is_allowed() -> bool {
     // In a thread of its own, which may not be able to come back.
     let tried = std::thread::spawn(|| {
-        policy() == Ok(libc::SCHED_OTHER)
+        policy(0) == Ok(libc::SCHED_OTHER)
             && step_aside().is_ok()
             && set_policy(libc::SCHED_OTHER).is_ok()
     });
     tried.join().unwrap_or(false)
 }
+
+/// Gives the current thread the CPUs and the priority of the program. For threads that are started from within a
+/// call on a [`Volume`](crate::Volume): they begin with those of the worker, which may have one CPU and come last on it.
+pub fn settle_thread() {
+    let program = nix::unistd::getpid();
+    let cpus = sched_getaffinity(program).and_then(|cpus| sched_setaffinity(THIS, &cpus));
+    let is_aside = policy(0) == Ok(libc::SCHED_IDLE);
+    let back = match policy(program.as_raw()) {
+        Ok(libc::SCHED_OTHER) if is_aside => set_policy(libc::SCHED_OTHER),
+        _ => Ok(()),
+    };
+    if let Err(errno) = cpus.and(back) {
+        tracing::debug!(%errno, "a thread stays on the CPU of a fuse worker");
+    }
+}
+
+/// The current thread.
+const THIS: Pid = Pid::from_raw(0);
 
 /// Gives the current thread the policy `SCHED_IDLE`.
 fn step_aside() -> Result<(), Errno> {
@@ -133,26 +166,19 @@ fn step_aside() -> Result<(), Errno> {
     set_policy(libc::SCHED_IDLE)
 }
 
-fn step_back(cpu: Option<u16>) {
-    match set_policy(libc::SCHED_OTHER) {
-        Ok(()) => tracing::debug!(cpu, "fuse ring thread steps back"),
-        Err(errno) => tracing::warn!(
-            %errno,
-            "a fuse ring thread cannot leave SCHED_IDLE, so calls on CPU {cpu:?} may be slow: allow CAP_SYS_NICE"
-        ),
-    }
-}
+// Not by the library's functions, which musl refuses: for POSIX they are about whole processes.
 
-fn policy() -> Result<libc::c_int, Errno> {
-    // Not by the library's functions, which musl refuses: for POSIX they are about whole processes.
-    // SAFETY: takes a number; zero is the current thread.
-    let policy = Errno::result(unsafe { libc::syscall(libc::SYS_sched_getscheduler, 0) })?;
+/// The policy of a thread; zero is the current one.
+fn policy(thread: libc::pid_t) -> Result<libc::c_int, Errno> {
+    // SAFETY: takes a number.
+    let policy = Errno::result(unsafe { libc::syscall(libc::SYS_sched_getscheduler, thread) })?;
     Ok(policy as libc::c_int)
 }
 
+/// Gives the current thread a policy.
 fn set_policy(policy: libc::c_int) -> Result<(), Errno> {
     let none = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the parameters live until the call returns; zero is the current thread.
+    // SAFETY: the parameters live until the call returns.
     let result = Errno::result(unsafe {
         libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const none)
     });
@@ -178,6 +204,8 @@ fn keep_io_priority() -> Result<(), Errno> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sched::CpuSet;
+
     use super::*;
 
     fn of_two() -> [Aside; 2] {
@@ -220,23 +248,60 @@ mod tests {
         assert_eq!(first.needed, 1);
     }
 
+    /// A thread that is aside, with what it has seen.
+    fn aside() -> Aside {
+        assert!(is_allowed(), "run as root");
+        let [mut first, _] = of_two();
+        first.moves = MOVES;
+        first.trail.0.store(7 << 32 | 1, Ordering::Relaxed);
+        first.served(7, STRIDE);
+        assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
+        first
+    }
+
+    /// Runs something in a thread of its own.
+    fn apart(run: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(run).join().unwrap();
+    }
+
     #[test]
     fn a_thread_that_waits_for_long_steps_back() {
-        assert!(is_allowed(), "run as root");
-        let steps = std::thread::spawn(|| {
-            let [mut first, _] = of_two();
-            first.moves = MOVES;
-            first.trail.0.store(7 << 32 | 1, Ordering::Relaxed);
-            first.served(7, STRIDE);
-            let aside = policy();
-            let begin = first.begin_wait().unwrap();
-            first.end_wait(Some(begin));
-            let still_aside = policy();
-            first.end_wait(begin.checked_sub(PATIENCE));
-            (aside, still_aside, policy(), first.needed)
+        apart(|| {
+            let mut aside = aside();
+            let begin = aside.begin_wait().unwrap();
+            aside.end_wait(Some(begin), 0);
+            assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
+            aside.end_wait(begin.checked_sub(PATIENCE), 0);
+            assert_eq!((policy(0), aside.needed), (Ok(libc::SCHED_OTHER), 2 * MOVES));
+            assert_eq!(aside.begin_wait(), None);
         });
-        let expected =
-            (Ok(libc::SCHED_IDLE), Ok(libc::SCHED_IDLE), Ok(libc::SCHED_OTHER), 2 * MOVES);
-        assert_eq!(steps.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_thread_with_a_request_that_waits_steps_back_too() {
+        apart(|| {
+            let mut aside = aside();
+            let begin = aside.begin_wait().unwrap();
+            aside.end_wait(begin.checked_sub(PATIENCE), 1);
+            assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
+            aside.end_wait(begin.checked_sub(PATIENCE_UNANSWERED), 1);
+            assert_eq!(policy(0), Ok(libc::SCHED_OTHER));
+        });
+    }
+
+    #[test]
+    fn what_a_thread_aside_starts_can_settle() {
+        apart(|| {
+            let _aside = aside();
+            let mut one = CpuSet::new();
+            one.set(0).unwrap();
+            sched_setaffinity(THIS, &one).unwrap();
+            apart(|| {
+                assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
+                settle_thread();
+                assert_eq!(policy(0), Ok(libc::SCHED_OTHER));
+                assert_eq!(sched_getaffinity(THIS), sched_getaffinity(nix::unistd::getpid()));
+            });
+        });
     }
 }

@@ -300,13 +300,12 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         loop {
-            // A client that waits for somebody else's answer cannot ask.
-            let begin = if self.ring.unanswered() == 0 { self.aside.begin_wait() } else { None };
+            let (begin, unanswered) = (self.aside.begin_wait(), self.ring.unanswered());
             match self.wait() {
                 Ok(()) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
                 Err(errno) => return Err(errno),
             }
-            self.aside.end_wait(begin);
+            self.aside.end_wait(begin, unanswered);
             while let Some(completion) = self.next_completion() {
                 self.complete(session, &completion, buffer)?;
                 // Nobody's answer waits until the next request is served.

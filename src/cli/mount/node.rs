@@ -730,6 +730,7 @@ async fn mount(
     let Settings { config, stale_mount, .. } = settings;
     let fuse = &config.fuse;
     check_places(&config.data.dir, &fuse.dir)?;
+    os::threads_begin_with(fuse::settle_thread);
     let dir = fuse.dir.clone();
     let options = fuse::MountOptions {
         allow_other: fuse.allow_other,

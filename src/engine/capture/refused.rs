@@ -118,7 +118,8 @@ impl Db {
                     me.has_uncut.store(false, Ordering::SeqCst);
                 };
                 let path = self.files.path(FileKind::Wal);
-                spawn_cut(tell).map_err(Error::io("start thread for cut frames", &path))?;
+                os::spawn("litefs-cut", tell)
+                    .map_err(Error::io("start thread for cut frames", &path))?;
                 change.wal.cut_is_untold = true;
             }
             _ => self.has_uncut.store(false, Ordering::SeqCst),
@@ -169,7 +170,7 @@ impl Db {
             me.release(owner, set);
             done();
         };
-        if let Err(error) = spawn_cut(tell) {
+        if let Err(error) = os::spawn("litefs-cut", tell) {
             tracing::error!(db = %self.name, %error, "start thread");
             self.release(owner, set);
         }
@@ -210,8 +211,4 @@ impl Db {
             .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
         Ok(ltx::page_checksum(pgno, &image) == change.sums.get(pgno))
     }
-}
-
-fn spawn_cut(tell: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    std::thread::Builder::new().name("litefs-cut".into()).spawn(tell).map(drop)
 }

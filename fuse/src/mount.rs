@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -234,15 +235,15 @@ fn start<V: Volume>(
     spawn("fuse-interrupt", move || repeater.waits.clone().repeat(repeater.volume.clone()))?;
     let watching = session.clone();
     spawn("fuse-watch", move || watching.watch.run(|stuck| watching.report(stuck)))?;
+    let worker = Worker { session, end: end.clone(), dir: dir.to_owned() };
     for (index, source) in sources.into_iter().enumerate() {
-        let (session, end) = (session.clone(), end.clone());
-        spawn(&format!("fuse-{index}"), move || {
-            finish(dev::work(&session, source), &session, &end);
-        })?;
+        let worker = worker.clone();
+        let work = move || worker.work(|session| dev::work(session, source));
+        spawn(&format!("fuse-{index}"), work)?;
     }
     for ring in rings {
-        let (session, end) = (session.clone(), end.clone());
-        let serve = Box::new(move |runner| finish(uring::work(&session, runner), &session, &end));
+        let worker = worker.clone();
+        let serve = Box::new(move |runner| worker.work(|session| uring::work(session, runner)));
         // A thread that is gone has been counted as a worker all the same: the mount cannot be.
         let gone = |_| Error::Session { doing: "start fuse ring", source: Errno::EPIPE };
         ring.send(serve).map_err(gone)?;
@@ -250,12 +251,33 @@ fn start<V: Volume>(
     Ok(Mount { dir: dir.to_owned(), transport, notifier, end })
 }
 
-/// The last thing that a worker does.
-fn finish<V: Volume>(result: Result<(), Error>, session: &Session<V>, end: &End) {
-    if let Err(error) = result {
-        tracing::error!(%error, "fuse worker ended");
+/// Who serves requests.
+struct Worker<V: Volume> {
+    session: Arc<Session<V>>,
+    end: Arc<End>,
+    dir: PathBuf,
+}
+
+impl<V: Volume> Clone for Worker<V> {
+    fn clone(&self) -> Self {
+        let Worker { session, end, dir } = self;
+        Worker { session: session.clone(), end: end.clone(), dir: dir.clone() }
     }
-    end.one_less(|| session.end());
+}
+
+impl<V: Volume> Worker<V> {
+    /// Serves until the mount ends. If that fails the mount ends: whom this one served would wait for ever.
+    fn work(self, serve: impl FnOnce(&Session<V>) -> Result<(), Error>) {
+        let served = catch_unwind(AssertUnwindSafe(|| serve(&self.session)));
+        let panicked = |_| Err(Error::Session { doing: "panic in serve", source: Errno::EIO });
+        if let Err(error) = served.unwrap_or_else(panicked) {
+            tracing::error!(%error, dir = %self.dir.display(), "a fuse worker ended, and so does the mount");
+            if let Err(errno) = mount_point::cut_off(&self.dir) {
+                tracing::error!(%errno, "the mount stays, and calls may wait for ever: end this process");
+            }
+        }
+        self.end.one_less(|| self.session.end());
+    }
 }
 
 /// Where each worker of `/dev/fuse` takes its requests from. Beside rings little comes this way.

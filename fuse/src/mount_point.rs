@@ -259,6 +259,15 @@ pub(crate) fn detach(dir: &Path) -> Result<(), Error> {
     unmount_by_helper(dir, &["-u", "-z"])
 }
 
+/// Has all calls on the mount fail from now on. Needs root.
+pub(crate) fn cut_off(dir: &Path) -> Result<(), Errno> {
+    match umount2(dir, MntFlags::MNT_FORCE) {
+        // Files are open: it stays, without a process behind it.
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Takes away a mount that was cut off from its process, if there is one.
 pub(crate) fn detach_if_gone(dir: &Path) -> Result<(), Error> {
     if fuse_mounts(dir) > 0 && matches!(health(dir), Health::Gone) { detach(dir) } else { Ok(()) }

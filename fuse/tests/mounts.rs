@@ -12,10 +12,12 @@ use fuse::{Error, Transport};
 use nix::errno::Errno;
 
 use crate::child::Process;
+use crate::rings::forbid;
 use crate::volume::{Place, TRANSPORTS, TempVolume, Way, directories, mounted, options, wait_for};
 
 const VARIABLE: &str = "FUSE_TEST_MOUNT";
 const TRANSPORT: &str = "FUSE_TEST_TRANSPORT";
+const UNABLE: &str = "FUSE_TEST_UNABLE";
 
 #[test]
 fn an_open_file_keeps_the_mount_and_the_error_says_so() {
@@ -151,14 +153,29 @@ fn a_mount_point_must_be_a_directory() {
 
 /// Another process that mounts below `temp`, ready.
 pub fn start_mounting(temp: &Path, transport: Transport) -> Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    start(mounting(temp, transport))
+}
+
+/// The same with rings that can serve what they wait for, and no more.
+pub fn start_mounting_unable(temp: &Path) -> Child {
+    let mut command = mounting(temp, Transport::Uring);
+    command.env(UNABLE, "1");
+    start(command)
+}
+
+fn mounting(temp: &Path, transport: Transport) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", "mounts::mounts_for_another_test", "--nocapture"])
         .env(VARIABLE, temp)
         .env(TRANSPORT, format!("{transport:?}"))
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .stdout(Stdio::piped());
+    command
+}
+
+fn start(mut command: Command) -> Child {
+    let mut child = command.spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains("is mounted")));
     child
@@ -245,6 +262,9 @@ fn mounts_for_another_test() {
         assert_holds_nothing(program.id());
         let passthrough = volume.kernel.get().unwrap().passthrough;
         let transport = mount.transport();
+        if std::env::var_os(UNABLE).is_some() {
+            forbid(libc::SYS_io_uring_enter, libc::SECCOMP_FILTER_FLAG_TSYNC);
+        }
         println!("{} is mounted, {transport:?}, passthrough: {passthrough}", temp.display());
         // Until the parent kills us or wants us to go on; also if it dies.
         std::io::stdin().lines().for_each(drop);

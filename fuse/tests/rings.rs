@@ -11,18 +11,19 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::child::Process;
-use crate::mounts::start_mounting;
+use crate::mounts::{start_mounting, start_mounting_unable};
 use crate::volume::{Place, Way, mounted, options, wait_for};
 
-/// Forbids io_uring to this thread and those that it starts, as containers do.
-fn forbid_uring() {
+/// Forbids a system call to this thread and those that it starts, as containers do, or with
+/// `SECCOMP_FILTER_FLAG_TSYNC` to all threads of the process.
+pub fn forbid(call: libc::c_long, flags: libc::c_ulong) {
     use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
     let step = |code: u32, k: u32, jf: u8| sock_filter { code: code as u16, jt: 0, jf, k };
     let refusal = libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned();
     let mut filter = [
         // The number of the system call is the first word of what the filter sees.
         step(BPF_LD | BPF_W | BPF_ABS, 0, 0),
-        step(BPF_JMP | BPF_JEQ | BPF_K, libc::SYS_io_uring_setup as u32, 1),
+        step(BPF_JMP | BPF_JEQ | BPF_K, call as u32, 1),
         step(BPF_RET | BPF_K, refusal, 0),
         step(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW, 0),
     ];
@@ -30,17 +31,36 @@ fn forbid_uring() {
     // SAFETY: takes numbers only.
     let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     assert_eq!(result, 0);
+    let mode = libc::SECCOMP_SET_MODE_FILTER;
     // SAFETY: the program and its steps live until the call returns, which copies them.
-    let result =
-        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
     assert_eq!(result, 0);
+}
+
+/// A ring that can serve no more ends the mount, rather than that its clients wait for ever.
+#[test]
+fn a_mount_of_which_a_ring_fails_ends() {
+    let temp = Place::new();
+    let mut child = start_mounting_unable(temp.path());
+    let path = temp.path().join("mount/db");
+    let calls = std::thread::spawn(move || {
+        while !matches!(errno(File::open(&path)), Err(Errno::ECONNABORTED | Errno::ENOTCONN)) {}
+    });
+    wait_for("calls to fail", || calls.is_finished());
+    drop(child.stdin.take());
+    child.wait().unwrap();
+    let _ = nix::mount::umount(&temp.path().join("mount"));
+}
+
+fn errno(opened: std::io::Result<File>) -> Result<File, Errno> {
+    opened.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap()))
 }
 
 #[test]
 fn where_io_uring_is_forbidden_the_device_does_it() {
     // In a thread of its own, since nothing allows it again.
     let forbidden = std::thread::spawn(|| {
-        forbid_uring();
+        forbid(libc::SYS_io_uring_setup, 0);
         let temp = Place::new();
         let volume =
             || std::sync::Arc::new(crate::volume::TempVolume::new(temp.path(), Way::Cached));

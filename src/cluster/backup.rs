@@ -53,6 +53,12 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// The directory itself.
+    #[error("backup directory {} is missing: mount its disk, or create it to begin a new backup", path.display())]
+    Missing {
+        /// It.
+        path: PathBuf,
+    },
     /// A file of the directory that is no LTX file, or does not go on from the one before.
     #[error("read {}", path.display())]
     Ltx {
@@ -83,7 +89,7 @@ impl Error {
     fn is_of_one_database(&self) -> bool {
         match self {
             Error::Database(_) | Error::Unreadable(_) | Error::Ltx { .. } | Error::Moved(_) => true,
-            Error::Io { .. } | Error::Cloud(_) | Error::Thread(_) => false,
+            Error::Missing { .. } | Error::Io { .. } | Error::Cloud(_) | Error::Thread(_) => false,
         }
     }
 

@@ -219,6 +219,41 @@ fn a_restore_that_was_killed_is_finished_by_the_next_start() {
     assert!(!follower.data().join("restoring").exists(), "there is nothing left to restore");
 }
 
+/// A directory that is away, as that of a disk that is not mounted, is not begun anew where it should be, and a
+/// node without data waits for it.
+#[test]
+fn a_directory_that_is_missing_is_no_empty_backup() {
+    let backup = Backup::new(InDirectory);
+    let path = backup.vault.path();
+    let away = path.with_extension("away");
+    let missing = || {
+        fs::rename(path, &away).unwrap();
+        format!("backup directory {} is missing", path.display())
+    };
+    let come_back = || {
+        assert!(!path.exists());
+        fs::rename(&away, path).unwrap();
+    };
+    let mut node = Node::primary(&backup.settings());
+    run(&node, "create table t (x)");
+    backup.check(&node, DB);
+    let line = missing();
+    run(&node, "insert into t values (1)");
+    node.wait_for_log(&line);
+    come_back();
+    let pos = backup.check(&node, DB);
+    node.stop();
+    let line = missing();
+    let mut empty = Node::new(&backup.settings(), Member::Primary);
+    empty.spawn();
+    empty.wait_for_log(&line);
+    empty.wait_for_log("waiting to connect to cluster");
+    assert!(!empty.log().contains(READY), "{}", empty.log());
+    come_back();
+    empty.wait_ready();
+    assert_eq!(empty.pos(DB), pos);
+}
+
 /// A lease that is lost before everything was restored, and comes back.
 #[test]
 fn a_lease_that_is_lost_for_a_moment_ends_no_restore() {

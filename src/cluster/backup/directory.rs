@@ -64,7 +64,7 @@ impl LtxFile {
 }
 
 impl Directory {
-    /// The directory at `path`, which may be missing.
+    /// The directory at `path`.
     pub fn new(path: PathBuf) -> Directory {
         Directory { path, turn: Mutex::new(()) }
     }
@@ -76,8 +76,9 @@ impl Directory {
     /// Where the backup of each database stands; or why that cannot be read.
     ///
     /// # Errors
-    /// The directory cannot be listed.
+    /// The directory is not there, or cannot be listed.
     pub fn positions(&self) -> Result<BTreeMap<String, Result<Pos, Error>>, Error> {
+        self.must_be_there()?;
         let mut positions = BTreeMap::new();
         for entry in entries(&self.path)? {
             let name = entry.file_name();
@@ -91,6 +92,16 @@ impl Directory {
         Ok(positions)
     }
 
+    /// A directory that is missing is no empty backup: perhaps its disk is not mounted. So it is made by people.
+    fn must_be_there(&self) -> Result<(), Error> {
+        match fs::metadata(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Error::Missing { path: self.path.clone() })
+            }
+            other => other.map(drop).map_err(Error::io("stat", &self.path)),
+        }
+    }
+
     /// Where the backup of one database stands, if there is one.
     fn pos(&self, name: &DbName) -> Result<Option<Pos>, Error> {
         let files = self.files(name)?;
@@ -100,7 +111,7 @@ impl Directory {
     /// Adds a file, if it goes on from the last one, and as long as `may_send`.
     ///
     /// # Errors
-    /// The last file cannot be read, or this one not be written, or it is not whole.
+    /// The directory is not there; the last file cannot be read, or this one not be written, or it is not whole.
     pub fn write(
         &self,
         name: &DbName,
@@ -108,6 +119,7 @@ impl Directory {
         may_send: &dyn Fn() -> bool,
     ) -> Result<Written, Error> {
         let _turn = self.turn.lock().unwrap();
+        self.must_be_there()?;
         if let Some(refused) = self.refusal(name, upload, may_send)? {
             return Ok(refused);
         }

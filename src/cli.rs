@@ -7,7 +7,7 @@
 use std::process::ExitCode;
 
 use crate::telemetry::log::chain;
-use crate::telemetry::say;
+use crate::telemetry::{complain, say};
 
 mod call;
 mod config;
@@ -140,7 +140,7 @@ fn finish(command: &Command, arguments: &[String]) -> u8 {
 }
 
 fn fail(error: &anyhow::Error) {
-    eprintln!("ERROR: {}", chain(error.as_ref()));
+    complain(format_args!("ERROR: {}", chain(error.as_ref())));
 }
 
 /// Runs one call to a node.

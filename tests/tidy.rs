@@ -162,6 +162,18 @@ fn nothing_is_left_to_do() {
 }
 
 #[test]
+fn a_closed_stream_makes_nothing_panic() {
+    let sources = sources();
+    let outside = |source: &Source| source.is_in(&["src/", "fuse/src/", "ltx/src/"]);
+    // The names of those for stderr end in these too.
+    let words = ["println!(", "print!("];
+    let broken = code(&sources, outside)
+        .filter(program)
+        .filter(|l| words.iter().any(|word| l.1.1.contains(word)));
+    refuse("lines for people are written by telemetry::say and complain", broken);
+}
+
+#[test]
 fn anyhow_stays_at_the_command_line() {
     let sources = sources();
     let outside =

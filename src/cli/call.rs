@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use super::flags::{Flag, Flags, Kind};
-use super::{Failure, usage};
+use super::{Failure, complain, usage};
 use crate::config::{self, Environment, Expansion, Http};
 use crate::http::client::Client;
 use crate::http::security::Security;
@@ -56,7 +56,8 @@ fn http_section(path: Option<&str>) -> Result<Http, Failure> {
         Err(error) if path.is_some() => Err(usage(error)),
         Err(config::Error::NotFound) => Ok(Http::default()),
         Err(error) => {
-            eprintln!("WARNING: no token and no certificates are used: {}", chain(&error));
+            let error = chain(&error);
+            complain(format_args!("WARNING: no token and no certificates are used: {error}"));
             Ok(Http::default())
         }
     }

@@ -36,7 +36,7 @@ impl<T> Progress<T> {
     /// Takes the line away; returns what was wrapped.
     pub fn finish(self) -> T {
         if self.meter.due.is_some() {
-            eprint!("\r\x1b[K");
+            show("");
         }
         self.inner
     }
@@ -48,9 +48,14 @@ impl Meter {
         let now = Instant::now();
         if self.due.is_some_and(|due| now >= due) {
             self.due = Some(now + PERIOD);
-            eprint!("\r\x1b[K{}", line(self.bytes, self.total, now - self.started));
+            show(&line(self.bytes, self.total, now - self.started));
         }
     }
+}
+
+/// Writes the line anew. The terminal may have gone, which is no reason to stop the transfer.
+fn show(line: &str) {
+    let _ = write!(io::stderr(), "\r\x1b[K{line}");
 }
 
 fn line(bytes: u64, total: Option<u64>, time: Duration) -> String {

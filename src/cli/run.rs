@@ -23,7 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
 use super::flags::{Flag, Flags, Kind, Spec};
-use super::{Failure, block_on, call};
+use super::{Failure, block_on, call, complain};
 use crate::cluster::election::Force;
 use crate::config::Log;
 use crate::http::client::{Client, Error as ClientError};
@@ -82,7 +82,7 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if (flags.is_on("promote") || flags.is_on("if-candidate"))
         && block_on(prepare(&client, &flags))?? == Node::Unwanted
     {
-        eprintln!("node is not a candidate, skipping execution");
+        complain("node is not a candidate, skipping execution");
         return Ok(0);
     }
     let lock = halt_on.map(|path| HaltLock::acquire(Path::new(path))).transpose()?;
@@ -273,13 +273,13 @@ fn code(status: ExitStatus) -> u8 {
     match (status.code(), status.signal()) {
         (Some(0), _) => 0,
         (Some(code), _) => {
-            eprintln!("ERROR: exit status {code}");
+            complain(format_args!("ERROR: exit status {code}"));
             u8::try_from(code).unwrap_or(u8::MAX)
         }
         (None, signal) => {
             let number = signal.unwrap_or_default();
             let name = Signal::try_from(number).map_or("unknown", Signal::as_str);
-            eprintln!("ERROR: signal: {name}");
+            complain(format_args!("ERROR: signal: {name}"));
             u8::try_from(128 + number).unwrap_or(u8::MAX)
         }
     }

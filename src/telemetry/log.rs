@@ -11,7 +11,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io;
-use std::sync::Mutex;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serializer as _;
@@ -25,7 +25,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 
-use super::trace::RollingFile;
+use super::trace::{RollingFile, SharedFile};
 use crate::config::{Log, LogFormat};
 
 const SECONDS_PER_DAY: u64 = 86_400;
@@ -57,7 +57,7 @@ pub fn init(config: &Log, verbose: &[&str], traces: Traces) -> Result<(), InitEr
     let timed = Log { timestamp: true, debug: true, ..Log::default() };
     let file = traces.file.map(|file| {
         let layer = tracing_subscriber::fmt::layer().event_format(Lines::new(&timed));
-        layer.with_writer(Mutex::new(file)).with_filter(ours())
+        layer.with_writer(Arc::new(SharedFile::new(file))).with_filter(ours())
     });
     let stdout = traces.on_stdout.then(|| {
         let layer = tracing_subscriber::fmt::layer().event_format(Lines::new(&timed));

@@ -13,12 +13,14 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
+use super::complain;
 use super::log::timestamp_micros;
 use crate::config::Tracing;
 use crate::os;
@@ -89,11 +91,12 @@ impl RollingFile {
         self.file = os::create_new("trace:file", &self.keep.path)?;
         self.len = 0;
         let keep = self.keep.clone();
-        self.settling = Some(std::thread::spawn(move || {
+        let settling = std::thread::Builder::new().spawn(move || {
             if let Err(error) = keep.settle(&full) {
-                eprintln!("ERROR: keep trace file {}: {error}", full.display());
+                complain(format_args!("ERROR: keep trace file {}: {error}", full.display()));
             }
-        }));
+        });
+        self.settling = Some(settling?);
         Ok(())
     }
 
@@ -111,13 +114,40 @@ impl Write for RollingFile {
         if let Err(error) = self.append(line)
             && !std::mem::replace(&mut self.has_failed, true)
         {
-            eprintln!("ERROR: write trace file {}: {error}", self.keep.path.display());
+            let path = self.keep.path.display();
+            complain(format_args!("ERROR: write trace file {path}: {error}"));
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The trace file as the threads of the process share it. One that panics over it must not take the log, and
+/// so their lives, from the others: the file is written on.
+#[derive(Debug)]
+pub struct SharedFile(Mutex<RollingFile>);
+
+impl SharedFile {
+    /// Lets threads share it.
+    pub fn new(file: RollingFile) -> SharedFile {
+        SharedFile(Mutex::new(file))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RollingFile> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for &SharedFile {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.lock().write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.lock().flush()
     }
 }
 
@@ -242,6 +272,22 @@ mod tests {
             let names = file.keep.full_files().unwrap();
             assert!(names.iter().all(|name| name.to_str().unwrap().ends_with(".gz") == compress));
         }
+    }
+
+    #[test]
+    fn a_thread_that_panics_takes_the_file_from_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = SharedFile::new(open(dir.path(), 1, true));
+        let panicked = std::thread::scope(|scope| {
+            let holder = scope.spawn(|| {
+                let _guard = file.lock();
+                panic!("on purpose");
+            });
+            holder.join().is_err()
+        });
+        assert!(panicked);
+        (&file).write_all(b"line 1\n").unwrap();
+        assert_eq!(text(&file.lock().keep.path), "line 1\n");
     }
 
     #[test]

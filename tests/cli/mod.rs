@@ -19,6 +19,11 @@ fn litefs(arguments: &[&str]) -> Output {
     program::output(command.args(arguments).current_dir("/").env("HOME", "/")).unwrap()
 }
 
+/// Before the program and its arguments: begins them with a stderr whose reader has gone. A pipe with a name
+/// is opened for both, so that nothing waits, then for writing, and nobody is left who reads.
+const STDERR_GONE: [&str; 4] =
+    ["sh", "-c", "mkfifo gone; exec 3<>gone 2>gone 3<&-; exec \"$@\"", "sh"];
+
 /// What a run must give.
 struct Expected<'a> {
     code: i32,

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
+use super::STDERR_GONE;
 use super::node::{Node, free_port, is_mounted, wait_for_file};
 use crate::support::wait;
 
@@ -203,6 +204,25 @@ fn a_node_can_stay_after_a_failed_start() {
     assert!(list.count() > 0);
     node.signal(Signal::SIGTERM);
     assert_eq!(node.end().code(), Some(1));
+}
+
+#[test]
+fn a_failed_start_that_nobody_reads_of_is_closed_too() {
+    let config = "lease: {type: static}\nexit-on-error: false\n";
+    let command = ["--", "/nonexistent/app"];
+    let mut node = Node::start_by(&STDERR_GONE, free_port(), config, &command);
+    node.wait_for_line("waiting for a signal");
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(1));
+}
+
+/// Neither the log nor the trace can be written, nor can that be said.
+#[test]
+fn a_node_goes_on_without_any_log() {
+    let config = "lease: {type: static}\ntracing: {path: /dev/full}\n";
+    let command = ["--", "sh", "-c", "exit 6"];
+    let mut node = Node::start_by(&STDERR_GONE, free_port(), config, &command);
+    assert_eq!(node.end().code(), Some(6));
 }
 
 #[test]

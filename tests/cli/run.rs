@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use test_case::test_case;
 
 use super::node::{Node, free_port, wait_for_file};
-use super::{Expected, check, litefs};
+use super::{Expected, STDERR_GONE, check, litefs};
 use crate::support::{program, wait};
 
 /// Runs the words in a shell under `litefs run`.
@@ -89,6 +89,19 @@ fn a_signal_goes_on_to_the_command(signal: Signal, name: &str) {
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
     let ended = wait::until("the end of the command", || child.try_wait().unwrap());
     assert_eq!(ended.code(), Some(9));
+}
+
+/// As in `litefs run -- CMD 2>&1 | head -1`.
+#[test_case(&["run", "--", "sh", "-c", "exit 7"], 7)]
+#[test_case(&["run", "--", "sh", "-c", "kill -TERM $$"], 143)]
+#[test_case(&["run", "--", "/no/program"], 1)]
+#[test_case(&["mount", "-frob"], 2)]
+fn the_exit_code_needs_no_reader_of_stderr(arguments: &[&str], code: i32) {
+    let dir = tempfile::tempdir().unwrap();
+    let words = [&STDERR_GONE, &[program::litefs()][..], arguments].concat();
+    let mut command = Command::new(words[0]);
+    let output = program::output(command.args(&words[1..]).current_dir(dir.path())).unwrap();
+    assert_eq!(output.status.code(), Some(code));
 }
 
 #[test]

@@ -49,7 +49,7 @@ use crate::http::server::{Api, Options as ApiOptions};
 use crate::http::url::{Scheme, Url};
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
-use crate::telemetry::{Metrics, say};
+use crate::telemetry::{Metrics, complain, say};
 use crate::volume::EngineVolume;
 use crate::{limits, os};
 
@@ -68,7 +68,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<u8> {
     let mut node = Node::default();
     let ended = match serve(settings, &mut signals, &mut node).await {
         Err(error) if !settings.config.exit_on_error => {
-            eprintln!("ERROR: {}", chain(error.as_ref()));
+            complain(format_args!("ERROR: {}", chain(error.as_ref())));
             say("waiting for a signal, because exit-on-error is off");
             signals.stop().await;
             Ok(Ending::Signal(1))

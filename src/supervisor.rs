@@ -4,7 +4,8 @@
 //! when it ends. A child has litefs's environment and working directory, its stdout and stderr, no
 //! stdin, and stays in litefs's process group, so that a terminal's Ctrl-C reaches it directly too.
 //!
-//! Every signal of [`FORWARDED`] goes on to the child that runs. The first SIGTERM or SIGINT begins
+//! Every signal of [`FORWARDED`] goes on to the child that runs, but those that were ignored when litefs was
+//! started: they stay ignored, here and in the child ([`heeded`]). The first SIGTERM or SIGINT begins
 //! the end, and litefs waits for the child without limit; the second one sets a limit
 //! ([`limits::CHILD_GRACE`]), the third kills at once.
 //!
@@ -39,6 +40,26 @@ const FORWARDED: [Signal; 6] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,
 ];
+
+/// Those of `signals` to listen to, asked before the first of them is listened to.
+///
+/// What `nohup`, or the `&` of a shell, made litefs ignore is left so. With a handler it would end litefs after all,
+/// and in a child a handler becomes the default, which is to die of it. SIGTERM is heeded in any case: nothing
+/// else ends a node with all that is to be closed.
+pub fn heeded(signals: &[Signal]) -> Vec<Signal> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = ignored(&status);
+    let is_heeded =
+        |signal: Signal| signal == Signal::SIGTERM || ignored & (1 << (signal as i32 - 1)) == 0;
+    signals.iter().copied().filter(|signal| is_heeded(*signal)).collect()
+}
+
+/// The signals that a process ignores, by its `/proc/PID/status`: a bit for each, the lowest for signal 1. None
+/// where that cannot be read.
+fn ignored(status: &str) -> u64 {
+    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(0)
+}
 
 /// litefs's exit code when the supervised process died by a signal.
 const CODE_BY_SIGNAL: u8 = 255;
@@ -137,7 +158,7 @@ impl Signals {
         let listen = |signal| Ok((signal, unix::signal(SignalKind::from_raw(signal as i32))?));
         let (sender, requests) = mpsc::channel(1);
         Ok(Signals {
-            forwarded: FORWARDED.into_iter().map(listen).collect::<io::Result<_>>()?,
+            forwarded: heeded(&FORWARDED).into_iter().map(listen).collect::<io::Result<_>>()?,
             children: unix::signal(SignalKind::child())?,
             requests,
             stopper: Stopper(sender),

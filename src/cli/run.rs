@@ -3,7 +3,7 @@
 //!
 //! The command gets the words as they are, stdin, stdout and stderr, and the environment. The exit
 //! code is the command's; 128 and the number of the signal if one ended it, as a shell says it.
-//! Signals go on to the command, and the lock is released when it has ended.
+//! Signals go on to the command, those that are ignored stay ignored, and the lock is released when it has ended.
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -29,7 +29,7 @@ use crate::config::Log;
 use crate::http::client::{Client, Error as ClientError};
 use crate::limits;
 use crate::telemetry::log::Traces;
-use crate::{os, telemetry};
+use crate::{os, supervisor, telemetry};
 
 pub const SPEC: Spec = Spec {
     name: "run",
@@ -224,7 +224,7 @@ fn shown_duration(duration: Duration) -> String {
 /// Runs the command until it has ended, and hands signals on to it.
 async fn supervise(words: &[String]) -> anyhow::Result<ExitStatus> {
     let mut signals = Vec::new();
-    for forwarded in FORWARDED {
+    for forwarded in supervisor::heeded(&FORWARDED) {
         let listener = signal(SignalKind::from_raw(forwarded as i32));
         signals.push((forwarded, listener.context("listen to signals")?));
     }

@@ -34,6 +34,15 @@ fn check(lines: &[&str], expected: Result<Ending, &str>) {
 }
 
 #[test]
+fn ignored_signals_are_found_in_the_status() {
+    let status =
+        "Name:\tlitefs\nSigBlk:\tffffffffffffffff\nSigIgn:\t0000000000001005\nSigCgt:\t0\n";
+    assert_eq!(ignored(status), 1 << 12 | 1 << 2 | 1);
+    assert_eq!(ignored("SigIgn:\tx\n"), 0);
+    assert_eq!(ignored(""), 0);
+}
+
+#[test]
 fn the_code_of_the_process_is_passed_on() {
     check(&["true"], Ok(Ending::Process(0)));
     check(&["sh -c 'exit 7'"], Ok(Ending::Process(7)));

@@ -24,6 +24,12 @@ fn litefs(arguments: &[&str]) -> Output {
 const STDERR_GONE: [&str; 4] =
     ["sh", "-c", "mkfifo gone; exec 3<>gone 2>gone 3<&-; exec \"$@\"", "sh"];
 
+/// Before the program and its arguments: begins them with signals ignored, as `nohup` and a shell's `&` do.
+const SIGNALS_IGNORED: [&str; 4] = ["sh", "-c", "trap '' HUP INT QUIT USR1; exec \"$@\"", "sh"];
+
+/// Before the program and its arguments: begins them with no signal ignored, however the tests were begun.
+const SIGNALS_HEEDED: [&str; 2] = ["env", "--default-signal=HUP,INT,QUIT,USR1,USR2"];
+
 /// What a run must give.
 struct Expected<'a> {
     code: i32,

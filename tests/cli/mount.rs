@@ -6,8 +6,8 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
-use super::STDERR_GONE;
 use super::node::{Node, free_port, is_mounted, wait_for_file};
+use super::{SIGNALS_IGNORED, STDERR_GONE};
 use crate::support::wait;
 
 #[track_caller]
@@ -85,6 +85,22 @@ fn other_signals_are_handed_on_and_end_nothing() {
     }
     node.signal(Signal::SIGTERM);
     assert_eq!(node.end().code(), Some(0));
+}
+
+/// As under `nohup`: neither litefs nor its application dies of them.
+#[test]
+fn a_signal_that_is_ignored_at_the_start_ends_nothing() {
+    let script = "trap 'exit 7' TERM; for name in HUP INT QUIT USR1; do kill -$name $$; done; \
+                  touch up; while :; do :; done";
+    let lease = "lease: {type: static}\n";
+    let command = ["--", "sh", "-c", script];
+    let mut node = Node::start_by(&SIGNALS_IGNORED, free_port(), lease, &command);
+    wait_for_file(&node.path("up"));
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGUSR1] {
+        node.signal(signal);
+    }
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(7));
 }
 
 /// There is no restart: who wants one has a service manager, which sees the exit code.

@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::SIGNALS_HEEDED;
 use crate::support::program::{self, Limit};
 use crate::support::wait;
 
@@ -38,7 +39,7 @@ impl Node {
              http: {{addr: '127.0.0.1:{port}'}}\n{config}"
         );
         fs::write(dir.path().join("litefs.yml"), config).unwrap();
-        let words = [by, &[program::litefs(), "mount"], command].concat();
+        let words = [&SIGNALS_HEEDED, by, &[program::litefs(), "mount"], command].concat();
         let mut process = Command::new(words[0]);
         process.args(&words[1..]).current_dir(dir.path());
         let log = fs::File::create(dir.path().join("stderr")).unwrap();

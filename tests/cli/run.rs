@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use test_case::test_case;
 
 use super::node::{Node, free_port, wait_for_file};
-use super::{Expected, STDERR_GONE, check, litefs};
+use super::{Expected, SIGNALS_HEEDED, SIGNALS_IGNORED, STDERR_GONE, check, litefs};
 use crate::support::{program, wait};
 
 /// Runs the words in a shell under `litefs run`.
@@ -68,8 +68,9 @@ fn mistakes_of_a_run_are_named() {
 
 /// Starts `litefs run` on a script that reports in files of `dir`.
 fn start(dir: &std::path::Path, script: &str) -> Child {
-    let mut command = Command::new(program::litefs());
-    command.args(shell(script)).current_dir(dir).stdin(Stdio::null());
+    let words = [&SIGNALS_HEEDED, &[program::litefs()][..], &shell(script)].concat();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).current_dir(dir).stdin(Stdio::null());
     command.stderr(Stdio::null()).spawn().unwrap()
 }
 
@@ -89,6 +90,18 @@ fn a_signal_goes_on_to_the_command(signal: Signal, name: &str) {
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
     let ended = wait::until("the end of the command", || child.try_wait().unwrap());
     assert_eq!(ended.code(), Some(9));
+}
+
+/// A handler would be the default in the command, and that is to die of them.
+#[test]
+fn a_signal_that_is_ignored_stays_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let signals = "for name in HUP INT QUIT USR1; do kill -$name $$; kill -$name $PPID; done";
+    let words = [&SIGNALS_IGNORED, &[program::litefs()][..], &shell(signals)].concat();
+    let mut command = Command::new(words[0]);
+    let output = program::output(command.args(&words[1..]).current_dir(dir.path())).unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(0));
 }
 
 /// As in `litefs run -- CMD 2>&1 | head -1`.

@@ -11,7 +11,8 @@
 //!
 //! A child is not tied to litefs's life (PR_SET_PDEATHSIG): that signal comes when the *thread*
 //! that started the child ends, and the threads here come and go. As process 1 of a container
-//! litefs also collects the processes that others left behind.
+//! litefs also collects the processes that others left behind: while a child runs and while it waits for a signal,
+//! not while the node opens or closes, when it waits for a helper of its own.
 
 use std::future::poll_fn;
 use std::io;
@@ -180,6 +181,18 @@ impl Signals {
         }
     }
 
+    /// The same while no process of ours runs. As process 1 it collects those that others left behind.
+    pub async fn stop_idle(&mut self) -> Signal {
+        loop {
+            // At first those that ended while nobody collected.
+            collect_orphans();
+            match self.next().await {
+                Event::Signal(Signal::SIGUSR1 | Signal::SIGUSR2) | Event::Children => {}
+                Event::Signal(signal) => return signal,
+            }
+        }
+    }
+
     async fn next(&mut self) -> Event {
         poll_fn(|context| self.poll(context)).await
     }
@@ -241,7 +254,7 @@ impl Supervisor<'_> {
 
     async fn idle(&mut self) -> Ending {
         say("waiting for signal or subprocess to exit");
-        self.signals.stop().await;
+        self.signals.stop_idle().await;
         say("signal received, litefs shutting down");
         Ending::Signal(0)
     }
@@ -349,7 +362,7 @@ fn send(child: Pid, signal: Signal) {
 
 /// Collects `child` if it has ended; as process 1 everything else that has ended, too.
 fn reap(child: Pid) -> Option<WaitStatus> {
-    let everything = std::process::id() == 1;
+    let everything = is_process_1();
     let target = if everything { None } else { Some(child) };
     let mut found = None;
     loop {
@@ -365,6 +378,19 @@ fn reap(child: Pid) -> Option<WaitStatus> {
             Ok(_) => {}
         }
     }
+}
+
+/// Collects all that has ended, as process 1. Only while nobody waits for a process of ours.
+fn collect_orphans() {
+    let is_one = |ended| matches!(ended, Ok(status) if status != WaitStatus::StillAlive);
+    if is_process_1() {
+        while is_one(waitpid(None, Some(WaitPidFlag::WNOHANG))) {}
+    }
+}
+
+/// Whether this process gets all processes of its container that lose their parent.
+fn is_process_1() -> bool {
+    std::process::id() == 1
 }
 
 /// The exit code of a child that ended by itself.

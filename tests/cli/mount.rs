@@ -6,6 +6,8 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
+use test_case::test_case;
+
 use super::node::{Node, free_port, is_mounted, wait_for_file};
 use super::{SIGNALS_IGNORED, STDERR_GONE};
 use crate::support::wait;
@@ -303,6 +305,24 @@ fn process_1_collects_orphans() {
     let config = "lease: {type: static}\n";
     let mut node = Node::start_by(&by, port, config, &["--", "sh", "-c", script]);
     assert_eq!(node.end().code(), Some(5));
+}
+
+/// So it does while it has no application. A child from before it began leaves an orphan behind once it is told
+/// to, and ends litefs when that has been collected.
+#[test_case("", &["--"], 0; "without an application")]
+#[test_case("exit-on-error: false\n", &["--", "/nonexistent/app"], 1; "after a failed start")]
+fn process_1_collects_orphans_without_an_application(more: &str, command: &[&str], code: i32) {
+    let helper = "while [ ! -e go ]; do :; done; \
+                  sh -c '(while [ ! -e end ]; do :; done) & echo $! >orphan'; touch end; \
+                  while [ -e /proc/$(cat orphan) ]; do :; done; kill -TERM 1";
+    let script = format!("({helper}) & exec \"$@\"");
+    let namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let by = [&namespace, &["sh", "-c", &script, "sh"][..]].concat();
+    let config = format!("lease: {{type: static}}\n{more}");
+    let mut node = Node::start_by(&by, free_port(), &config, command);
+    node.wait_for_line("waiting for");
+    fs::write(node.path("go"), "").unwrap();
+    assert_eq!(node.end().code(), Some(code));
 }
 
 /// What an application has started itself is its own to end: a signal goes to the application alone. One

@@ -70,7 +70,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<u8> {
         Err(error) if !settings.config.exit_on_error => {
             complain(format_args!("ERROR: {}", chain(error.as_ref())));
             say("waiting for a signal, because exit-on-error is off");
-            signals.stop().await;
+            signals.stop_idle().await;
             Ok(Ending::Signal(1))
         }
         ended => ended,

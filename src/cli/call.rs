@@ -30,7 +30,7 @@ pub const CONFIG: Flag = Flag {
 
 /// The node that the flags name.
 pub fn client(flags: &Flags) -> Result<Client, Failure> {
-    let config = http_section(flags.value("config"))?;
+    let config = http_section(flags.given("config"))?;
     let security = Security::new(&config).context("configuration")?;
     let scheme = if security.has_tls() { "https" } else { "http" };
     let default = format!("{scheme}://{}", local_address(&config.addr));

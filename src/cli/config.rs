@@ -55,7 +55,7 @@ fn check(arguments: &[String]) -> Result<u8, Failure> {
         true => Expansion::Off,
         false => Expansion::On,
     };
-    let path = flags.value("config").map(Path::new);
+    let path = flags.given("config").map(Path::new);
     let loaded = config::load(path, expansion, &environment).map_err(usage)?;
     say(format_args!("{}: ok", loaded.path.display()));
     Ok(0)

@@ -63,8 +63,7 @@ impl Transfer {
                 _ => usage(anyhow::anyhow!("too many arguments")),
             });
         };
-        let name = flags.value("name").filter(|name| !name.is_empty());
-        let name = name.ok_or_else(|| usage(anyhow::anyhow!("-name required")))?;
+        let name = flags.given("name").ok_or_else(|| usage(anyhow::anyhow!("-name required")))?;
         Ok(Transfer { name: name.to_owned(), path: path.into() })
     }
 }

@@ -129,6 +129,11 @@ impl Flags {
         self.values.get(name).map(String::as_str)
     }
 
+    /// The value of a flag, if it is not empty: scripts pass variables that are.
+    pub fn given(&self, name: &str) -> Option<&str> {
+        self.value(name).filter(|value| !value.is_empty())
+    }
+
     /// Whether a switch is on.
     pub fn is_on(&self, name: &str) -> bool {
         self.value(name) == Some("true")
@@ -210,6 +215,14 @@ mod tests {
         }
         assert!(!parse("-fuse.debug=false").unwrap().is_on("fuse.debug"));
         assert!(!parse("").unwrap().is_on("fuse.debug"));
+    }
+
+    #[test]
+    fn an_empty_value_is_none_that_is_given() {
+        for line in ["", "-config="] {
+            assert_eq!(parse(line).unwrap().given("config"), None);
+        }
+        assert_eq!(parse("-config=a").unwrap().given("config"), Some("a"));
     }
 
     #[test]

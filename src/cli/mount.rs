@@ -140,7 +140,7 @@ fn configured(flags: &Flags, environment: &Environment) -> anyhow::Result<Config
         true => Expansion::Off,
         false => Expansion::On,
     };
-    let path = flags.value("config");
+    let path = flags.given("config");
     let loaded = config::load(path.map(Path::new), expansion, environment)?;
     if path.is_none() {
         say(format_args!("config file read from {}", loaded.path.display()));
@@ -153,7 +153,7 @@ fn standalone(
     flags: &Flags,
     environment: &Environment,
 ) -> anyhow::Result<(Config, Option<String>)> {
-    if flags.value("config").is_some() {
+    if flags.given("config").is_some() {
         anyhow::bail!("cannot specify both -config & -standalone");
     }
     let mut config = Config::default();

@@ -74,7 +74,7 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if flags.is_on("v") {
         telemetry::log::init(&Log::default(), &[], Traces::default())?;
     }
-    let halt_on = flags.value("with-halt-lock-on").filter(|path| !path.is_empty());
+    let halt_on = flags.given("with-halt-lock-on");
     if flags.is_on("promote") && halt_on.is_some() {
         return Err(failed("cannot specify both -promote & -with-halt-lock-on"));
     }

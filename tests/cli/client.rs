@@ -140,6 +140,8 @@ fn a_node_is_found_by_its_own_file() {
     assert!(table.contains("\napp.db "), "{table}");
     let output = litefs(&["run", "-config", file, "-promote", "--", "echo", "ran"]);
     assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"ran\n"[..]));
+    // An empty name is none.
+    works(&["status", "-config=", "-url", &node.url()]);
     // What is said to be elsewhere is looked for there.
     fails(&["status", "-config", file, "-url", &nobody()], "Connection refused");
 }

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use test_case::test_case;
+
 use super::{Expected, check, litefs};
 
 /// Runs `mount` with a configuration file of this text; the file stands for `FILE` in `message`.
@@ -28,6 +30,15 @@ fn a_missing_file_is_named() {
     let stderr = "ERROR: cannot read config file at /nonexistent.yml: No such file or directory \
                   (os error 2)\n";
     check(&["mount", "-config", "/nonexistent.yml"], Expected { code: 2, stdout: "", stderr });
+}
+
+/// As in LiteFS, and so a script may pass a variable that is empty.
+#[test_case(&["mount", "-config", ""])]
+#[test_case(&["mount", "-config="])]
+#[test_case(&["config", "check", "-config", ""])]
+fn an_empty_name_of_a_file_is_none(arguments: &[&str]) {
+    let stderr = "ERROR: config file not found\n";
+    check(arguments, Expected { code: 2, stdout: "", stderr });
 }
 
 #[test]

@@ -78,9 +78,9 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if flags.is_on("promote") && halt_on.is_some() {
         return Err(failed("cannot specify both -promote & -with-halt-lock-on"));
     }
-    let client = call::client(&flags)?;
+    // Nothing else asks the node, so nothing else needs its configuration and certificates.
     if (flags.is_on("promote") || flags.is_on("if-candidate"))
-        && block_on(prepare(&client, &flags))?? == Node::Unwanted
+        && block_on(prepare(&call::client(&flags)?, &flags))?? == Node::Unwanted
     {
         complain("node is not a candidate, skipping execution");
         return Ok(0);

@@ -117,6 +117,25 @@ fn the_exit_code_needs_no_reader_of_stderr(arguments: &[&str], code: i32) {
     assert_eq!(output.status.code(), Some(code));
 }
 
+/// Only the flags that ask the node something need what leads to it.
+#[test]
+fn a_command_alone_needs_no_certificates() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("litefs.yml");
+    let tls = "http: {tls: {ca: /no/ca, cert: /no/cert, key: /no/key}}\n";
+    let lease = "lease: {type: static, advertise-url: 'https://a:20202'}\n";
+    fs::write(&path, format!("{tls}{lease}")).unwrap();
+    let run = |flags: &[&str]| {
+        let config = ["run", "-config", path.to_str().unwrap()];
+        let output = litefs(&[&config, flags, &["--", "echo", "ran"]].concat());
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    assert_eq!(run(&[]), (Some(0), "ran\n".to_owned()));
+    for flag in ["-promote", "-if-candidate"] {
+        assert_eq!(run(&[flag]), (Some(1), String::new()));
+    }
+}
+
 #[test]
 fn a_command_runs_on_a_candidate_only() {
     let port = free_port();

@@ -28,9 +28,24 @@ pub const CONFIG: Flag = Flag {
     about: "the node's configuration file, for http.addr, http.auth-token and http.tls",
 };
 
+/// `-no-expand-env`, which is to be given to all that read one file, or to none.
+pub const NO_EXPAND_ENV: Flag = Flag {
+    name: "no-expand-env",
+    kind: Kind::Switch,
+    about: "do not replace variables in the configuration file",
+};
+
+/// What [`NO_EXPAND_ENV`] says.
+pub fn expansion(flags: &Flags) -> Expansion {
+    match flags.is_on(NO_EXPAND_ENV.name) {
+        true => Expansion::Off,
+        false => Expansion::On,
+    }
+}
+
 /// The node that the flags name.
 pub fn client(flags: &Flags) -> Result<Client, Failure> {
-    let config = http_section(flags.given("config"))?;
+    let config = http_section(flags.given("config"), expansion(flags))?;
     let security = Security::new(&config).context("configuration")?;
     let scheme = if security.has_tls() { "https" } else { "http" };
     let default = format!("{scheme}://{}", local_address(&config.addr));
@@ -48,10 +63,10 @@ fn local_address(addr: &str) -> String {
 }
 
 /// A file that is named must be good. One that is only found may be for somebody else.
-fn http_section(path: Option<&str>) -> Result<Http, Failure> {
+fn http_section(path: Option<&str>, expansion: Expansion) -> Result<Http, Failure> {
     let hostname = nix::unistd::gethostname().context("read host name")?;
     let environment = Environment::of_process(&hostname.to_string_lossy());
-    match config::load(path.map(Path::new), Expansion::On, &environment) {
+    match config::load(path.map(Path::new), expansion, &environment) {
         Ok(loaded) => Ok(loaded.config.http),
         Err(error) if path.is_some() => Err(usage(error)),
         Err(config::Error::NotFound) => Ok(Http::default()),

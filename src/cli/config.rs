@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use super::flags::{self, Flag, Flags, Kind, Spec};
-use super::{Failure, say, usage};
-use crate::config::{self, Environment, Expansion};
+use super::{Failure, call, say, usage};
+use crate::config::{self, Environment};
 
 pub const SPEC: Spec = Spec {
     name: "config",
@@ -21,11 +21,7 @@ const CHECK: Spec = Spec {
     about: "Reads the configuration file as mount does, and says what is wrong with it.",
     flags: &[
         Flag { name: "config", kind: Kind::Value("PATH"), about: "the configuration file" },
-        Flag {
-            name: "no-expand-env",
-            kind: Kind::Switch,
-            about: "do not replace variables in the configuration file",
-        },
+        call::NO_EXPAND_ENV,
     ],
 };
 
@@ -51,12 +47,8 @@ fn check(arguments: &[String]) -> Result<u8, Failure> {
     }
     let hostname = nix::unistd::gethostname().context("read host name")?;
     let environment = Environment::of_process(&hostname.to_string_lossy());
-    let expansion = match flags.is_on("no-expand-env") {
-        true => Expansion::Off,
-        false => Expansion::On,
-    };
     let path = flags.given("config").map(Path::new);
-    let loaded = config::load(path, expansion, &environment).map_err(usage)?;
+    let loaded = config::load(path, call::expansion(&flags), &environment).map_err(usage)?;
     say(format_args!("{}: ok", loaded.path.display()));
     Ok(0)
 }

@@ -27,6 +27,7 @@ pub const SPEC: Spec = Spec {
         Flag { name: "name", kind: Kind::Value("DB"), about: "the database's name in the mount" },
         call::URL,
         call::CONFIG,
+        call::NO_EXPAND_ENV,
     ],
 };
 

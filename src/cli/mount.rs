@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use super::flags::{Flag, Flags, Kind, Spec};
-use super::{Failure, say, usage, version};
-use crate::config::{self, Command, Config, Environment, Expansion, LeaseKind};
+use super::{Failure, call, say, usage, version};
+use crate::config::{self, Command, Config, Environment, LeaseKind};
 use crate::telemetry;
 use crate::telemetry::log::Traces;
 use crate::telemetry::trace::RollingFile;
@@ -22,11 +22,7 @@ pub const SPEC: Spec = Spec {
     about: "Mounts the file system, joins the cluster and runs a command on it.",
     flags: &[
         Flag { name: "config", kind: Kind::Value("PATH"), about: "the configuration file" },
-        Flag {
-            name: "no-expand-env",
-            kind: Kind::Switch,
-            about: "do not replace variables in the configuration file",
-        },
+        call::NO_EXPAND_ENV,
         Flag {
             name: "standalone",
             kind: Kind::Switch,
@@ -136,12 +132,8 @@ fn configured(flags: &Flags, environment: &Environment) -> anyhow::Result<Config
             anyhow::bail!("-{flag} needs -standalone; else the configuration file says it");
         }
     }
-    let expansion = match flags.is_on("no-expand-env") {
-        true => Expansion::Off,
-        false => Expansion::On,
-    };
     let path = flags.given("config");
-    let loaded = config::load(path.map(Path::new), expansion, environment)?;
+    let loaded = config::load(path.map(Path::new), call::expansion(flags), environment)?;
     if path.is_none() {
         say(format_args!("config file read from {}", loaded.path.display()));
     }

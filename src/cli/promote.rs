@@ -17,6 +17,7 @@ pub const SPEC: Spec = Spec {
         },
         call::URL,
         call::CONFIG,
+        call::NO_EXPAND_ENV,
     ],
 };
 

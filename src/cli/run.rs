@@ -38,6 +38,7 @@ pub const SPEC: Spec = Spec {
     flags: &[
         call::URL,
         call::CONFIG,
+        call::NO_EXPAND_ENV,
         Flag { name: "promote", kind: Kind::Switch, about: "make this node primary first" },
         Flag {
             name: "if-candidate",

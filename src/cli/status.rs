@@ -8,7 +8,12 @@ pub const SPEC: Spec = Spec {
     name: "status",
     arguments: "",
     about: "Shows role, primary, lag and databases of a node.",
-    flags: &[Flag { name: "json", kind: Kind::Switch, about: "as JSON" }, call::URL, call::CONFIG],
+    flags: &[
+        Flag { name: "json", kind: Kind::Switch, about: "as JSON" },
+        call::URL,
+        call::CONFIG,
+        call::NO_EXPAND_ENV,
+    ],
 };
 
 pub fn run(flags: Flags) -> Result<u8, Failure> {

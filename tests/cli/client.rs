@@ -145,3 +145,25 @@ fn a_node_is_found_by_its_own_file() {
     // What is said to be elsewhere is looked for there.
     fails(&["status", "-config", file, "-url", &nobody()], "Connection refused");
 }
+
+/// `$` in a token is a `$` where `mount` took it for one.
+#[test]
+fn every_command_can_take_the_file_literally() {
+    let port = free_port();
+    let config = format!(
+        "lease: {{type: static, hostname: a, advertise-url: 'http://127.0.0.1:{port}'}}\n\
+         http: {{addr: '127.0.0.1:{port}', auth-token: 'pa$word'}}\n"
+    );
+    let mut node = Node::start_by(&[], port, &config, &["-no-expand-env", "--"]);
+    node.wait_for_line("waiting for signal");
+    let (file, new, out) = (node.path("litefs.yml"), node.path("new.db"), node.path("out.db"));
+    let literally = ["-config", file.to_str().unwrap(), "-no-expand-env"];
+    let works = |command: &str, rest: &[&str]| works(&[&[command], &literally[..], rest].concat());
+    database(&new, 7);
+    works("import", &["-name", "app.db", new.to_str().unwrap()]);
+    works("export", &["-name", "app.db", out.to_str().unwrap()]);
+    works("status", &[]);
+    works("promote", &[]);
+    assert_eq!(works("run", &["-promote", "--", "echo", "ran"]), "ran\n");
+    fails(&["status", "-config", file.to_str().unwrap()], "401");
+}

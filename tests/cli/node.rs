@@ -30,14 +30,17 @@ impl Node {
         Node::start_by(&[], port, &format!("lease: {{{lease}}}\n{extra}"), command)
     }
 
-    /// A node whose API is at `port`, started by the program and arguments `by`, if any.
+    /// A node whose API is at `port`, started by the program and arguments `by`, if any. Where `config` has
+    /// a section `http` itself, that has to say the port.
     pub fn start_by(by: &[&str], port: u16, config: &str, command: &[&str]) -> Node {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().display();
-        let config = format!(
-            "fuse: {{dir: {root}/mnt}}\ndata: {{dir: {root}/data}}\n\
-             http: {{addr: '127.0.0.1:{port}'}}\n{config}"
-        );
+        let http = match config.lines().any(|line| line.starts_with("http:")) {
+            true => String::new(),
+            false => format!("http: {{addr: '127.0.0.1:{port}'}}\n"),
+        };
+        let config =
+            format!("fuse: {{dir: {root}/mnt}}\ndata: {{dir: {root}/data}}\n{http}{config}");
         fs::write(dir.path().join("litefs.yml"), config).unwrap();
         let words = [&SIGNALS_HEEDED, by, &[program::litefs(), "mount"], command].concat();
         let mut process = Command::new(words[0]);

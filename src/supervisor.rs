@@ -4,8 +4,8 @@
 //! when it ends. A child has litefs's environment and working directory, its stdout and stderr, no
 //! stdin, and stays in litefs's process group, so that a terminal's Ctrl-C reaches it directly too.
 //!
-//! Every signal of [`FORWARDED`] goes on to the child that runs, but those that were ignored when litefs was
-//! started: they stay ignored, here and in the child ([`heeded`]). The first SIGTERM or SIGINT begins
+//! Every signal of [`FORWARDED`] goes on to the child that runs. One that was ignored when litefs was started stays
+//! ignored, here and in the child, if it is neither SIGTERM nor SIGINT ([`heeded`]). The first SIGTERM or SIGINT begins
 //! the end, and litefs waits for the child without limit; the second one sets a limit
 //! ([`limits::CHILD_GRACE`]), the third kills at once.
 //!
@@ -45,13 +45,15 @@ const FORWARDED: [Signal; 6] = [
 /// Those of `signals` to listen to, asked before the first of them is listened to.
 ///
 /// What `nohup`, or the `&` of a shell, made litefs ignore is left so. With a handler it would end litefs after all,
-/// and in a child a handler becomes the default, which is to die of it. SIGTERM is heeded in any case: nothing
-/// else ends a node with all that is to be closed.
+/// and in a child a handler becomes the default, which is to die of it. SIGTERM and SIGINT are heeded in any case, as
+/// LiteFS does: scripts end a node with either.
 pub fn heeded(signals: &[Signal]) -> Vec<Signal> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = ignored(&status);
-    let is_heeded =
-        |signal: Signal| signal == Signal::SIGTERM || ignored & (1 << (signal as i32 - 1)) == 0;
+    let is_heeded = |signal: Signal| {
+        matches!(signal, Signal::SIGTERM | Signal::SIGINT)
+            || ignored & (1 << (signal as i32 - 1)) == 0
+    };
     signals.iter().copied().filter(|signal| is_heeded(*signal)).collect()
 }
 

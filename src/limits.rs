@@ -21,7 +21,8 @@ pub const POSITION_MAP_BYTES_MAX: usize =
 
 /// Time to open a connection to a peer: some lost packets, not a dead host.
 pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
-/// Time until a peer answers a request with its headers; all but the forwarded ones answer at once.
+/// Time until a peer answers a request with its headers; all but the forwarded ones, exports and imports
+/// answer at once.
 pub const RESPONSE_WAIT: Duration = Duration::from_secs(15);
 /// Time between two requests, or until the first one, on a connection to us.
 pub const REQUEST_WAIT: Duration = Duration::from_secs(30);

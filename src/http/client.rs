@@ -3,8 +3,9 @@
 //! Always HTTP/2, in the clear with prior knowledge, one connection a call. What protects the calls
 //! is [`Security`]'s.
 //!
-//! Invariants: no wait without a limit (connect, headers, silence); a body is read no faster than
-//! its reader takes it, within the HTTP/2 window.
+//! Invariants: no wait without a limit (connect, headers, silence), but for the answer to an export or an
+//! import, which a node may work on for long: there pings find a dead host; a body is read no faster
+//! than its reader takes it, within the HTTP/2 window.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -247,7 +248,8 @@ impl Client {
     /// blocks the task: meant for the command line.
     pub async fn export(&self, name: &str, out: &mut dyn Write) -> Result<u64, Error> {
         let path = format!("/export?name={}", encode_query(name));
-        let response = self.call(self.request(Method::GET, &path, body::empty())).await;
+        // It begins after the exports before it, and after a transaction that is being written.
+        let response = self.call_patiently(self.request(Method::GET, &path, body::empty())).await;
         let mut response = response.map_err(|error| match error {
             Error::Response { code: 404, .. } => Error::DatabaseNotFound,
             error => error,
@@ -389,6 +391,14 @@ impl Client {
             .await
             .map_err(|_| self.silence("response", wait))?
             .map_err(|source| self.http_error("call", source))?;
+        self.check(Answer::new(response, Arc::new(connection))).await
+    }
+
+    /// A call that the node may take any time to answer, as long as it answers pings.
+    async fn call_patiently(&self, request: Request<Body>) -> Result<Answer, Error> {
+        let mut connection = self.connect().await?;
+        let response = connection.sender.send_request(request).await;
+        let response = response.map_err(|source| self.http_error("call", source))?;
         self.check(Answer::new(response, Arc::new(connection))).await
     }
 

@@ -65,6 +65,14 @@ pub type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
 pub async fn peer(
     answer: impl Fn(Request<Bytes>) -> Answer + Clone + Send + Sync + 'static,
 ) -> Client {
+    peer_that_takes(Duration::ZERO, answer).await
+}
+
+/// The same, which works on each answer for that long.
+async fn peer_that_takes(
+    time: Duration,
+    answer: impl Fn(Request<Bytes>) -> Answer + Clone + Send + Sync + 'static,
+) -> Client {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -76,6 +84,7 @@ pub async fn peer(
                 async move {
                     let (head, body) = request.into_parts();
                     let body = body.collect().await.unwrap().to_bytes();
+                    let _ = tokio::time::timeout(time, std::future::pending::<()>()).await;
                     Ok::<_, Infallible>(answer(Request::from_parts(head, body)))
                 }
             });
@@ -276,6 +285,30 @@ async fn a_peer_that_is_not_there_is_named() {
     drop(listener);
     let text = text(events(&client(address)).await);
     assert!(text.starts_with(&format!("connect to {address}: ")), "{text}");
+}
+
+/// As a node does that waits for a long transaction, or for the exports before this one. The clock jumps
+/// to whatever is waited for.
+#[tokio::test(start_paused = true)]
+async fn an_export_is_waited_for_as_long_as_the_node_works_on_it() {
+    let hour = Duration::from_secs(3600);
+    let peer = peer_that_takes(hour, |_| script(&b"pages"[..], Then::End)).await;
+    let mut exported = Vec::new();
+    assert_eq!(peer.export("a.db", &mut exported).await.unwrap(), 5);
+    assert_eq!(exported, b"pages");
+    let error = peer.info().await.unwrap_err();
+    assert!(matches!(error, Error::Silence { what: "response", .. }), "{error}");
+}
+
+#[tokio::test]
+async fn an_export_of_a_dead_host_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let begin = Instant::now();
+    // The kernel takes the connection, and nobody reads it.
+    let dead = client(listener.local_addr().unwrap());
+    let error = dead.export("a.db", &mut std::io::sink()).await.unwrap_err();
+    assert!(matches!(error, Error::Http { what: "call", .. }), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 }
 
 #[tokio::test]

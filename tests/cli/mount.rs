@@ -263,6 +263,24 @@ fn a_port_in_use_is_named_before_anything_is_mounted() {
     assert!(!node.path("data").exists());
 }
 
+/// Where the resolver gives `::1` first, who asks at 127.0.0.1 finds the node too, as with LiteFS.
+#[test]
+fn a_name_with_addresses_of_both_kinds_is_one_of_ipv4() {
+    let port = free_port();
+    let script = "printf '::1 here\\n127.0.0.1 here\\n' >hosts && \
+                  mount --bind hosts /etc/hosts && exec \"$@\"";
+    let by = ["unshare", "--mount", "sh", "-c", script, "sh"];
+    let config = format!(
+        "lease: {{type: static}}\n\
+         proxy: {{addr: 'here:{port}', target: '127.0.0.1:1', db: app.db}}\n"
+    );
+    let mut node = Node::start_by(&by, free_port(), &config, &["--"]);
+    node.wait_for_line("waiting for signal");
+    std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
 #[test]
 fn a_replica_without_the_primarys_url_does_not_start() {
     let lease = "lease: {type: static, candidate: false, advertise-url: 'a:20202'}\n";

@@ -22,7 +22,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use ltx::{Compression, NodeId};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, lookup_host};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep};
@@ -526,7 +526,8 @@ async fn bind_proxy(proxy: &config::Proxy) -> anyhow::Result<Option<TcpListener>
     })
 }
 
-/// Takes a port. An empty host means every address.
+/// Takes a port. An empty host means every address, a name one of its own: of IPv4 if it has one, as
+/// with Go, whatever the resolver gives first.
 async fn bind(addr: &str) -> std::io::Result<TcpListener> {
     match addr.strip_prefix(':') {
         Some(port) => match TcpListener::bind(format!("[::]:{port}")).await {
@@ -536,7 +537,13 @@ async fn bind(addr: &str) -> std::io::Result<TcpListener> {
             }
             bound => bound,
         },
-        None => TcpListener::bind(addr).await,
+        None => {
+            let found: Vec<_> = lookup_host(addr).await?.collect();
+            let first = found.iter().find(|found| found.is_ipv4()).or(found.first());
+            let none =
+                || std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
+            TcpListener::bind(first.ok_or_else(none)?).await
+        }
     }
 }
 

@@ -146,5 +146,8 @@ fn fail(error: &anyhow::Error) {
 /// Runs one call to a node.
 fn block_on<T>(call: impl Future<Output = T>) -> std::io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(call))
+    let result = runtime.block_on(call);
+    // A thread may still read a pipe that nobody writes to.
+    runtime.shutdown_background();
+    Ok(result)
 }

@@ -1,19 +1,21 @@
 //! `litefs import`: a SQLite file into the cluster.
 //!
 //! What is plainly no database, or not all of one, is refused here, before anything is sent; the
-//! node checks the content with SQLite itself.
+//! node checks the content with SQLite itself. What is no regular file, such as a pipe, is sent as it comes.
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{Cursor, Read as _};
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use tokio::io::AsyncReadExt;
 
 use super::export::{Transfer, beside};
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::progress::Progress;
 use super::{Failure, block_on, call, say};
+use crate::http::client::Error;
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE};
 
 pub const SPEC: Spec = Spec {
@@ -32,36 +34,56 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     let Transfer { name, path } = Transfer::of(&flags)?;
     let started = Instant::now();
     let client = call::client(&flags)?;
-    let (file, len) = open(&path)?;
-    block_on(async {
-        let mut upload = Progress::new(tokio::fs::File::from_std(file), Some(len));
+    let Source { start, rest, len } = open(&path)?;
+    let sent = block_on(async {
+        let rest = tokio::fs::File::from_std(rest);
+        let file = AsyncReadExt::chain(Cursor::new(start), rest);
+        let mut upload = Progress::new(file, len);
         let sent = client.import(&name, &mut upload, len).await;
-        upload.finish();
+        drop(upload.finish());
         sent
-    })??;
+    })?;
+    sent.map_err(|error| match error {
+        Error::ReadUpload(source) => {
+            anyhow::Error::new(source).context(format!("read {}", path.display()))
+        }
+        error => error.into(),
+    })?;
     say(format_args!("Import of database {name:?} in {:.1?}", started.elapsed()));
     Ok(0)
 }
 
-/// Opens a file that can be a whole database; its length in bytes.
-fn open(path: &Path) -> anyhow::Result<(File, u64)> {
+/// A file that can be a whole database.
+#[derive(Debug)]
+struct Source {
+    /// What was read of it.
+    start: Vec<u8>,
+    /// What was not.
+    rest: File,
+    /// Its length in bytes; `None` if only its end tells.
+    len: Option<u64>,
+}
+
+/// Opens a file that can be a whole database.
+fn open(path: &Path) -> anyhow::Result<Source> {
     let shown = path.display();
     let mut file = File::open(path).with_context(|| format!("open {shown}"))?;
-    let len = file.metadata().with_context(|| format!("open {shown}"))?.len();
+    let metadata = file.metadata().with_context(|| format!("open {shown}"))?;
+    let len = metadata.is_file().then_some(metadata.len());
     let mut start = Vec::with_capacity(HEADER_SIZE);
     let header_len = HEADER_SIZE as u64;
-    (&mut file)
-        .take(header_len)
+    std::io::Read::take(&mut file, header_len)
         .read_to_end(&mut start)
         .with_context(|| format!("read {shown}"))?;
     let header = DatabaseHeader::parse(&start)
         .with_context(|| format!("{shown} is not a SQLite database"))?;
-    if !len.is_multiple_of(u64::from(header.page_size.get())) {
-        anyhow::bail!("{shown} is cut off: {len} bytes are no whole number of pages");
+    if let Some(len) = len {
+        if !len.is_multiple_of(u64::from(header.page_size.get())) {
+            anyhow::bail!("{shown} is cut off: {len} bytes are no whole number of pages");
+        }
+        check_side_files(path)?;
     }
-    check_side_files(path)?;
-    std::io::Seek::rewind(&mut file)?;
-    Ok((file, len))
+    Ok(Source { start, rest: file, len })
 }
 
 /// Only the database file is sent, so nothing may wait beside it.
@@ -108,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn a_database_is_opened_at_its_start() {
+    fn a_database_is_read_from_its_start_to_its_end() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut file, len) = open(&database(dir.path())).unwrap();
-        assert_eq!(len, 2048);
-        let mut magic = [0; 6];
-        file.read_exact(&mut magic).unwrap();
-        assert_eq!(&magic, b"SQLite");
+        let path = database(dir.path());
+        let Source { start: mut read, mut rest, len } = open(&path).unwrap();
+        assert_eq!(len, Some(2048));
+        rest.read_to_end(&mut read).unwrap();
+        assert!(read == std::fs::read(path).unwrap());
     }
 
     #[test]

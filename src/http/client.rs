@@ -8,6 +8,7 @@
 //! than its reader takes it, within the HTTP/2 window.
 
 use std::io::{self, Write};
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -262,22 +263,31 @@ impl Client {
         Ok(len)
     }
 
-    /// `POST /import`: sends `len` bytes of `file` as the database `name`.
+    /// `POST /import`: sends `len` bytes of `file`, or all of it, as the database `name`.
     pub async fn import(
         &self,
         name: &str,
         file: impl AsyncRead + Send + Unpin,
-        len: u64,
+        len: Option<u64>,
     ) -> Result<(), Error> {
         let path = format!("/import?name={}", encode_query(name));
         let (sender, body) = body::channel();
         let mut request = self.request(Method::POST, &path, body);
-        request.headers_mut().insert(hyper::header::CONTENT_LENGTH, len.into());
+        if let Some(len) = len {
+            request.headers_mut().insert(hyper::header::CONTENT_LENGTH, len.into());
+        }
         let mut connection = self.connect().await?;
         // The upload is checked by SQLite before it is answered, so only its own progress counts.
-        let answer = connection.sender.send_request(request);
-        let (answer, upload) = tokio::join!(answer, upload(file.take(len), sender));
-        upload?;
+        let mut answer = pin!(connection.sender.send_request(request));
+        let upload = upload(file.take(len.unwrap_or(u64::MAX)), sender);
+        let answer = tokio::select! {
+            // What is refused is not read to its end, for which a pipe may let us wait.
+            answer = &mut answer => answer,
+            uploaded = upload => {
+                uploaded?;
+                answer.await
+            }
+        };
         let response = answer.map_err(|source| self.http_error("import to", source))?;
         self.check(Answer::new(response, Arc::new(connection))).await.map(|_| ())
     }

@@ -1,12 +1,15 @@
 //! `export`, `import` and `status`, with a node and without one.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
 
 use nix::sys::signal::Signal;
 
 use super::litefs;
 use super::node::{Node, free_port};
+use crate::support::{program, wait};
 
 /// A URL where nobody answers.
 fn nobody() -> String {
@@ -123,6 +126,81 @@ fn what_is_no_database_is_not_sent() {
     fs::write(&path, "dear diary").unwrap();
     let path = path.to_str().unwrap();
     fails(&["import", "-url", &nobody(), "-name", "x", path], "is not a SQLite database");
+}
+
+/// An import that reads stdin, which is a pipe.
+fn begin_import(node: &Node, name: &str) -> Child {
+    let mut command = Command::new(program::litefs());
+    command.args(["import", "-url", &node.url(), "-name", name, "/dev/stdin"]);
+    command.current_dir("/").env("HOME", "/").stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Imports what comes through a pipe.
+fn import_piped(node: &Node, name: &str, content: &[u8]) -> Output {
+    let mut import = begin_import(node, name);
+    // One that is refused is not read to its end.
+    let _ = import.stdin.take().unwrap().write_all(content);
+    program::finish(import)
+}
+
+#[test]
+fn a_database_comes_in_through_a_pipe_whole_or_not_at_all() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let new = node.path("new.db");
+    database(&new, 7);
+    // As long as one piece of an upload. Pages that the header does not count do no harm.
+    let mut content = fs::read(&new).unwrap();
+    content.resize(256 << 10, 0);
+    let output = import_piped(&node, "app.db", &content);
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+    assert_eq!(row(&node.path("mnt/app.db")), 7);
+
+    let refused = |content: &[u8], part: &str| {
+        let output = import_piped(&node, "app.db", content);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.starts_with("ERROR: ") && stderr.contains(part), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    };
+    refused(b"", "/dev/stdin is not a SQLite database");
+    refused(&content[..4096], "is cut off: its header counts 2 pages");
+    refused(&content[..8191], "is cut off: its header counts 2 pages");
+
+    // All of a database has come, and not the end of it.
+    database(&node.path("other.db"), 8);
+    content[..8192].copy_from_slice(&fs::read(node.path("other.db")).unwrap());
+    let mut import = begin_import(&node, "app.db");
+    import.stdin.as_mut().unwrap().write_all(&content).unwrap();
+    let arrived = |file: fs::DirEntry| file.metadata().is_ok_and(|file| file.len() == 256 << 10);
+    wait::until_true("the upload", || {
+        fs::read_dir(node.path("data/spool")).unwrap().any(|file| arrived(file.unwrap()))
+    });
+    import.kill().unwrap();
+    import.wait().unwrap();
+    wait::until_true("the refusal", || node.stderr().contains("error=\"read upload: "));
+    assert_eq!(row(&node.path("mnt/app.db")), 7);
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
+/// Whoever writes to the pipe may have nothing more for long.
+#[test]
+fn a_refusal_does_not_wait_for_the_end_of_a_pipe() {
+    let mut node = Node::start("", &["--"]);
+    node.wait_for_line("waiting for signal");
+    let new = node.path("new.db");
+    database(&new, 7);
+    let mut import = begin_import(&node, "../app.db");
+    let mut pipe = import.stdin.take().unwrap();
+    pipe.write_all(&fs::read(&new).unwrap()).unwrap();
+    let output = program::finish(import);
+    drop(pipe);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("invalid database name"), "{stderr}");
 }
 
 /// A node at another port than the usual one is found by its configuration file.

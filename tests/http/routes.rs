@@ -146,7 +146,7 @@ async fn metrics_tell_what_the_engine_counts() {
 async fn import(client: &Client, path: &std::path::Path) -> Result<(), Error> {
     let file = tokio::fs::File::open(path).await.unwrap();
     let len = file.metadata().await.unwrap().len();
-    client.import("a.db", file, len).await
+    client.import("a.db", file, Some(len)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -109,7 +109,7 @@ pub fn upload(engine: &Arc<Engine>, file: &Path) -> Result<(), String> {
     with_api(engine, async |api| {
         let opened = tokio::fs::File::open(file).await.unwrap();
         let len = opened.metadata().await.unwrap().len();
-        api.import(DB, opened, len).await.map_err(|error| text(&error))
+        api.import(DB, opened, Some(len)).await.map_err(|error| text(&error))
     })
 }
 

@@ -6,6 +6,7 @@
 
 use std::process::ExitCode;
 
+use crate::supervisor::descriptors;
 use crate::telemetry::log::chain;
 use crate::telemetry::{complain, say};
 
@@ -105,6 +106,11 @@ fn dispatch(arguments: &[String]) -> u8 {
     if name == "help" || name.starts_with('-') {
         say(USAGE);
         return CODE_USAGE;
+    }
+    if name == descriptors::COMMAND {
+        let told = descriptors::become_program(rest);
+        told.unwrap_or_else(|error| fail(&error.into()));
+        return CODE_ERROR;
     }
     let Some(command) = COMMANDS.iter().find(|command| command.spec.name == name) else {
         fail(&anyhow::anyhow!("litefs {name}: unknown command"));

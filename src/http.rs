@@ -5,6 +5,8 @@
 //! [`frame`] is bytes only; the others own sockets and are asynchronous. Locks of the engine are
 //! held at disk speed, never at the speed of a peer: what a peer is slow to take is spooled.
 
+use crate::limits;
+
 pub mod body;
 pub mod client;
 mod events;
@@ -54,6 +56,14 @@ pub const TERM: &str = "litefs-term";
 pub const CONTRADICTED: &str = "litefs-contradicted";
 /// The longest such header, in bytes.
 pub const CONTRADICTED_MAX: usize = 4096;
+
+/// As many connections at a time as a listener may have with this part of the descriptors of the process.
+fn connections_max(part: u64, most: usize) -> usize {
+    use nix::sys::resource::{Resource, getrlimit};
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let wanted = usize::try_from(descriptors / part).unwrap_or(usize::MAX);
+    wanted.clamp(limits::CONNECTIONS_MIN, most)
+}
 
 /// Says when to stop: once the sender is dropped.
 pub type Stop = tokio::sync::watch::Receiver<()>;

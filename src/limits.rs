@@ -68,8 +68,10 @@ pub const BODY_QUEUE_PIECES: usize = 4;
 pub const SPOOL_MEMORY_BYTES: usize = 8 << 20;
 /// Snapshots and exports made at a time: more would only compete for one disk.
 pub const SPOOLS_MAX: usize = 4;
-/// Connections to the API at a time: each costs a descriptor and some kilobytes.
+/// Connections to the API at a time, at the most: each costs a descriptor and some kilobytes.
 pub const CONNECTIONS_MAX: usize = 1024;
+/// Connections to the API, or to the proxy, where descriptors are few.
+pub const CONNECTIONS_MIN: usize = 64;
 /// Requests on one HTTP/2 connection at a time: our client has one.
 pub const REQUESTS_PER_CONNECTION_MAX: u32 = 100;
 /// Events that wait for one slow reader of `/events`; then its connection is closed (protocol).
@@ -155,8 +157,6 @@ pub const PROXY_IDLE_CONNECTIONS_MAX: usize = 512;
 pub const PROXY_SEND_ATTEMPTS: u32 = 3;
 /// Connections of clients at a time, at the most: each costs two descriptors and some buffers.
 pub const PROXY_CONNECTIONS_MAX: usize = 16_384;
-/// The same where descriptors are few.
-pub const PROXY_CONNECTIONS_MIN: usize = 64;
 /// Pause after a connection that could not be taken, most likely for lack of descriptors.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Headers of a message.

@@ -2,7 +2,8 @@
 //!
 //! Commands run in order; each but the last must succeed, the last one is supervised: litefs ends
 //! when it ends. A child has litefs's environment and working directory, its stdout and stderr, no
-//! stdin, and stays in litefs's process group, so that a terminal's Ctrl-C reaches it directly too.
+//! stdin, and stays in litefs's process group, so that a terminal's Ctrl-C reaches it directly too. Its limit
+//! of descriptors is the one that litefs was started with, see [`descriptors`].
 //!
 //! Every signal of [`FORWARDED`] goes on to the child that runs. One that was ignored when litefs was started stays
 //! ignored, here and in the child, if it is neither SIGTERM nor SIGINT ([`heeded`]). The first SIGTERM or SIGINT begins
@@ -16,7 +17,6 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::process::{Command as Process, Stdio};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -28,9 +28,12 @@ use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
+use self::descriptors::Former;
 use crate::config::{Command, Environment};
 use crate::limits;
 use crate::telemetry::say;
+
+pub mod descriptors;
 
 /// The signals that a child gets from us.
 const FORWARDED: [Signal; 6] = [
@@ -221,6 +224,8 @@ pub struct Supervisor<'a> {
     pub environment: &'a Environment,
     /// Whether `if-candidate` commands run.
     pub candidate: Candidate,
+    /// The limit of descriptors that the children get, if it is not litefs's own.
+    pub descriptors: Option<Former>,
 }
 
 impl Supervisor<'_> {
@@ -290,12 +295,10 @@ impl Supervisor<'_> {
     }
 
     fn start(&self, command: &Command) -> io::Result<Pid> {
-        let (program, arguments) = command.words.split_first().ok_or(io::ErrorKind::NotFound)?;
-        let child = Process::new(program)
-            .args(arguments)
-            .env("HOSTNAME", self.environment.hostname())
-            .stdin(Stdio::null())
-            .spawn()?;
+        let hostname = self.environment.hostname();
+        let child = descriptors::start(&command.words, self.descriptors, |process| {
+            process.env("HOSTNAME", hostname)
+        })?;
         Ok(Pid::from_raw(child.id().cast_signed()))
     }
 

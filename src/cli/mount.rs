@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::{Failure, call, say, usage, version};
 use crate::config::{self, Command, Config, Environment, LeaseKind};
+use crate::supervisor::descriptors;
 use crate::telemetry;
 use crate::telemetry::log::Traces;
 use crate::telemetry::trace::RollingFile;
@@ -82,8 +83,9 @@ pub fn run(flags: Flags) -> Result<u8, Failure> {
     if has_file {
         tracing::info!("trace log enabled: {}", settings.config.tracing.path.display());
     }
+    let descriptors = descriptors::raise();
     let runtime = tokio::runtime::Runtime::new().context("start threads")?;
-    let code = runtime.block_on(node::run(&settings));
+    let code = runtime.block_on(node::run(&settings, descriptors));
     runtime.shutdown_timeout(THREADS_WAIT);
     Ok(code?)
 }

@@ -42,7 +42,7 @@ use self::state::State;
 use self::upstream::{Address, Peer, Upstream};
 use super::body::{self, Aborted, Body, Hold};
 use super::security::Security;
-use super::{Stop, stopped, url};
+use super::{Stop, connections_max, stopped, url};
 use crate::engine::Engine;
 use crate::limits;
 use crate::telemetry::ProxyMetrics;
@@ -63,6 +63,8 @@ pub use state::{Link, Links, Way};
 
 /// What a node says of its health until it has been primary or has had what its primary had.
 const NOT_READY: &str = "not ready\n";
+/// The proxy has as many connections as a third of the descriptors: two each, and some for the rest.
+const DESCRIPTORS: u64 = 3;
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// What the proxy needs to know of the configuration.
@@ -148,7 +150,8 @@ impl Proxy {
 
     /// Answers requests on `listener` until `stop`.
     pub async fn serve(self: Arc<Proxy>, listener: TcpListener, mut stop: Stop) {
-        let slots = Arc::new(Semaphore::new(connections_max()));
+        let slots =
+            Arc::new(Semaphore::new(connections_max(DESCRIPTORS, limits::PROXY_CONNECTIONS_MAX)));
         let mut connections = JoinSet::new();
         loop {
             // While all slots are taken, clients wait in the port's queue.
@@ -324,12 +327,4 @@ fn plain(status: StatusCode, text: String) -> Response<Body> {
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, TEXT);
     response
-}
-
-/// Connections at a time: as many as there are descriptors for, two each, and some for the rest.
-fn connections_max() -> usize {
-    use nix::sys::resource::{Resource, getrlimit};
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-    let wanted = usize::try_from(descriptors / 3).unwrap_or(usize::MAX);
-    wanted.clamp(limits::PROXY_CONNECTIONS_MIN, limits::PROXY_CONNECTIONS_MAX)
 }

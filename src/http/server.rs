@@ -46,8 +46,8 @@ use super::security::Security;
 use super::socket::Socket;
 use super::{
     CANDIDATE, CLUSTER_ID, CONTRADICTED, CONTRADICTED_MAX, HOSTNAME, NODE_ID, OVERLAP,
-    OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM, events, frame, gauges, halt, page, spool, stopped,
-    stream, transfer,
+    OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM, connections_max, events, frame, gauges, halt, page,
+    spool, stopped, stream, transfer,
 };
 use crate::cluster::control::{Control, HandoffError, PromoteError};
 use crate::cluster::election::Force;
@@ -63,6 +63,9 @@ use crate::telemetry::{Metrics, metrics};
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const BINARY: &str = "application/octet-stream";
+/// The API has as many connections as a sixth of the descriptors, one each: as many are left for
+/// databases, also with a proxy.
+const DESCRIPTORS: u64 = 6;
 
 /// What the API needs to know of the configuration.
 pub struct Options {
@@ -135,7 +138,7 @@ impl Api {
 
     /// Answers requests on `listener` until `stop`; then ends the streams and returns.
     pub async fn serve(self: Arc<Api>, listener: TcpListener, mut stop: Stop) {
-        let slots = Arc::new(Semaphore::new(limits::CONNECTIONS_MAX));
+        let slots = Arc::new(Semaphore::new(connections_max(DESCRIPTORS, limits::CONNECTIONS_MAX)));
         let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {

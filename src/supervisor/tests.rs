@@ -20,8 +20,12 @@ fn run(
         let mut signals = Signals::listen().unwrap();
         asked(signals.stopper());
         let environment = Environment::from([("HOSTNAME", "node-7")]);
-        let mut supervisor =
-            Supervisor { signals: &mut signals, environment: &environment, candidate };
+        let mut supervisor = Supervisor {
+            signals: &mut signals,
+            environment: &environment,
+            candidate,
+            descriptors: None,
+        };
         supervisor.run(commands).await
     })
 }

@@ -263,6 +263,58 @@ fn a_port_in_use_is_named_before_anything_is_mounted() {
     assert!(!node.path("data").exists());
 }
 
+/// litefs where a process may have `soft` descriptors, and set itself a limit of up to `hard`.
+fn start_limited(soft: u32, hard: u32, command: &[&str]) -> Node {
+    let script = format!("ulimit -Sn {soft} && ulimit -Hn {hard} && exec \"$@\"");
+    let by = ["sh", "-c", &script, "sh"];
+    Node::start_by(&by, free_port(), "lease: {type: static}\n", command)
+}
+
+/// As with Go. An application that uses select(2) breaks with a high limit.
+#[test]
+fn litefs_has_more_descriptors_than_its_application() {
+    let script = "grep 'open files' /proc/$PPID/limits >litefs; \
+                  grep 'open files' /proc/self/limits >application; \
+                  readlink /proc/self/fd/0 >stdin; ls -l /proc/self/fd >fds; \
+                  ! grep -E 'io_uring|eventfd|/dev/fuse|socket' fds && exit 7";
+    let mut node = start_limited(256, 4096, &["--", "sh", "-c", script]);
+    assert_eq!(node.end().code(), Some(7));
+    let read = |name: &str| fs::read_to_string(node.path(name)).unwrap();
+    let limits = |name: &str| read(name).split_whitespace().skip(3).collect::<Vec<_>>().join(" ");
+    assert_eq!(limits("litefs"), "4096 4096 files");
+    assert_eq!(limits("application"), "256 4096 files");
+    assert_eq!(read("stdin"), "/dev/null\n");
+}
+
+#[test]
+fn a_program_that_cannot_start_is_named_under_any_limit() {
+    for soft in [256, 4096] {
+        let mut node = start_limited(soft, 4096, &["--", "/nonexistent/app"]);
+        assert_eq!(node.end().code(), Some(1));
+        let stderr = node.stderr();
+        let error = "ERROR: cannot exec: background cmd: cannot start exec command \
+                     \"/nonexistent/app\": No such file or directory (os error 2)";
+        assert_eq!(stderr.matches("ERROR: ").count(), 1, "{stderr}");
+        assert_eq!(stderr.lines().last(), Some(error), "{stderr}");
+    }
+}
+
+/// Databases need some too.
+#[test]
+fn connections_to_the_api_leave_descriptors_for_databases() {
+    let mut node = start_limited(400, 400, &["--"]);
+    node.wait_for_line("waiting for signal");
+    let address = node.url().replace("http://", "");
+    let connections: Vec<_> =
+        (0..100).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    wait::until_true("a refusal", || node.stderr().contains("msg=\"too many connections\""));
+    let database = rusqlite::Connection::open(node.path("mnt/app.db")).unwrap();
+    database.execute_batch("create table t (x); insert into t values (7)").unwrap();
+    drop((database, connections));
+    node.signal(Signal::SIGTERM);
+    assert_eq!(node.end().code(), Some(0));
+}
+
 /// Where the resolver gives `::1` first, who asks at 127.0.0.1 finds the node too, as with LiteFS.
 #[test]
 fn a_name_with_addresses_of_both_kinds_is_one_of_ipv4() {

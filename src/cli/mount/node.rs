@@ -47,6 +47,7 @@ use crate::http::proxy::{self, Admission, Links, Proxy, Way};
 use crate::http::security::Security;
 use crate::http::server::{Api, Options as ApiOptions};
 use crate::http::url::{Scheme, Url};
+use crate::supervisor::descriptors::Former;
 use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
 use crate::telemetry::{Metrics, complain, say};
@@ -59,14 +60,15 @@ const UNMOUNT_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 /// How many signals, once the node is closing, end the process at once.
 const SIGNALS_TO_QUIT: u32 = 2;
 
-/// Runs a node until its process ends or a signal comes; the exit code.
+/// Runs a node until its process ends or a signal comes; the exit code. What it runs gets the limit of
+/// `descriptors`, if that is not ours.
 ///
 /// # Errors
 /// A step of opening or closing failed. All that was open is closed.
-pub async fn run(settings: &Settings) -> anyhow::Result<u8> {
+pub async fn run(settings: &Settings, descriptors: Option<Former>) -> anyhow::Result<u8> {
     let mut signals = Signals::listen().context("listen to signals")?;
     let mut node = Node::default();
-    let ended = match serve(settings, &mut signals, &mut node).await {
+    let ended = match serve(settings, descriptors, &mut signals, &mut node).await {
         Err(error) if !settings.config.exit_on_error => {
             complain(format_args!("ERROR: {}", chain(error.as_ref())));
             say("waiting for a signal, because exit-on-error is off");
@@ -102,6 +104,7 @@ async fn quit(signals: &mut Signals) {
 /// Opens the node and runs the commands on it.
 async fn serve(
     settings: &Settings,
+    descriptors: Option<Former>,
     signals: &mut Signals,
     node: &mut Node,
 ) -> anyhow::Result<Ending> {
@@ -120,7 +123,8 @@ async fn serve(
         true => Candidate::Yes,
         false => Candidate::No,
     };
-    let mut supervisor = Supervisor { signals, environment: &settings.environment, candidate };
+    let environment = &settings.environment;
+    let mut supervisor = Supervisor { signals, environment, candidate, descriptors };
     Ok(supervisor.run(&settings.config.exec).await?)
 }
 

@@ -432,7 +432,8 @@ impl Chain {
     /// `keep_from` (a backup's high-water mark), if there is one; the oldest first.
     pub fn expired(&self, retention: Duration, keep_from: Option<Txid>) -> Vec<LtxFile> {
         let now = SystemTime::now();
-        let inner = self.inner.lock().unwrap();
+        let mut inner = self.inner.lock().unwrap();
+        inner.date_back(now);
         let newest = inner.files.last_key_value().map(|(min, _)| *min);
         let expired = |file: &&LtxFile| {
             now.duration_since(file.mtime).is_ok_and(|age| age > retention)
@@ -805,6 +806,14 @@ impl Inner {
     fn add_file(&mut self, file: LtxFile) {
         self.written = self.written.max(file.max);
         self.files.insert(file.min, file);
+    }
+
+    /// Files of a time to come, written while the clock was ahead, count as written `now`: else each would stay
+    /// until then, and with it all that follow.
+    fn date_back(&mut self, now: SystemTime) {
+        for file in self.files.values_mut() {
+            file.mtime = file.mtime.min(now);
+        }
     }
 
     fn drop_queued(&mut self, count: usize) {

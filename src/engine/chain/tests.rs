@@ -119,6 +119,22 @@ fn files_that_nobody_synced_expire_too() {
     assert!(matches!(chain.successor(after(3)), Ok(Successor::Recent(_))));
 }
 
+#[test]
+fn files_of_a_clock_that_was_ahead_expire_too() {
+    let temp = tempfile::tempdir().unwrap();
+    let chain = chain(temp.path());
+    chain.sync().unwrap();
+    let first = chain.files_after(Txid(1), 1, 0)[0];
+    let file = File::open(chain.dir.ltx_file(first.min, first.max)).unwrap();
+    file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
+    chain.list_again().unwrap();
+    assert!(chain.expired(Duration::ZERO, None).is_empty(), "it counts as written now");
+    assert_eq!(chain.expired(Duration::from_secs(60), None), [], "one retention is not over");
+    let old = chain.expired(Duration::ZERO, None);
+    assert_eq!(old.last().map(|file| file.max), Some(Txid(3)), "all but the newest");
+    assert_eq!(chain.remove(&old).unwrap(), 2);
+}
+
 /// A chain with one file, of transactions 2 to 4.
 fn chain_of_a_range(dir: &Path) -> Chain {
     let chain = open(dir);

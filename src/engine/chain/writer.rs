@@ -87,10 +87,7 @@ impl Waker {
 
     fn mark(&self, chain: &Arc<Chain>, urgency: Urgency) {
         let mut state = self.0.state.lock().unwrap();
-        let known = state.dirty.iter().any(|one| std::ptr::eq(one.as_ptr(), Arc::as_ptr(chain)));
-        if !known {
-            state.dirty.push(Arc::downgrade(chain));
-        }
+        state.add(chain);
         let urgent = urgency == Urgency::Urgent;
         state.urgent |= urgent;
         let sleeps = state.mood == Mood::Idle || (urgent && state.mood == Mood::Resting);
@@ -165,7 +162,38 @@ impl Shared {
             tracing::error!(db = %chain.db, error = chain_text(&error), "write ltx files, writers are refused");
         }
         // Space may come back.
-        self.state.lock().unwrap().dirty.push(Arc::downgrade(chain));
+        self.state.lock().unwrap().add(chain);
         false
+    }
+}
+
+impl State {
+    /// Notes that `chain` is dirty, once however often it is said.
+    fn add(&mut self, chain: &Arc<Chain>) {
+        let known = self.dirty.iter().any(|one| std::ptr::eq(one.as_ptr(), Arc::as_ptr(chain)));
+        if !known {
+            self.dirty.push(Arc::downgrade(chain));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::chain::tests::{open, transaction};
+
+    /// Commits go on while the disk fails: each of them marks the chain, and so does each attempt.
+    #[test]
+    fn a_chain_that_cannot_be_written_is_dirty_once() {
+        let temp = tempfile::tempdir().unwrap();
+        let chain = Arc::new(open(temp.path()));
+        drop(temp);
+        chain.push(transaction(2, 1));
+        let shared = Arc::new(Shared { state: Mutex::default(), wake: Condvar::new() });
+        for _ in 0..3 {
+            Waker(shared.clone()).queued(&chain);
+            assert!(!shared.round(&chain, false), "there is no directory");
+        }
+        assert_eq!(shared.state.lock().unwrap().dirty.len(), 1);
     }
 }

@@ -35,6 +35,8 @@ pub const BODY_STALL_WAIT: Duration = Duration::from_secs(300);
 pub const PING_PERIOD: Duration = Duration::from_secs(2);
 /// Time for the answer to an HTTP/2 ping: above any pause of a live host.
 pub const PING_WAIT: Duration = Duration::from_secs(5);
+/// Time until the host at the other end of a silent connection counts as dead.
+pub const DEAD_HOST_WAIT: Duration = Duration::from_secs(30);
 /// Period of heartbeats on an idle stream, fixed by the protocol.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
 /// Silence on an idle stream that means a dead primary: five heartbeats.
@@ -147,8 +149,6 @@ pub const APPLICATION_WAIT: Duration = Duration::from_secs(30);
 pub const APPLICATION_RETRY: Duration = Duration::from_millis(100);
 /// How long a body is held back whose client waits to be asked for it (LiteFS's).
 pub const CONTINUE_WAIT: Duration = Duration::from_secs(1);
-/// Time until the host at the other end of a silent connection counts as dead.
-pub const PROXY_DEAD_WAIT: Duration = Duration::from_secs(30);
 /// How long a connection to the application is kept without a request (LiteFS's).
 pub const PROXY_IDLE_LIFE: Duration = Duration::from_secs(90);
 /// Such connections: enough for as many requests at a time without opening a new one for each.

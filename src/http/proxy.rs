@@ -42,6 +42,7 @@ use self::state::State;
 use self::upstream::{Address, Peer, Upstream};
 use super::body::{self, Aborted, Body, Hold};
 use super::security::Security;
+use super::socket::notice_death;
 use super::{Stop, connections_max, stopped, url};
 use crate::engine::Engine;
 use crate::limits;
@@ -192,7 +193,7 @@ impl Proxy {
     ) {
         // Without these, small answers come later, and a dead client is noticed later.
         let _ = socket.set_nodelay(true);
-        let _ = upstream::notice_death(&socket);
+        let _ = notice_death(&socket);
         let pace = Pace::new(self.options.timeouts);
         let wire = match self.security.accept(socket).await {
             Ok(wire) => wire,

@@ -43,7 +43,7 @@ use super::peers::{Address, Peers};
 use super::query::parameter;
 use super::report::{Info, InfoPrimary, Status, StatusDatabase, StatusPrimary, StatusRole};
 use super::security::Security;
-use super::socket::Socket;
+use super::socket::{Socket, notice_death};
 use super::{
     CANDIDATE, CLUSTER_ID, CONTRADICTED, CONTRADICTED_MAX, HOSTNAME, NODE_ID, OVERLAP,
     OVERLAP_ACCEPTED, PROXY_URL, Stop, TERM, connections_max, events, frame, gauges, halt, page,
@@ -170,8 +170,9 @@ impl Api {
         _slot: OwnedSemaphorePermit,
         mut stop: Stop,
     ) {
-        // Small frames must not wait for each other; without it they only come later.
+        // Without these, small frames come later, and a dead host is noticed later: by nobody, if it only reads events.
         let _ = socket.set_nodelay(true);
+        let _ = notice_death(&socket);
         let address = socket.peer_addr().ok();
         let asked = Arc::new(AtomicBool::new(false));
         let security = self.options.security.clone();

@@ -1,17 +1,29 @@
 //! A socket that gives up on a peer that takes nothing.
 //!
-//! HTTP/2 pings find a dead host and body queues a reader that stops; this finds the rest: a peer
-//! whose host acknowledges, but whose window stays closed, on any response.
+//! HTTP/2 pings and the kernel ([`notice_death`]) find a dead host, and body queues a reader that stops; this
+//! finds the rest: a peer whose host acknowledges, but whose window stays closed, on any response.
 
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::wire::Wire;
 use crate::limits;
+
+/// Has the kernel find out when the host at the other end is gone: nothing else would, where this end only waits
+/// for it, or has nothing to say.
+pub(super) fn notice_death(socket: &TcpStream) -> io::Result<()> {
+    let seconds = limits::DEAD_HOST_WAIT.as_secs() as u32;
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &(seconds / 2))?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &(seconds / 6))?;
+    Ok(setsockopt(socket, sockopt::TcpKeepCount, &3)?)
+}
 
 /// A socket whose writes fail after [`limits::BODY_STALL_WAIT`] without progress.
 pub(super) struct Socket {
@@ -88,7 +100,7 @@ impl AsyncWrite for Socket {
 #[cfg(test)]
 mod tests {
     use tokio::io::AsyncWriteExt as _;
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::net::TcpListener;
 
     use super::*;
 

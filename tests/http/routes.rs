@@ -9,7 +9,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::node::{Node, make_database};
+use super::node::{Node, make_database, wait_until};
 
 /// Status line, headers and body of one HTTP/1.1 request.
 async fn ask(node: &Node, request: &str) -> (String, String, String) {
@@ -236,6 +236,36 @@ async fn until_closed(node: &Node, sent: &str) -> (String, u64) {
     // A reset is an end too.
     let _ = socket.read_to_end(&mut answer).await;
     (String::from_utf8_lossy(&answer).into_owned(), begin.elapsed().as_secs())
+}
+
+/// Whether the kernel will ask, on the end of `socket` that the node has, for the host of this end.
+fn is_kept_alive(socket: &TcpStream) -> bool {
+    let hex = |address: std::net::SocketAddr| match address {
+        std::net::SocketAddr::V4(v4) => {
+            format!("{:08X}:{:04X}", u32::from_ne_bytes(v4.ip().octets()), v4.port())
+        }
+        std::net::SocketAddr::V6(v6) => panic!("{v6}"),
+    };
+    let ends =
+        format!(": {} {} ", hex(socket.peer_addr().unwrap()), hex(socket.local_addr().unwrap()));
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let line = table.lines().find(|line| line.contains(&ends)).expect("the connection is open");
+    // The timer that runs; 2 is that of TCP keep-alive (proc_net_tcp in the kernel's documentation).
+    line.split_whitespace().nth(5).unwrap().starts_with("02:")
+}
+
+/// Who only listens to events is silent as long as nothing happens: no ping and no write would tell that it died.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_whose_host_vanished_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let mut socket = TcpStream::connect(node.client.address()).await.unwrap();
+    socket.write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut line = [0; 15];
+    socket.read_exact(&mut line).await.unwrap();
+    assert_eq!(&line, b"HTTP/1.1 200 OK");
+    wait_until(|| is_kept_alive(&socket), || "a keep-alive timer".to_owned()).await;
+    node.stop().await;
 }
 
 #[tokio::test(start_paused = true)]

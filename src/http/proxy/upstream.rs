@@ -15,12 +15,12 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::http::body::{self, Body};
 use crate::http::security::Security;
+use crate::http::socket::notice_death;
 use crate::http::url::{self, Url};
 use crate::http::wire::Wire;
 use crate::limits;
@@ -277,15 +277,6 @@ fn is_closed(error: &hyper::Error) -> bool {
         matches!(source.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
     });
     error.is_incomplete_message() || error.is_canceled() || reset
-}
-
-/// Has the kernel find out when the host at the other end is gone.
-pub(super) fn notice_death(socket: &TcpStream) -> io::Result<()> {
-    let seconds = limits::PROXY_DEAD_WAIT.as_secs() as u32;
-    setsockopt(socket, sockopt::KeepAlive, &true)?;
-    setsockopt(socket, sockopt::TcpKeepIdle, &(seconds / 2))?;
-    setsockopt(socket, sockopt::TcpKeepInterval, &(seconds / 6))?;
-    Ok(setsockopt(socket, sockopt::TcpKeepCount, &3)?)
 }
 
 #[cfg(test)]

@@ -1,41 +1,12 @@
 //! A disk that is full: its own small file system for the data directory.
 
-use std::process::Command;
-
 use rusqlite::ErrorCode;
 use test_case::test_matrix;
 
 use super::{DB, check_integrity};
+use crate::support::disk::Disk;
 use crate::support::node::{Member, Node, Settings};
 use crate::support::{sqlite, wait};
-
-/// A file system in memory, unmounted when it is dropped.
-struct Disk(std::path::PathBuf);
-
-impl Disk {
-    fn mount(node: &Node, size: &str) -> Disk {
-        std::fs::create_dir(node.data()).unwrap();
-        let disk = Disk(node.data());
-        disk.call(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]);
-        disk
-    }
-
-    fn resize(&self, size: &str) {
-        self.call(&["-o", &format!("remount,size={size}")]);
-    }
-
-    #[track_caller]
-    fn call(&self, arguments: &[&str]) {
-        let status = Command::new("mount").args(arguments).arg(&self.0).status().unwrap();
-        assert!(status.success(), "mount {arguments:?}: {status}");
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
 
 /// P7: "no write transaction begins: SQLITE_BUSY, in WAL and rollback mode alike; without passthrough a
 /// commit in WAL mode fails with SQLITE_FULL instead." Readers go on, also new ones, which build the
@@ -43,7 +14,7 @@ impl Drop for Disk {
 #[test_matrix(["delete", "truncate", "persist", "wal"], ["auto", "off"])]
 fn a_full_disk_refuses_writers_and_no_reader(mode: &str, passthrough: &'static str) {
     let mut node = Node::new(&Settings { passthrough, ..Settings::default() }, Member::Primary);
-    let disk = Disk::mount(&node, "32m");
+    let disk = Disk::mount(&node.data(), "32m");
     node.start();
     let file = node.file(DB);
     sqlite::run(

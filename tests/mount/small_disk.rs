@@ -1,44 +1,18 @@
 //! A data directory on a small disk: who writes gets an error, who reads goes on, nothing that was
 //! acknowledged is lost, and all goes on when there is room again.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use test_case::test_matrix;
 
 use super::{DB, Node, check_chain, check_integrity, sqlite};
+use crate::support::disk::Disk;
 use crate::support::node::{Member, Settings};
 use crate::support::shell::Shell;
 use crate::support::wait;
 
 /// Another database of the node.
 const OTHER: &str = "other.db";
-
-/// A file system of its own for the data directory; unmounted when dropped.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn mount(dir: PathBuf, size: &str) -> Disk {
-        std::fs::create_dir_all(&dir).unwrap();
-        run(&["mount", "-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"], &dir);
-        Disk(dir)
-    }
-
-    fn grow(&self, size: &str) {
-        run(&["mount", "-o", &format!("remount,size={size}")], &self.0);
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
-fn run(command: &[&str], dir: &PathBuf) {
-    let status = Command::new(command[0]).args(&command[1..]).arg(dir).status().unwrap();
-    assert!(status.success(), "{command:?}");
-}
 
 /// How many rows there are, by a program that opens the database now.
 fn count(node: &Node, name: &str) -> u64 {
@@ -49,7 +23,7 @@ fn count(node: &Node, name: &str) -> u64 {
 fn a_full_disk_loses_nothing_and_keeps_nobody_from_reading(mode: &str, passthrough: &'static str) {
     let settings = Settings { passthrough, ..Settings::default() };
     let mut node = Node::new(&settings, Member::Primary);
-    let disk = Disk::mount(node.data(), "20m");
+    let disk = Disk::mount(&node.data(), "20m");
     node.start();
     for name in [DB, OTHER] {
         let setup = format!("pragma journal_mode={mode}; create table t(x);");
@@ -75,7 +49,7 @@ fn a_full_disk_loses_nothing_and_keeps_nobody_from_reading(mode: &str, passthrou
     // As the first one's log and LTX files come and go, there may be room for a small one.
     other.attempt("insert into t values (2)");
     assert_eq!(other.run("select min(x) from t"), "1");
-    disk.grow("200m");
+    disk.resize("200m");
     for (shell, name) in [(&mut writer, DB), (&mut other, OTHER)] {
         let before = count(&node, name);
         wait::until_true("a writer to be let in", || {
@@ -99,7 +73,7 @@ fn a_full_disk_loses_nothing_and_keeps_nobody_from_reading(mode: &str, passthrou
 #[test_matrix(["delete", "wal"])]
 fn a_node_starts_on_a_full_disk(mode: &str) {
     let mut node = Node::new(&Settings::default(), Member::Primary);
-    let disk = Disk::mount(node.data(), "20m");
+    let disk = Disk::mount(&node.data(), "20m");
     node.start();
     let setup = format!("pragma journal_mode={mode}; create table t(x);");
     sqlite::run(&node.file(DB), &format!("{setup} insert into t values (randomblob(300000))"));
@@ -107,7 +81,8 @@ fn a_node_starts_on_a_full_disk(mode: &str) {
     let filler = node.data().join("filler");
     for starts in 2..4 {
         node.kill();
-        run(&["sh", "-c", "cat /dev/zero > \"$0\" 2>/dev/null || true"], &filler);
+        let fill = "cat /dev/zero > \"$0\" 2>/dev/null || true";
+        assert!(Command::new("sh").args(["-c", fill]).arg(&filler).status().unwrap().success());
         node.start();
         assert_eq!(node.pos(DB), pos);
         if mode == "delete" {
@@ -119,7 +94,7 @@ fn a_node_starts_on_a_full_disk(mode: &str) {
         let ids = std::fs::read_to_string(node.data().join("node-ids")).unwrap();
         assert_eq!(ids.lines().filter(|line| line.len() == 16).count(), starts);
     }
-    disk.grow("200m");
+    disk.resize("200m");
     wait::until_true("a writer to be let in", || {
         sqlite::try_run(&node.file(DB), "insert into t values (2)").is_ok()
     });

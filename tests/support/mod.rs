@@ -8,6 +8,8 @@ pub mod certificates;
 pub mod chance;
 /// A real Consul agent in memory, and links that a test can cut.
 pub mod consul;
+/// A small file system of its own for a data directory.
+pub mod disk;
 /// A database as its pages, read past the mount, and as its chain of LTX files.
 pub mod image;
 /// A node in this process, whose role a test decides.

@@ -68,8 +68,16 @@ pub const BODY_QUEUE_PIECES: usize = 4;
 
 /// Memory between the maker of a snapshot and a slower peer, in bytes; what exceeds it goes to disk.
 pub const SPOOL_MEMORY_BYTES: usize = 8 << 20;
-/// Snapshots and exports made at a time: more would only compete for one disk.
+/// Snapshots and exports at a time that are made or have something on the disk: more would only compete for it.
 pub const SPOOLS_MAX: usize = 4;
+/// How long one that was made counts for [`SPOOLS_MAX`] while a slow peer takes it: all others wait meanwhile. A
+/// replica that takes longer is past the default retention, and needs another snapshot.
+pub const SPOOL_DRAIN_WAIT: Duration = Duration::from_secs(600);
+/// Uploads on the disk at a time; imports go one by one, so that more would only wait there.
+pub const UPLOADS_MAX: usize = 4;
+/// With less room than this on the disk nothing more is stored for a peer: far enough above [`FREE_SPACE_MIN`] that
+/// it keeps no writer out.
+pub const PEER_FREE_SPACE_MIN: u64 = 4 * FREE_SPACE_MIN;
 /// Connections to the API at a time, at the most: each costs a descriptor and some kilobytes.
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Connections to the API, or to the proxy, where descriptors are few.

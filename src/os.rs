@@ -344,6 +344,12 @@ pub fn write_atomic(label: &str, path: &Path, content: &[u8]) -> io::Result<()> 
     sync_dir(label, path.parent().unwrap_or(Path::new(".")))
 }
 
+/// Bytes that programs may still write to the file system of `path`; where nobody can tell, as many as they like.
+pub fn free_space(path: &Path) -> u64 {
+    nix::sys::statvfs::statvfs(path)
+        .map_or(u64::MAX, |stat| stat.blocks_available() * stat.fragment_size())
+}
+
 /// A new file without a name in `dir`, open for reading and writing; it goes when it is closed.
 pub fn unnamed_file(label: &str, dir: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();

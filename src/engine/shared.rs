@@ -16,7 +16,7 @@ use super::feed::Feed;
 use super::fence::Fence;
 use super::files::FileKind;
 use super::halt::Forward;
-use crate::limits;
+use crate::{limits, os};
 
 /// A clock that is not known.
 const UNKNOWN: i64 = i64::MAX;
@@ -273,8 +273,7 @@ impl Shared {
         {
             return full;
         }
-        let free = nix::sys::statvfs::statvfs(&self.data_dir)
-            .map_or(u64::MAX, |stat| stat.blocks_available() * stat.fragment_size());
+        let free = os::free_space(&self.data_dir);
         let full = free < limits::FREE_SPACE_MIN;
         let was_full = space.replace((Instant::now(), full)).is_some_and(|(_, full)| full);
         if full && !was_full {

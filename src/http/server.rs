@@ -92,6 +92,8 @@ pub struct Api {
     pub(super) spool_dir: PathBuf,
     /// One for each snapshot or export being made.
     pub(super) spool_slots: Arc<Semaphore>,
+    /// One for each upload that arrives, or waits for those before it.
+    upload_slots: Semaphore,
     /// Imports go one by one.
     import_slot: Semaphore,
     /// One for each request that waits for a HALT lock.
@@ -122,6 +124,7 @@ impl Api {
             options,
             spool_dir,
             spool_slots: Arc::new(Semaphore::new(limits::SPOOLS_MAX)),
+            upload_slots: Semaphore::new(limits::UPLOADS_MAX),
             import_slot: Semaphore::new(1),
             halt_slots: Arc::new(Semaphore::new(limits::HALT_WAITERS_MAX)),
             forward_slots: Semaphore::new(limits::FORWARDS_MAX),
@@ -379,8 +382,9 @@ impl Api {
     }
 
     async fn take_import(self: Arc<Api>, name: DbName, body: Incoming) -> Answer {
+        let _upload_slot = self.upload_slots.acquire().await;
         let upload = transfer::Upload::store(&self.spool_dir, body).await?;
-        let _slot = self.import_slot.acquire().await;
+        let _import_slot = self.import_slot.acquire().await;
         let (engine, db) = (self.engine.clone(), name.clone());
         let imported = spawn_blocking(move || {
             upload.check()?;

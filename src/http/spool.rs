@@ -5,9 +5,11 @@
 //!
 //! Invariants: the reader gets every byte in order, and the clean end only if the writer finished;
 //! a region of the file is not used again before it was read; once the reader is gone, the writer
-//! fails at its next block.
+//! fails at its next block. The file gives way to the node's own writers: it takes no room below
+//! [`limits::PEER_FREE_SPACE_MIN`], and where they have none left it is given up.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::{limits, os};
 
@@ -39,17 +41,48 @@ pub(super) fn unique_path(dir: &Path) -> PathBuf {
     dir.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string())
 }
 
-/// A pipe whose overflow goes to a file in `dir`.
-pub(super) fn pipe(dir: &Path) -> (Writer, Reader) {
+/// Refuses to store `len` bytes more for a peer in `dir` where that would leave too little room to writers.
+pub(super) fn check_room(dir: &Path, len: usize) -> io::Result<()> {
+    keep_free(dir, limits::PEER_FREE_SPACE_MIN + len as u64)
+}
+
+fn keep_free(dir: &Path, bytes: u64) -> io::Result<()> {
+    if os::free_space(dir) < bytes {
+        let text = "what room is left on the disk is for writers";
+        return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+    }
+    Ok(())
+}
+
+/// A pipe whose overflow goes to a file in `dir`; and what tells when it has none, and will have none.
+pub(super) fn pipe(dir: &Path) -> (Writer, Reader, Emptied) {
     let shared = Arc::new(Shared { state: Mutex::default(), changed: Notify::new() });
+    let (holds, emptied) = oneshot::channel();
     let writer = Writer {
         shared: shared.clone(),
         block: BytesMut::new(),
         dir: dir.to_owned(),
         file: None,
+        holds: Arc::new(holds),
         deadline: None,
     };
-    (writer, Reader { shared })
+    (writer, Reader { shared, dir: dir.to_owned() }, Emptied(emptied))
+}
+
+/// The other end of what the writer and the overflow hold.
+pub(super) struct Emptied(oneshot::Receiver<Infallible>);
+
+impl Emptied {
+    /// Waits until the pipe takes up no room on the disk, and will not any more.
+    pub(super) async fn wait(self) {
+        let _ = self.0.await; // it never comes: its sender goes
+    }
+}
+
+/// A file of what exceeds the memory.
+struct Overflow {
+    file: File,
+    _holds: Arc<oneshot::Sender<Infallible>>,
 }
 
 struct Shared {
@@ -80,7 +113,7 @@ enum Side {
 
 enum Piece {
     Memory(Bytes),
-    File { file: Arc<File>, offset: u64, len: u64 },
+    File { file: Arc<Overflow>, offset: u64, len: u64 },
 }
 
 /// The end that the data goes into; blocking.
@@ -89,7 +122,8 @@ pub(super) struct Writer {
     block: BytesMut,
     dir: PathBuf,
     /// The overflow, and where its next byte goes.
-    file: Option<(Arc<File>, u64)>,
+    file: Option<(Arc<Overflow>, u64)>,
+    holds: Arc<oneshot::Sender<Infallible>>,
     deadline: Option<Instant>,
 }
 
@@ -133,12 +167,13 @@ impl Writer {
 
     /// Puts `block` into the file, from its beginning if all of it was read.
     fn spill(&mut self, block: &[u8], pending: u64) -> io::Result<()> {
+        check_room(&self.dir, block.len())?;
         let (file, end) = match self.file.take() {
             Some((file, _)) if pending == 0 => (file, 0),
             Some(file) => file,
-            None => (Arc::new(unnamed_file(&self.dir)?), 0),
+            None => (Arc::new(self.overflow()?), 0),
         };
-        os::write_at("spool:write", &file, block, end)?;
+        os::write_at("spool:write", &file.file, block, end)?;
         let added = block.len() as u64;
         let mut state = self.shared.state.lock().unwrap();
         state.file_pending += added;
@@ -151,13 +186,14 @@ impl Writer {
         self.file = Some((file, end + added));
         Ok(())
     }
-}
 
-fn unnamed_file(dir: &Path) -> io::Result<File> {
-    let path = unique_path(dir);
-    let file = os::create_new("spool:create", &path)?;
-    os::remove("spool:unlink", &path)?;
-    Ok(file)
+    /// A file without a name.
+    fn overflow(&self) -> io::Result<Overflow> {
+        let path = unique_path(&self.dir);
+        let file = os::create_new("spool:create", &path)?;
+        os::remove("spool:unlink", &path)?;
+        Ok(Overflow { file, _holds: self.holds.clone() })
+    }
 }
 
 impl Write for Writer {
@@ -192,6 +228,7 @@ impl Drop for Writer {
 /// The end that the data comes out of; asynchronous.
 pub(super) struct Reader {
     shared: Arc<Shared>,
+    dir: PathBuf,
 }
 
 impl Reader {
@@ -247,10 +284,13 @@ impl Reader {
         }
     }
 
-    async fn read(&self, file: Arc<File>, offset: u64, len: usize) -> io::Result<Bytes> {
+    async fn read(&self, file: Arc<Overflow>, offset: u64, len: usize) -> io::Result<Bytes> {
+        let dir = self.dir.clone();
         let read = tokio::task::spawn_blocking(move || {
+            keep_free(&dir, limits::FREE_SPACE_MIN)?;
             let mut data = vec![0; len];
-            os::read_exact_at("read:spool", &file, &mut data, offset).map(|()| Bytes::from(data))
+            os::read_exact_at("read:spool", &file.file, &mut data, offset)?;
+            Ok::<_, io::Error>(Bytes::from(data))
         });
         let data = read.await.map_err(io::Error::other)??;
         self.shared.state.lock().unwrap().file_pending -= len as u64;
@@ -260,7 +300,7 @@ impl Reader {
 
 enum Taken {
     Memory(Bytes),
-    File { file: Arc<File>, offset: u64, len: usize },
+    File { file: Arc<Overflow>, offset: u64, len: usize },
     End(Side),
 }
 
@@ -272,6 +312,8 @@ impl Drop for Reader {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::oneshot::error::TryRecvError;
+
     use super::*;
 
     /// Bytes that are different at each offset modulo a prime.
@@ -291,7 +333,7 @@ mod tests {
     async fn a_reader_that_comes_late_gets_everything_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let data = pattern(3 * limits::SPOOL_MEMORY_BYTES + 12_345);
-        let (mut writer, reader) = pipe(dir.path());
+        let (mut writer, reader, _) = pipe(dir.path());
         writer.write_all(&data).unwrap();
         writer.finish().unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
@@ -302,7 +344,7 @@ mod tests {
     async fn a_reader_that_falls_behind_and_catches_up_gets_everything() {
         let dir = tempfile::tempdir().unwrap();
         let data = pattern(limits::SPOOL_MEMORY_BYTES * 2);
-        let (mut writer, mut reader) = pipe(dir.path());
+        let (mut writer, mut reader, _) = pipe(dir.path());
         let mut read = Vec::new();
         for _ in 0..3 {
             writer.write_all(&data).unwrap();
@@ -319,7 +361,7 @@ mod tests {
     #[tokio::test]
     async fn a_writer_that_gives_up_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut writer, reader) = pipe(dir.path());
+        let (mut writer, reader, _) = pipe(dir.path());
         writer.write_all(&pattern(limits::BODY_PIECE_BYTES + 1)).unwrap();
         drop(writer);
         assert_eq!(read_all(reader).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
@@ -327,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_writer_whose_reader_left_fails() {
-        let (mut writer, reader) = pipe(Path::new("/nonexistent"));
+        let (mut writer, reader, _) = pipe(Path::new("/nonexistent"));
         drop(reader);
         let error = writer.write_all(&pattern(limits::BODY_PIECE_BYTES)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
@@ -335,10 +377,36 @@ mod tests {
 
     #[test]
     fn a_writer_past_its_deadline_fails() {
-        let (mut writer, _reader) = pipe(Path::new("/nonexistent"));
+        let (mut writer, _reader, _) = pipe(Path::new("/nonexistent"));
         writer.set_deadline(Some(Instant::now()));
         let error = writer.write_all(&pattern(limits::BODY_PIECE_BYTES)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_pipe_is_emptied_by_its_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        let is_empty = |emptied: &mut Emptied| emptied.0.try_recv() == Err(TryRecvError::Closed);
+        let data = pattern(2 * limits::SPOOL_MEMORY_BYTES);
+        let (mut writer, reader, mut emptied) = pipe(dir.path());
+        writer.write_all(&data).unwrap();
+        writer.finish().unwrap();
+        assert!(!is_empty(&mut emptied), "the end is on the disk");
+        assert!(read_all(reader).await.unwrap() == data);
+        emptied.wait().await;
+
+        let (mut writer, reader, mut emptied) = pipe(dir.path());
+        writer.write_all(&data).unwrap();
+        writer.finish().unwrap();
+        assert!(!is_empty(&mut emptied), "the end is on the disk");
+        drop(reader);
+        emptied.wait().await;
+
+        let (mut writer, _reader, mut emptied) = pipe(dir.path());
+        writer.write_all(&pattern(limits::SPOOL_MEMORY_BYTES)).unwrap();
+        assert!(!is_empty(&mut emptied), "more may come");
+        writer.finish().unwrap();
+        emptied.wait().await;
     }
 
     #[test]

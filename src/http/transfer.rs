@@ -15,6 +15,7 @@ use hyper::body::Body;
 use ltx::Pos;
 use rusqlite::{Connection, OpenFlags};
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
 
 use super::server::Api;
 use super::{body, spool};
@@ -61,10 +62,11 @@ pub(super) struct Transfer {
     maker: JoinHandle<Result<Pos, Error>>,
 }
 
-/// Begins to make `kind` of `db`, as soon as fewer than [`limits::SPOOLS_MAX`] are being made.
+/// Begins to make `kind` of `db`, as soon as fewer than [`limits::SPOOLS_MAX`] are being made or wait on the disk for
+/// slow peers.
 pub(super) fn start(api: &Arc<Api>, db: Arc<Db>, kind: Kind) -> Transfer {
     let limit = api.options.snapshot_timeout;
-    let (mut writer, reader) = spool::pipe(&api.spool_dir);
+    let (mut writer, reader, emptied) = spool::pipe(&api.spool_dir);
     let slots = api.spool_slots.clone();
     let maker = tokio::spawn(async move {
         let slot = slots.acquire_owned().await;
@@ -78,7 +80,10 @@ pub(super) fn start(api: &Arc<Api>, db: Arc<Db>, kind: Kind) -> Transfer {
             Ok(pos)
         });
         let made = made.await?;
-        drop(slot);
+        tokio::spawn(async move {
+            let _ = timeout(limits::SPOOL_DRAIN_WAIT, emptied.wait()).await;
+            drop(slot);
+        });
         made
     });
     Transfer { reader, maker }
@@ -115,7 +120,7 @@ pub(super) struct Upload {
 }
 
 impl Upload {
-    /// Stores `body` in the spool directory.
+    /// Stores `body` in the spool directory, as long as that leaves room to writers.
     pub(super) async fn store<B>(spool_dir: &Path, mut body: B) -> Result<Upload, Error>
     where
         B: Body<Data = Bytes, Error: std::error::Error> + Unpin,
@@ -130,6 +135,7 @@ impl Upload {
             let data = body::next_data(&mut body).await.map_err(Error::Upload)?;
             block.extend_from_slice(data.as_deref().unwrap_or_default());
             if block.len() >= limits::BODY_PIECE_BYTES || data.is_none() {
+                spool::check_room(spool_dir, block.len()).map_err(Error::Store)?;
                 (file, block, end) = write_block(file, block, end).await?;
             }
             if data.is_none() {

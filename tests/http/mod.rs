@@ -7,6 +7,8 @@ mod node;
 pub mod peers;
 // The replica against primaries that are recorded or broken.
 mod replicas;
+// What peers may take up on the disk, and how long they make others wait.
+mod room;
 // Each route: what it answers, and what it refuses.
 mod routes;
 // A primary and replicas, all ours.

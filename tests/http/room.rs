@@ -67,7 +67,7 @@ async fn is_whole(mut export: TcpStream) -> bool {
 
 /// Imports `len` zeros, which are no database; what comes of it.
 async fn import_zeros(node: &Node, len: u64) -> String {
-    let error = node.client.import("b.db", tokio::io::repeat(0), len).await.unwrap_err();
+    let error = node.client.import("b.db", tokio::io::repeat(0), Some(len)).await.unwrap_err();
     error.to_string()
 }
 

@@ -239,13 +239,14 @@ impl Proxy {
             upgrade: offered.is_some().then(|| hyper::upgrade::on(&mut request)),
             proxy: self.clone(),
             client,
+            kind,
         };
         headers::strip(request.headers_mut(), offered);
         let request = request.map(|body| match body.is_end_stream() {
             true => body::empty(),
             false => Hold::new(body.map_err(|_| Aborted), reading).boxed_unsync(),
         });
-        let (outcome, response) = match exchange.run(kind, request).await {
+        let (outcome, response) = match exchange.run(request).await {
             Ok(outcome) => outcome,
             Err(refusal) => {
                 let (status, error) = (refusal.status.as_u16(), &refusal.text);

@@ -2,10 +2,10 @@
 
 use std::process::Command;
 
-use super::wire::{self, Connection, cookie};
+use super::wire::{self, Connection, Message, cookie};
 use super::{Plan, Site};
 use crate::support::certificates::Certificates;
-use crate::support::program;
+use crate::support::{program, wait};
 
 /// The lines of an echoed request.
 fn lines(text: &str) -> Vec<&str> {
@@ -184,20 +184,41 @@ fn a_request_that_comes_back_is_refused() {
     assert_eq!(site.ask(1, "POST", "/add/a", &head).status(), 200);
 }
 
+/// A request that the application closes a used connection for, and how often it has read it. A
+/// connection is kept only a moment after its answer, and until then another one is opened.
+fn broken(site: &Site, connection: &mut Connection, method: &str) -> (Message, usize) {
+    wait::until("a kept connection that breaks", || {
+        let before = site.apps[0].requests();
+        let answer = connection.ask(method, "/close", "", b"");
+        let read = site.apps[0].requests() - before;
+        (answer.status() == 502).then_some((answer, read))
+    })
+}
+
 #[test]
 fn a_failing_application_is_said_to_fail() {
     let site = Site::of(2);
     // It reads the head, and closes.
     for node in 0..2 {
         let mut connection = Connection::open(&site.proxies[node]);
-        assert_eq!(connection.ask("POST", "/echo", "", b"").status(), 200);
-        let failed = connection.ask("POST", "/close", "", b"");
-        assert_eq!(failed.status(), 502);
+        let (failed, read) = broken(&site, &mut connection, "POST");
+        assert_eq!(read, 1);
         assert!(failed.text().starts_with("Proxy error: no answer from 127.0.0.1:"));
         // A request that changes nothing is sent again when a used connection breaks.
         let mut connection = Connection::open(&site.proxies[node]);
         assert_eq!(connection.ask("GET", "/echo", "", b"").status(), 200);
         assert_eq!(connection.ask("GET", "/close", "", b"").status(), 200);
+    }
+}
+
+#[test]
+fn a_write_by_its_path_is_sent_once_whatever_its_method() {
+    let site = Site::with(2, &Plan { proxy: ", always-forward: ['/close']", ..Plan::default() });
+    for node in 0..2 {
+        let mut connection = Connection::open(&site.proxies[node]);
+        let (failed, read) = broken(&site, &mut connection, "GET");
+        assert!(failed.text().starts_with("Proxy error: no answer from 127.0.0.1:"));
+        assert_eq!(read, 1);
     }
 }
 

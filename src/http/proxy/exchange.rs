@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 
 use super::rules::Kind;
 use super::state::{Links, Place, Wake};
-use super::upstream::{SendError, Upstream};
+use super::upstream::{Repeat, SendError, Upstream};
 use super::{Admission, Client, Outcome, Proxy, cookie, expect, headers, plain};
 use crate::engine::{Role, chain_text};
 use crate::http::body::{self, Aborted, Body, Hold};
@@ -29,6 +29,8 @@ const FLY_REPLAY: HeaderName = HeaderName::from_static("fly-replay");
 pub(super) struct Exchange {
     pub(super) proxy: Arc<Proxy>,
     pub(super) client: Arc<Client>,
+    /// What it is.
+    pub(super) kind: Kind,
     /// The nodes that it has passed.
     pub(super) passed: Vec<NodeId>,
     /// The client's side of a tunnel that it asks for.
@@ -61,12 +63,8 @@ enum Sent {
 
 impl Exchange {
     /// Gets the answer.
-    pub(super) async fn run(
-        mut self,
-        kind: Kind,
-        request: Request<Body>,
-    ) -> Result<Outcome, Refusal> {
-        if kind == Kind::Health {
+    pub(super) async fn run(mut self, request: Request<Body>) -> Result<Outcome, Refusal> {
+        if self.kind == Kind::Health {
             return Ok(self.proxy.health());
         }
         if request.method() == Method::CONNECT {
@@ -86,7 +84,7 @@ impl Exchange {
         self.admit().await?;
         let seen = cookie::seen(request.headers());
         let request = self.prepare(request);
-        match kind {
+        match self.kind {
             Kind::Health | Kind::Passthrough => self.ask_application(request, Cookie::Keep).await,
             Kind::Read => self.read(request, seen).await,
             Kind::Write => self.write(request).await,
@@ -299,7 +297,8 @@ impl Exchange {
         request: Request<Body>,
     ) -> Result<Response<Body>, SendError> {
         let (request, asker) = expect::hold_back(request);
-        let mut response = upstream.send(request).await?;
+        let repeat = if self.kind == Kind::Write { Repeat::Never } else { Repeat::Once };
+        let mut response = upstream.send(request, repeat).await?;
         let status = response.status();
         let upgrades =
             matches!(status, StatusCode::SWITCHING_PROTOCOLS | StatusCode::UPGRADE_REQUIRED);

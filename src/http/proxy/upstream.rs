@@ -2,8 +2,9 @@
 //!
 //! HTTP/1.1. A connection that is done with its answer is kept for the next request. Connections go
 //! straight to the address: proxies of the environment do not count. Invariants: a request is sent
-//! again only if not a byte of it was sent before, or if it has no body and a method that changes
-//! nothing; a request that could not be sent comes back with the error.
+//! again only if not a byte of it was sent before, or once, on a new connection, if it has no body, a
+//! method that changes nothing and is no write by the configuration; a request that could not be sent
+//! comes back with the error.
 
 use std::collections::VecDeque;
 use std::io;
@@ -71,6 +72,15 @@ pub(super) enum Peer {
     Node,
 }
 
+/// Whether a request may be sent again when a connection breaks that had been used before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Repeat {
+    /// It may change something, whatever its method.
+    Never,
+    /// If its method changes nothing.
+    Once,
+}
+
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SendError {
@@ -121,14 +131,18 @@ impl Upstream {
     pub(super) async fn send(
         self: &Arc<Self>,
         mut request: Request<Body>,
+        repeat: Repeat,
     ) -> Result<Response<Incoming>, SendError> {
-        let mut unused = 0;
+        let (mut unused, mut is_repeated) = (0, false);
         loop {
-            let mut connection = match self.connection().await {
+            // The other kept connections may be as dead as the one that broke.
+            let idle = if is_repeated { None } else { self.take_idle() };
+            let mut connection = match self.connection(idle).await {
                 Ok(connection) => connection,
                 Err(source) => return Err(self.connect_error(source, request)),
             };
-            let copy = if connection.is_new { None } else { repeatable(&request) };
+            let may_repeat = !connection.is_new && repeat == Repeat::Once;
+            let copy = if may_repeat { repeatable(&request) } else { None };
             let mut error = match connection.sender.try_send_request(request).await {
                 Ok(response) => {
                     self.clone().keep(connection.sender);
@@ -145,6 +159,7 @@ impl Upstream {
                 }
                 // An idle connection that the server closed just now.
                 (None, Some(copy)) if is_closed(error.error()) => {
+                    is_repeated = true;
                     Request::from_parts(copy, body::empty())
                 }
                 (None, _) => {
@@ -159,8 +174,9 @@ impl Upstream {
         SendError::Connect { address: self.address.clone(), source, request: Box::new(request) }
     }
 
-    async fn connection(&self) -> io::Result<Connection> {
-        match self.take_idle() {
+    /// The `idle` connection, or a new one.
+    async fn connection(&self, idle: Option<SendRequest<Body>>) -> io::Result<Connection> {
+        match idle {
             Some(sender) => Ok(Connection { sender, is_new: false }),
             None => Ok(Connection { sender: self.connect().await?, is_new: true }),
         }
@@ -324,10 +340,18 @@ mod tests {
     }
 
     async fn ask(upstream: &Arc<Upstream>, method: Method) -> Result<String, String> {
+        ask_with(upstream, method, Repeat::Once).await
+    }
+
+    async fn ask_with(
+        upstream: &Arc<Upstream>,
+        method: Method,
+        repeat: Repeat,
+    ) -> Result<String, String> {
         let mut request = Request::new(body::empty());
         *request.method_mut() = method;
         request.headers_mut().insert("host", hyper::header::HeaderValue::from_static("a"));
-        match upstream.send(request).await {
+        match upstream.send(request, repeat).await {
             Ok(response) => {
                 use http_body_util::BodyExt as _;
                 let bytes = response.into_body().collect().await.unwrap().to_bytes();
@@ -344,7 +368,11 @@ mod tests {
 
     /// Waits until the connection of the last answer is kept.
     async fn wait_idle(upstream: &Upstream) {
-        while upstream.idle.lock().unwrap().is_empty() {
+        wait_idle_count(upstream, 1).await;
+    }
+
+    async fn wait_idle_count(upstream: &Upstream, count: usize) {
+        while upstream.idle.lock().unwrap().len() < count {
             tokio::task::yield_now().await;
         }
     }
@@ -373,13 +401,48 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_counts_as_a_write_is_sent_once_whatever_its_method() {
+        let (address, server) = server(&[1]);
+        let upstream = Upstream::new(address.clone(), Peer::Application, &Security::default());
+        assert_eq!(ask(&upstream, Method::GET).await, Ok("ok".to_owned()));
+        wait_idle(&upstream).await;
+        let error = format!("no answer from {address}");
+        assert_eq!(ask_with(&upstream, Method::GET, Repeat::Never).await, Err(error));
+        assert_eq!(join(server).await, 2);
+    }
+
+    #[tokio::test]
+    async fn what_changes_nothing_is_sent_twice_at_most() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp(listener.local_addr().unwrap().to_string());
+        let server = spawn(move || {
+            // Two answers at a time, so that two connections are kept. All end with their next request.
+            let mut kept = [(); 2].map(|()| listener.accept().unwrap().0);
+            kept.iter_mut().for_each(|stream| assert!(read_head(stream)));
+            kept.iter_mut().for_each(|stream| stream.write_all(ANSWER).unwrap());
+            let last = spawn(move || read_head(&mut listener.accept().unwrap().0));
+            let kept = kept.map(|mut stream| spawn(move || read_head(&mut stream)));
+            let read = kept.into_iter().chain([last]).map(|thread| thread.join().unwrap());
+            read.filter(|is_read| *is_read).count()
+        });
+        let upstream = Upstream::new(address.clone(), Peer::Application, &Security::default());
+        let both = tokio::join!(ask(&upstream, Method::GET), ask(&upstream, Method::GET));
+        assert_eq!(both, (Ok("ok".to_owned()), Ok("ok".to_owned())));
+        wait_idle_count(&upstream, 2).await;
+        let error = format!("no answer from {address}");
+        assert_eq!(ask(&upstream, Method::GET).await, Err(error));
+        drop(upstream);
+        assert_eq!(join(server).await, 2);
+    }
+
+    #[tokio::test]
     async fn what_was_never_sent_comes_back() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address::Tcp(listener.local_addr().unwrap().to_string());
         drop(listener);
         let upstream = Upstream::new(address, Peer::Node, &Security::default());
         let request = Request::post("/x").body(body::full("text")).unwrap();
-        match upstream.send(request).await {
+        match upstream.send(request, Repeat::Never).await {
             Err(SendError::Connect { request, .. }) => assert_eq!(request.uri(), "/x"),
             other => panic!("{other:?}"),
         }

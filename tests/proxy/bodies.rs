@@ -37,6 +37,23 @@ fn large_bodies_go_both_ways() {
 }
 
 #[test]
+fn a_read_may_have_a_body() {
+    let site = Site::with(2, &Plan { proxy: ", always-forward: ['/upload']", ..Plan::default() });
+    for node in 0..2 {
+        let mut connection = Connection::open(&site.proxies[node]);
+        let expected = format!("5 {}", sum(b"01234"));
+        assert_eq!(connection.ask("GET", "/upload", "", b"01234").text(), expected);
+        connection.write("GET /upload HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
+        connection.write("2\r\n01\r\n3\r\n234\r\n0\r\n\r\n");
+        assert_eq!(connection.answer("GET").text(), expected);
+        // One that has none is not given one.
+        let echo = connection.ask("GET", "/echo", "", b"").text().to_lowercase();
+        assert!(!echo.contains("transfer-encoding") && !echo.contains("content-length"), "{echo}");
+    }
+    assert_eq!(site.apps[1].requests(), 1);
+}
+
+#[test]
 fn both_ways_at_a_time() {
     // The application answers while it is being told: what was sent is what comes back.
     let site = Site::of(2);

@@ -296,7 +296,8 @@ impl Exchange {
         upstream: &Arc<Upstream>,
         request: Request<Body>,
     ) -> Result<Response<Body>, SendError> {
-        let (request, asker) = expect::hold_back(request);
+        let (mut request, asker) = expect::hold_back(request);
+        headers::frame(&mut request);
         let repeat = if self.kind == Kind::Write { Repeat::Never } else { Repeat::Once };
         let mut response = upstream.send(request, repeat).await?;
         let status = response.status();

@@ -11,14 +11,16 @@
 
 use std::net::IpAddr;
 
-use hyper::HeaderMap;
+use hyper::body::Body as _;
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
+use hyper::{HeaderMap, Request};
 use ltx::NodeId;
 
 use crate::http::CLUSTER_ID;
+use crate::http::body::Body;
 
 /// The nodes that a request has passed, by their ids.
 const PASSED: HeaderName = HeaderName::from_static("litefs-forwarded-by");
@@ -71,6 +73,15 @@ pub(super) fn strip(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
     if let Some(protocol) = upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, protocol);
+    }
+}
+
+/// Says that a body of unknown length comes in chunks: a GET's would not be sent otherwise.
+pub(super) fn frame(request: &mut Request<Body>) {
+    let is_framed =
+        request.body().is_end_stream() || request.headers().contains_key(CONTENT_LENGTH);
+    if !is_framed {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
 }
 

@@ -116,11 +116,13 @@ pub struct Proxy {
     primary: Mutex<Option<(String, Arc<Upstream>)>>,
 }
 
-/// A client's connection.
+/// A client's connection, for as long as anything of it is used: a tunnel outlives its HTTP.
 struct Client {
     address: IpAddr,
     pace: Arc<Pace>,
     stop: Stop,
+    /// Its part of how many there may be.
+    _slot: OwnedSemaphorePermit,
 }
 
 /// An answer and the word for it in logs and metrics.
@@ -188,7 +190,7 @@ impl Proxy {
         self: Arc<Proxy>,
         socket: TcpStream,
         address: SocketAddr,
-        _slot: OwnedSemaphorePermit,
+        slot: OwnedSemaphorePermit,
         mut stop: Stop,
     ) {
         // Without these, small answers come later, and a dead client is noticed later.
@@ -200,7 +202,8 @@ impl Proxy {
             Err(error) => return tracing::debug!(%address, %error, "connection to proxy refused"),
         };
         let io = TokioIo::new(PacedSocket::new(wire, pace.clone()));
-        let client = Arc::new(Client { address: address.ip(), pace, stop: stop.clone() });
+        let (address, stopping) = (address.ip(), stop.clone());
+        let client = Arc::new(Client { address, pace, stop: stopping, _slot: slot });
         let service = service_fn(move |request| {
             let answer = self.clone().answer(request, client.clone());
             async move { Ok::<_, Infallible>(answer.await) }

@@ -1,10 +1,12 @@
 //! Large and strange messages through one or two proxies: to node 0, the primary, and through node 1.
 
 use std::io::Write as _;
+use std::time::Duration;
 
 use super::app::{pattern, sum};
 use super::wire::Connection;
 use super::{Plan, Site};
+use crate::support::node::Member;
 use crate::support::wait;
 
 const LARGE: usize = 6 << 20;
@@ -100,6 +102,29 @@ fn a_protocol_switch_is_a_tunnel_through_every_proxy() {
         assert!(connection.ends());
     }
     assert_eq!(site.apps[1].requests(), 0);
+}
+
+#[test]
+fn tunnels_are_connections_that_count() {
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    site.add(&Plan::default(), Member::Primary);
+    // A connection for three files.
+    let connections_max = 80;
+    site.nodes[0].limit_files(3 * connections_max);
+    site.nodes[0].start();
+    let tunnel = |_| {
+        let mut connection = Connection::open(&site.proxies[0]);
+        let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+        assert_eq!(connection.ask("GET", "/socket", head, b"").status(), 101);
+        assert_eq!(connection.bytes(5), b"hello");
+        connection
+    };
+    let mut tunnels: Vec<_> = (0..connections_max).map(tunnel).collect();
+    let mut next = Connection::open(&site.proxies[0]);
+    next.write("GET /echo HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(next.is_silent_for(Duration::from_millis(300)), "one connection too many");
+    tunnels.pop().unwrap().close();
+    assert_eq!(next.answer("GET").status(), 200);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! HTTP/1.1 by hand, for clients and for the application: what is on the wire is what is tested.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
 
 use crate::support::wait::DEADLINE;
 
@@ -105,6 +106,15 @@ impl Connection {
         // A reset is an end too.
         let _ = self.reader.read_to_end(&mut rest);
         rest.is_empty()
+    }
+
+    /// Whether nothing comes for so long.
+    pub fn is_silent_for(&self, time: Duration) -> bool {
+        let socket = self.reader.get_ref();
+        socket.set_read_timeout(Some(time)).unwrap();
+        let come = socket.peek(&mut [0]);
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        come.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 
     pub fn close(self) {

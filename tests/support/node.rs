@@ -98,6 +98,8 @@ pub struct Node {
     address: String,
     scheme: &'static str,
     environment: &'static [(&'static str, &'static str)],
+    /// How many files its process may open; none for as many as the tests' own.
+    files_max: Option<u32>,
     child: Option<Running>,
     /// Where in the log the present run began.
     run_start: u64,
@@ -111,8 +113,9 @@ impl Node {
         let address = free_address();
         let (dir, environment) = (tempfile::tempdir().unwrap(), settings.environment);
         let scheme = if settings.http.contains("tls:") { "https" } else { "http" };
-        let (child, run_start, may_hang) = (None, 0, false);
-        let node = Node { dir, address, scheme, environment, child, run_start, may_hang };
+        let (child, files_max, run_start, may_hang) = (None, None, 0, false);
+        let node =
+            Node { dir, address, scheme, environment, files_max, child, run_start, may_hang };
         node.configure(settings, member);
         node
     }
@@ -120,6 +123,11 @@ impl Node {
     /// The test makes requests to its mount hang, so that is no failure.
     pub fn may_hang(&mut self) {
         self.may_hang = true;
+    }
+
+    /// Lets its process open so many files, from its next start on.
+    pub fn limit_files(&mut self, count: u32) {
+        self.files_max = Some(count);
     }
 
     /// A primary, ready.
@@ -184,7 +192,14 @@ impl Node {
         assert!(self.child.is_none(), "is running already");
         self.run_start = fs::metadata(self.log_path()).map_or(0, |meta| meta.len());
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut command = Command::new(program::litefs());
+        let mut command = match self.files_max {
+            None => Command::new(program::litefs()),
+            Some(count) => {
+                let mut command = Command::new("prlimit");
+                command.arg(format!("--nofile={count}")).arg(program::litefs());
+                command
+            }
+        };
         command.arg("mount").arg("-config").arg(self.dir.path().join("litefs.yml"));
         command.envs(self.environment.iter().copied());
         command

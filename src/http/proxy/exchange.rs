@@ -327,8 +327,10 @@ impl Exchange {
         let theirs = hyper::upgrade::on(&mut response);
         self.client.pace.tunnel();
         let (mut stop, counted) = (self.client.stop.clone(), self.proxy.options.metrics.begin());
+        // It stays one of the connections that there may be.
+        let held = (counted, self.client.clone());
         tokio::spawn(async move {
-            let _counted = counted;
+            let _held = held;
             let (Ok(ours), Ok(theirs)) = tokio::join!(ours, theirs) else { return };
             let (mut ours, mut theirs) = (TokioIo::new(ours), TokioIo::new(theirs));
             tokio::select! {

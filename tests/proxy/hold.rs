@@ -1,6 +1,7 @@
 //! A primary that is not there when a write comes.
 
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use test_case::test_case;
@@ -70,11 +71,8 @@ fn a_write_waits_for_another_primary(signal: Signal) {
     assert_eq!(site.apps[0].requests(), 1);
 }
 
-/// While the lease is on its way to a node that is slow to take it, the primary's own application could
-/// only fail; where the lease ends up the write is made.
-#[test_case(true; "the other node takes it")]
-#[test_case(false; "it stays")]
-fn a_write_waits_while_the_lease_is_handed_over(taken: bool) {
+/// A lease that is on its way from node 0 to node 1, which is stopped; what came of it in the end.
+fn handing_over() -> (Consul, Site, thread::JoinHandle<u16>) {
     let consul = Consul::start();
     let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
     for hostname in ["node0", "node1"] {
@@ -92,10 +90,19 @@ fn a_write_waits_while_the_lease_is_handed_over(taken: bool) {
         wire::ask(&primary, "POST", &format!("/handoff?nodeID={id}"), "", b"").status()
     });
     let connection = rusqlite::Connection::open(site.nodes[0].file("app.db")).unwrap();
-    connection.busy_timeout(std::time::Duration::ZERO).unwrap();
+    connection.busy_timeout(Duration::ZERO).unwrap();
     wait::until_true("the pause", || {
         connection.execute_batch("begin immediate; rollback").is_err()
     });
+    (consul, site, asked)
+}
+
+/// While the lease is on its way to a node that is slow to take it, the primary's own application could
+/// only fail; where the lease ends up the write is made.
+#[test_case(true; "the other node takes it")]
+#[test_case(false; "it stays")]
+fn a_write_waits_while_the_lease_is_handed_over(taken: bool) {
+    let (_consul, site, asked) = handing_over();
     let proxy = site.proxies[0].clone();
     let writer = thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x").seen());
     wait::until_true("the write", || site.metric(0, "litefs_proxy_in_flight") == 1.0);
@@ -104,6 +111,28 @@ fn a_write_waits_while_the_lease_is_handed_over(taken: bool) {
     }
     assert_eq!(asked.join().unwrap() == 200, taken);
     assert_eq!(writer.join().unwrap(), (200, "2".to_owned()));
+    site.nodes[1].signal(Signal::SIGCONT);
+    let made = [site.apps[0].requests(), site.apps[1].requests()];
+    assert_eq!(made, if taken { [1, 1] } else { [2, 0] });
+}
+
+/// The node that takes the lease may be ahead of the one that gives it, and only the primary can say that
+/// what a client has seen is lost.
+#[test_case(true; "the other node takes it")]
+#[test_case(false; "it stays")]
+fn a_read_waits_while_the_lease_is_handed_over(taken: bool) {
+    let (_consul, site, asked) = handing_over();
+    let mut reader = Connection::open(&site.proxies[0]);
+    reader.write("GET /get/a HTTP/1.1\r\nHost: a\r\nCookie: __txid=00000000ffffffff\r\n\r\n");
+    assert!(reader.is_silent_for(Duration::from_millis(300)), "who may be no primary has answered");
+    if taken {
+        site.nodes[1].signal(Signal::SIGCONT);
+    }
+    assert_eq!(asked.join().unwrap() == 200, taken);
+    let answer = reader.answer("GET");
+    assert_eq!(answer.seen(), (200, "1".to_owned()));
+    let last = format!("cookie: __txid={}\r\n", site.nodes[0].pos("app.db").txid);
+    assert_eq!(wire::cookie(&answer), Some(last));
     site.nodes[1].signal(Signal::SIGCONT);
     let made = [site.apps[0].requests(), site.apps[1].requests()];
     assert_eq!(made, if taken { [1, 1] } else { [2, 0] });

@@ -17,7 +17,7 @@ use super::rules::Kind;
 use super::state::{Links, Place, Wake};
 use super::upstream::{Repeat, SendError, Upstream};
 use super::{Admission, Client, Outcome, Proxy, cookie, expect, headers, plain};
-use crate::engine::{Role, chain_text};
+use crate::engine::chain_text;
 use crate::http::body::{self, Aborted, Body, Hold};
 use crate::http::stopped;
 use crate::limits;
@@ -167,8 +167,7 @@ impl Exchange {
             if state.txid().is_some_and(|txid| txid >= seen) {
                 break Ok(Reader::Here(Cookie::Keep));
             }
-            if state.role() == Role::Primary && state.received_txid().is_none_or(|txid| txid < seen)
-            {
+            if state.leads() && state.received_txid().is_none_or(|txid| txid < seen) {
                 // Nobody is ahead of the primary: that transaction was lost.
                 break Ok(Reader::Here(Cookie::Reset));
             }

@@ -130,8 +130,10 @@ impl State {
         self.engine.lag_ms()
     }
 
-    pub(super) fn role(&self) -> Role {
-        self.engine.role()
+    /// Whether this node is the primary for sure, so that nobody is ahead of it: not while its lease is
+    /// not confirmed, or handed over.
+    pub(super) fn leads(&self) -> bool {
+        self.engine.role() == Role::Primary && self.engine.shared().may_begin()
     }
 
     pub(super) fn node_id(&self) -> NodeId {

@@ -1,5 +1,6 @@
 //! A primary that is not there when a write comes.
 
+use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
 
@@ -138,6 +139,35 @@ fn a_read_waits_while_the_lease_is_handed_over(taken: bool) {
     assert_eq!(made, if taken { [1, 1] } else { [2, 0] });
 }
 
+/// A primary that stops has no proxy any more while it hands its lease over.
+#[test]
+fn a_body_that_waits_to_be_asked_for_waits_for_another_primary() {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    for (hostname, candidate) in [("node0", true), ("node1", true), ("node2", false)] {
+        let (url, advertise) = (&consul.url(), "");
+        let lease = Lease { url, hostname, advertise, candidate, ttl: "30s" };
+        site.add(&PATIENT, Member::Consul(lease));
+        site.nodes.last_mut().unwrap().start();
+    }
+    assert_eq!(site.ask(2, "POST", "/add/a", "").text(), "1");
+    site.nodes[1].wait_for_pos("app.db", site.nodes[0].pos("app.db"));
+    site.apps[0].close();
+    site.nodes[1].signal(Signal::SIGSTOP);
+    site.nodes[0].signal(Signal::SIGTERM);
+    wait::until_true("the end of the proxy", || TcpStream::connect(&site.proxies[0]).is_err());
+    let mut writer = Connection::open(&site.proxies[2]);
+    writer.write(
+        "POST /add/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n",
+    );
+    assert!(writer.is_silent_for(Duration::from_millis(300)), "nobody can have it");
+    site.nodes[1].signal(Signal::SIGCONT);
+    assert_eq!(writer.answer("POST").status(), 100);
+    writer.write("x");
+    assert_eq!(writer.answer("POST").seen(), (200, "2".to_owned()));
+    assert_eq!((site.apps[0].requests(), site.apps[1].requests()), (1, 1));
+}
+
 #[test]
 fn a_write_is_refused_when_no_primary_comes() {
     let mut site = Site::with(2, &Plan { proxy: ", primary-redirect-timeout: 100ms", ..PATIENT });
@@ -194,9 +224,7 @@ fn an_application_that_starts_late_is_waited_for() {
     let app = site.apps.remove(0);
     let (address, database) = (app.address.clone(), site.nodes[0].file("app.db"));
     drop(app);
-    wait::until_true("the end of the application", || {
-        std::net::TcpStream::connect(&address).is_err()
-    });
+    wait::until_true("the end of the application", || TcpStream::connect(&address).is_err());
     let proxy = site.proxies[0].clone();
     let client = thread::spawn(move || wire::ask(&proxy, "POST", "/add/a", "", b"x").seen());
     wait::until_true("the request", || site.metric(0, "litefs_proxy_in_flight") == 1.0);

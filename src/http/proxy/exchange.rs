@@ -298,7 +298,12 @@ impl Exchange {
         let (mut request, asker) = expect::hold_back(request);
         headers::frame(&mut request);
         let repeat = if self.kind == Kind::Write { Repeat::Never } else { Repeat::Once };
-        let mut response = upstream.send(request, repeat).await?;
+        let sent = upstream.send(request, repeat).await;
+        if let (Err(SendError::Connect { .. }), Some(asker)) = (&sent, &asker) {
+            // Where the request goes next its body is held back again.
+            asker.ask();
+        }
+        let mut response = sent?;
         let status = response.status();
         let upgrades =
             matches!(status, StatusCode::SWITCHING_PROTOCOLS | StatusCode::UPGRADE_REQUIRED);

@@ -23,6 +23,13 @@ use crate::limits;
 /// Asks for the body. Dropped when the answer is over, it breaks off a body that was not asked for.
 pub(super) struct Asker(Arc<Mutex<Option<oneshot::Sender<()>>>>);
 
+impl Asker {
+    /// Whoever wants the body may have it.
+    pub(super) fn ask(&self) {
+        ask(&self.0);
+    }
+}
+
 impl Drop for Asker {
     fn drop(&mut self) {
         self.0.lock().unwrap().take();
@@ -34,21 +41,25 @@ pub(super) fn hold_back(request: Request<Body>) -> (Request<Body>, Option<Asker>
     if !is_expected(request.headers()) || request.body().is_end_stream() {
         return (request, None);
     }
-    let (ask, asked) = oneshot::channel();
-    let asker = Arc::new(Mutex::new(Some(ask)));
+    let (sender, asked) = oneshot::channel();
+    let asker = Arc::new(Mutex::new(Some(sender)));
     let patience = Box::pin(sleep(limits::CONTINUE_WAIT));
     let mut request = request
         .map(|body| Gate { body, asked: Some(asked), patience, is_broken: false }.boxed_unsync());
-    let ask = asker.clone();
+    let sender = asker.clone();
     hyper::ext::on_informational(&mut request, move |answer| {
-        if answer.status() == StatusCode::CONTINUE
-            && let Some(ask) = ask.lock().unwrap().take()
-        {
-            // The body may be gone with its connection.
-            let _ = ask.send(());
+        if answer.status() == StatusCode::CONTINUE {
+            ask(&sender);
         }
     });
     (request, Some(Asker(asker)))
+}
+
+fn ask(sender: &Mutex<Option<oneshot::Sender<()>>>) {
+    if let Some(sender) = sender.lock().unwrap().take() {
+        // The body may be gone with its connection.
+        let _ = sender.send(());
+    }
 }
 
 fn is_expected(headers: &HeaderMap) -> bool {

@@ -139,6 +139,36 @@ fn a_read_waits_while_the_lease_is_handed_over(taken: bool) {
     assert_eq!(made, if taken { [1, 1] } else { [2, 0] });
 }
 
+/// The former primary is alive, and may take its time also where another one is primary now.
+#[test]
+fn a_long_write_outlasts_a_handoff_to_the_node_that_passed_it_on() {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    let plan = Plan { proxy: ", primary-redirect-timeout: 2s", ..Plan::default() };
+    for hostname in ["node0", "node1"] {
+        let (url, advertise) = (&consul.url(), "");
+        let lease = Lease { url, hostname, advertise, candidate: true, ttl: "30s" };
+        site.add(&plan, Member::Consul(lease));
+        site.nodes.last_mut().unwrap().start();
+    }
+    let mut writer = Connection::open(&site.proxies[1]);
+    writer.write(
+        "POST /late HTTP/1.1
+Host: a
+
+",
+    );
+    wait::until_true("the request", || site.apps[0].requests() == 1);
+    let path = format!("/handoff?nodeID={}", site.node_id(1));
+    assert_eq!(wire::ask(site.nodes[0].address(), "POST", &path, "", b"").status(), 200);
+    assert!(
+        writer.is_silent_for(Duration::from_secs(3)),
+        "the answer of a node that knows nothing"
+    );
+    site.apps[0].release();
+    assert_eq!(writer.answer("POST").status(), 200);
+}
+
 /// A primary that stops has no proxy any more while it hands its lease over.
 #[test]
 fn a_body_that_waits_to_be_asked_for_waits_for_another_primary() {

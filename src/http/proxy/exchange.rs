@@ -11,15 +11,15 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper_util::rt::TokioIo;
 use ltx::{NodeId, Txid};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::rules::Kind;
-use super::state::{Links, Place, Wake};
+use super::state::{Place, State, Wake};
 use super::upstream::{Repeat, SendError, Upstream};
 use super::{Admission, Client, Outcome, Proxy, cookie, expect, headers, plain};
 use crate::engine::chain_text;
 use crate::http::body::{self, Aborted, Body, Hold};
-use crate::http::stopped;
+use crate::http::{Stop, stopped};
 use crate::limits;
 use crate::telemetry::ProxyWait;
 
@@ -243,13 +243,14 @@ impl Exchange {
                 return Err(Refusal::unavailable("no primary available"));
             }
         };
-        let state = &self.proxy.state;
-        let upstream = self.proxy.primary(&url).map_err(|error| {
+        let (proxy, client) = (self.proxy.clone(), self.client.clone());
+        let state = &proxy.state;
+        let upstream = proxy.primary(&url).map_err(|error| {
             Refusal::unavailable(&format!("the primary's proxy URL {url}: {}", chain_text(&error)))
         })?;
         let passed = [&self.passed[..], &[state.node_id()]].concat();
         headers::set_passed(request.headers_mut(), state.cluster_id().as_deref(), &passed);
-        let gone = gone(state.links(), self.proxy.options.primary_wait);
+        let gone = gone(state, &client.stop, proxy.options.primary_wait);
         let sent = tokio::select! {
             sent = self.send(&upstream, request) => sent,
             () = gone => {
@@ -347,17 +348,20 @@ impl Exchange {
     }
 }
 
-/// Waits until the stream to the primary is gone and has not come back for `wait`.
-async fn gone(mut links: Links, wait: Duration) {
-    while links.wait_for(Option::is_none).await.is_ok() {
-        match timeout(wait, links.wait_for(Option::is_some)).await {
-            Err(_late) => return,
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) => break,
+/// Waits until this node has been without a primary for `wait`. Where it has become the primary itself
+/// nothing tells that the former one is gone, which may still answer; if its host is, the connection ends.
+async fn gone(state: &State, stop: &Stop, wait: Duration) {
+    let mut deadline = None;
+    loop {
+        let mut changes = state.primary_changes(stop);
+        deadline = state.is_alone().then(|| deadline.unwrap_or_else(|| Instant::now() + wait));
+        match changes.next(deadline).await {
+            Wake::Changed => {}
+            Wake::Late => return,
+            // The request is cut off.
+            Wake::Stopping => std::future::pending().await,
         }
     }
-    // The node stops, which cuts the request off.
-    std::future::pending().await
 }
 
 /// Has Fly.io play the request again where the primary is.

@@ -115,9 +115,9 @@ impl State {
         Changes { moved: Some(moved), ..self.primary_changes(stop) }
     }
 
-    /// Whether the stream to the primary is open.
-    pub(super) fn links(&self) -> Links {
-        self.links.clone()
+    /// Whether no stream to a primary is open, and this node is none.
+    pub(super) fn is_alone(&self) -> bool {
+        self.links.borrow().is_none() && self.engine.role() != Role::Primary
     }
 
     /// Whether the node has been primary, or has had all that its primary had.
@@ -198,8 +198,14 @@ fn place(role: Role, link: Option<&Link>, way: Way, passed: &[NodeId]) -> Place 
 }
 
 impl Changes {
-    /// Waits for a change, until `deadline`.
-    pub(super) async fn next(&mut self, deadline: Instant) -> Wake {
+    /// Waits for a change, until `deadline` if there is one.
+    pub(super) async fn next(&mut self, deadline: impl Into<Option<Instant>>) -> Wake {
+        let late = async {
+            match deadline.into() {
+                Some(deadline) => sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
         let moved = async {
             match &mut self.moved {
                 Some(moved) => moved.changed().await,
@@ -211,7 +217,7 @@ impl Changes {
             Ok(()) = moved => Wake::Changed,
             Ok(()) = self.changed.changed() => Wake::Changed,
             Ok(()) = self.links.changed() => Wake::Changed,
-            () = sleep_until(deadline) => Wake::Late,
+            () = late => Wake::Late,
             () = stopped(&mut self.stop) => Wake::Stopping,
         }
     }

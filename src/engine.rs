@@ -125,6 +125,8 @@ pub struct Engine {
     cluster_id: Mutex<Option<ClusterId>>,
     /// 0: primary. -1: never synced. Else when the last news came, in milliseconds since the epoch.
     lag_timestamp_ms: AtomicI64,
+    /// When this node last stopped being primary.
+    demoted: Mutex<Option<Instant>>,
     /// Ends the retention thread.
     stop: Arc<(Mutex<bool>, Condvar)>,
     retention: Mutex<Option<JoinHandle<()>>>,
@@ -165,6 +167,7 @@ impl Engine {
             role: Mutex::new(Role::Unknown),
             cluster_id: Mutex::new(cluster_id),
             lag_timestamp_ms: AtomicI64::new(-1),
+            demoted: Mutex::default(),
             stop: Arc::default(),
             retention: Mutex::default(),
             writer: Mutex::new(Some(writer)),
@@ -318,6 +321,13 @@ impl Engine {
             0 => Some(0),
             timestamp => Some(self.shared.since(timestamp)),
         }
+    }
+
+    /// Milliseconds for which nothing was heard of a primary: the lag, and on a former primary that has
+    /// heard of no other one the time since it was one.
+    pub fn silence_ms(&self) -> Option<i64> {
+        let alone = || self.demoted.lock().unwrap().map(|since| since.elapsed().as_millis());
+        self.lag_ms().or_else(|| alone().map(|ms| i64::try_from(ms).unwrap_or(i64::MAX)))
     }
 
     /// Sets the backup's high-water mark of a database.

@@ -109,8 +109,10 @@ impl Engine {
             self.lag_timestamp_ms.store(0, Ordering::SeqCst);
         } else {
             // A former primary has had no news yet; on a replica the last news only grow older.
-            let _ =
-                self.lag_timestamp_ms.compare_exchange(0, -1, Ordering::SeqCst, Ordering::SeqCst);
+            let (news, mut demoted) = (&self.lag_timestamp_ms, self.demoted.lock().unwrap());
+            if news.compare_exchange(0, -1, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                *demoted = Some(Instant::now());
+            }
         }
         if primary {
             self.shared.set_writing(Writing::Allowed);

@@ -20,7 +20,7 @@ pub(super) fn collect(engine: &Engine, metrics: &Metrics, streams: usize) {
     metrics.stream_count.set(streams as i64);
     metrics.passthrough.set(i64::from(engine.shared().is_passthrough()));
     metrics.last_news_seconds.set(engine.lag_timestamp_ms().unwrap_or(0) as f64 / 1000.0);
-    metrics.lag_seconds.set(engine.lag_ms().unwrap_or(0) as f64 / 1000.0);
+    metrics.lag_seconds.set(engine.silence_ms().unwrap_or(0) as f64 / 1000.0);
     let backup = &engine.shared().backup;
     count(&metrics.backup_errors, &backup.errors);
     metrics.backup_complete_seconds.set(backup.complete_ms.load(Ordering::Relaxed) as f64 / 1000.0);

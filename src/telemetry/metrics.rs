@@ -44,7 +44,8 @@ pub struct Metrics {
     pub is_primary: IntGauge,
     /// Who listens for changes: connected replicas.
     pub subscriber_count: IntGauge,
-    /// Lag behind the primary in seconds; 0 on the primary and before the first sync.
+    /// Lag behind the primary in seconds, or time since this node was it; 0 on the primary and before
+    /// the first sync.
     pub lag_seconds: Gauge,
     /// Open `/stream` requests.
     pub stream_count: IntGauge,

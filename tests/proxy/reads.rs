@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::wire::{Connection, cookie};
 use super::{Plan, Site};
-use crate::support::node::{Member, Node, free_address};
+use crate::support::consul::Consul;
+use crate::support::node::{Lease, Member, Node, free_address};
 use crate::support::wait;
 
 /// How many writes, each with a read of it, are made under lag: `LITEFS_TEST_READS`, or this.
@@ -30,6 +31,23 @@ fn lag_is_not_healthy() {
     wait::until_true("lag", || health(&site) == late());
     site.nodes[0].start();
     wait::until_true("health again", || health(&site) == healthy());
+}
+
+#[test]
+fn a_former_primary_that_hears_nobody_is_not_healthy() {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    let (url, hostname, advertise) = (&consul.url(), "node0", "");
+    let lease = Lease { url, hostname, advertise, candidate: true, ttl: "4s" };
+    site.add(&Plan { proxy: ", max-lag: 500ms", ..Plan::default() }, Member::Consul(lease));
+    site.nodes[0].start();
+    let health = || site.ask(0, "GET", "/litefs/health", "").seen();
+    assert_eq!(health(), (200, "OK\n".to_owned()));
+    drop(consul);
+    wait::until_true("lag", || health() == (503, "Replication lag exceeded\n".to_owned()));
+    assert!(site.metric(0, "litefs_lag_seconds") >= 0.5);
+    let lag = std::fs::read_to_string(site.nodes[0].file(".lag")).unwrap();
+    assert_eq!(lag, "+2147483647");
 }
 
 #[test]

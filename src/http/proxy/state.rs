@@ -125,9 +125,9 @@ impl State {
         *self.ready.borrow()
     }
 
-    /// Milliseconds since the last news of the primary; none before the first.
+    /// Milliseconds since the last news of the primary, or since this node was one; none before either.
     pub(super) fn lag_ms(&self) -> Option<i64> {
-        self.engine.lag_ms()
+        self.engine.silence_ms()
     }
 
     /// Whether this node is the primary for sure, so that nobody is ahead of it: not while its lease is

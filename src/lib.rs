@@ -26,5 +26,6 @@ pub mod properties;
 pub mod sqlite;
 pub mod supervisor;
 pub mod telemetry;
+pub mod threads;
 pub mod tls;
 pub mod volume;

@@ -37,6 +37,9 @@ pub const PING_PERIOD: Duration = Duration::from_secs(2);
 pub const PING_WAIT: Duration = Duration::from_secs(5);
 /// Time until the host at the other end of a silent connection counts as dead.
 pub const DEAD_HOST_WAIT: Duration = Duration::from_secs(30);
+/// How long a node that has become primary waits for the former one's answer to what it had passed on. Where that host
+/// is dead and has not acknowledged everything, TCP alone would take a quarter of an hour.
+pub const FORMER_PRIMARY_WAIT: Duration = Duration::from_secs(120);
 /// Period of heartbeats on an idle stream, fixed by the protocol.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
 /// Silence on an idle stream that means a dead primary: five heartbeats.
@@ -68,13 +71,15 @@ pub const BODY_QUEUE_PIECES: usize = 4;
 
 /// Memory between the maker of a snapshot and a slower peer, in bytes; what exceeds it goes to disk.
 pub const SPOOL_MEMORY_BYTES: usize = 8 << 20;
-/// Snapshots and exports at a time that are made or have something on the disk: more would only compete for it.
+/// Snapshots and exports made at a time, and exports that are made or wait on the disk: more would only compete for it.
 pub const SPOOLS_MAX: usize = 4;
-/// How long one that was made counts for [`SPOOLS_MAX`] while a slow peer takes it: all others wait meanwhile. A
-/// replica that takes longer is past the default retention, and needs another snapshot.
+/// How long an export that was made counts while a slow peer takes it: all others wait meanwhile.
 pub const SPOOL_DRAIN_WAIT: Duration = Duration::from_secs(600);
 /// Uploads on the disk at a time; imports go one by one, so that more would only wait there.
 pub const UPLOADS_MAX: usize = 4;
+/// How long one more waits for one of them to end; a client gives up on a body that nobody takes later
+/// ([`BODY_STALL_WAIT`]).
+pub const UPLOAD_WAIT: Duration = Duration::from_secs(60);
 /// With less room than this on the disk nothing more is stored for a peer: far enough above [`FREE_SPACE_MIN`] that
 /// it keeps no writer out.
 pub const PEER_FREE_SPACE_MIN: u64 = 4 * FREE_SPACE_MIN;

@@ -11,7 +11,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt as _};
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
@@ -21,29 +20,6 @@ pub mod fault;
 
 /// Labels of what an application asked for.
 const OF_APPLICATIONS: [&str; 3] = ["files:sync", "files:dir", "super-journal:sync"];
-
-/// What a thread does first; see [`threads_begin_with`].
-static BEGIN: OnceLock<fn()> = OnceLock::new();
-
-/// From now on each thread of [`spawn`] begins with a call of `begin`. Only the first call counts.
-pub fn threads_begin_with(begin: fn()) {
-    let _ = BEGIN.set(begin);
-}
-
-/// Starts a thread from within a call that a FUSE worker may make. It would begin with the worker's CPU and
-/// priority, which are not right for others' work.
-///
-/// # Errors
-/// There is no thread to be had.
-pub fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let run = move || {
-        if let Some(begin) = BEGIN.get() {
-            begin();
-        }
-        run();
-    };
-    std::thread::Builder::new().name(name.to_owned()).spawn(run).map(drop)
-}
 
 /// How often something was made durable since the start, for the metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

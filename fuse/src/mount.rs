@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -272,7 +273,8 @@ impl<V: Volume> Worker<V> {
         let panicked = |_| Err(Error::Session { doing: "panic in serve", source: Errno::EIO });
         if let Err(error) = served.unwrap_or_else(panicked) {
             tracing::error!(%error, dir = %self.dir.display(), "a fuse worker ended, and so does the mount");
-            if let Err(errno) = mount_point::cut_off(&self.dir) {
+            let is_first = !self.end.is_cut_off.swap(true, Ordering::Relaxed);
+            if is_first && let Err(errno) = mount_point::cut_off(&self.dir) {
                 tracing::error!(%errno, "the mount stays, and calls may wait for ever: end this process");
             }
         }
@@ -398,6 +400,8 @@ struct End {
     posts: Arc<Shared>,
     waits: Arc<Waits>,
     watch: Arc<Watch>,
+    /// A worker failed, and so the mount was cut off.
+    is_cut_off: AtomicBool,
 }
 
 struct Serving {
@@ -409,7 +413,8 @@ impl End {
     fn new<V: Volume>(workers: usize, posts: Arc<Shared>, session: &Session<V>) -> End {
         let state = Mutex::new(Serving { workers, on_end: None });
         let (waits, watch) = (session.waits.clone(), session.watch.clone());
-        End { state, changed: Condvar::new(), posts, waits, watch }
+        let is_cut_off = AtomicBool::new(false);
+        End { state, changed: Condvar::new(), posts, waits, watch, is_cut_off }
     }
 
     /// A worker ends; the last one does what is left.

@@ -9,9 +9,11 @@
 //! mounted over, as a container's volume is.
 
 use std::ffi::OsString;
+use std::fs::OpenOptions;
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -259,10 +261,13 @@ pub(crate) fn detach(dir: &Path) -> Result<(), Error> {
     unmount_by_helper(dir, &["-u", "-z"])
 }
 
-/// Has all calls on the mount fail from now on. Needs root.
+/// Has all calls on the mount fail from now on. It stays where it is: nobody is to find the directory below and write
+/// there. Needs root.
 pub(crate) fn cut_off(dir: &Path) -> Result<(), Errno> {
+    // In use by this, it is not taken away.
+    let root = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(dir);
+    let _root = root.map_err(|error| errno(&error))?;
     match umount2(dir, MntFlags::MNT_FORCE) {
-        // Files are open: it stays, without a process behind it.
         Ok(()) | Err(Errno::EBUSY) => Ok(()),
         Err(errno) => Err(errno),
     }

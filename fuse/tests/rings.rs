@@ -150,7 +150,7 @@ fn policies(process: u32) -> Vec<libc::c_int> {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
     let rings = tasks.filter_map(|task| {
         let path = task.unwrap().path();
-        let name = std::fs::read_to_string(path.join("comm")).unwrap();
+        let name = std::fs::read_to_string(path.join("comm")).ok()?;
         let thread: libc::pid_t = path.file_name()?.to_str()?.parse().ok()?;
         // SAFETY: takes a number.
         name.starts_with("fuse-ring-").then(|| unsafe { libc::sched_getscheduler(thread) })
@@ -176,7 +176,7 @@ fn a_ring_steps_aside_for_a_client_that_comes_and_goes() {
     let some_aside = || policies(child.id()).contains(&libc::SCHED_IDLE);
     assert!(!some_aside());
     wait_for("a ring to step aside", || {
-        (0..100).for_each(|_| come_and_go());
+        (0..8).for_each(|_| come_and_go());
         some_aside()
     });
     wait_for("all to step back", || {

@@ -25,7 +25,7 @@ use super::halt::HaltId;
 use super::locks::{LockKind, Owner};
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
-use crate::{limits, os};
+use crate::{limits, os, threads};
 
 mod exclusive;
 mod follow;
@@ -592,7 +592,7 @@ impl Db {
 
     fn spawn_applier(self: &Arc<Db>) {
         let db = self.clone();
-        if let Err(error) = os::spawn("litefs-apply", move || db.run_applier()) {
+        if let Err(error) = threads::spawn("litefs-apply", move || db.run_applier()) {
             tracing::error!(db = %self.name, %error, "start apply thread");
             self.inbox.state.lock().unwrap().running = false;
         }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::db::Db;
-use crate::{limits, os};
+use crate::{limits, threads};
 
 /// The calls that wait, the oldest first.
 #[derive(Default)]
@@ -40,7 +40,7 @@ impl Brief {
         let mut state = self.state.lock().unwrap();
         if !state.runs {
             let me = self.clone();
-            os::spawn("litefs-brief", move || me.run())?;
+            threads::spawn("litefs-brief", move || me.run())?;
             state.runs = true;
         }
         let end = Instant::now() + limits::ENGINE_LOCK_WAIT;

@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
 
@@ -63,6 +63,8 @@ struct Inner {
     recent: Recent,
     /// The files, by their first transaction.
     files: BTreeMap<Txid, LtxFile>,
+    /// Those of them that are of a time to come, and when that was seen.
+    ahead: BTreeMap<Txid, Instant>,
     /// The last transaction that is in a file.
     written: Txid,
     /// The last transaction that is in a durable file.
@@ -433,10 +435,10 @@ impl Chain {
     pub fn expired(&self, retention: Duration, keep_from: Option<Txid>) -> Vec<LtxFile> {
         let now = SystemTime::now();
         let mut inner = self.inner.lock().unwrap();
-        inner.date_back(now);
+        inner.note_ahead(now);
         let newest = inner.files.last_key_value().map(|(min, _)| *min);
         let expired = |file: &&LtxFile| {
-            now.duration_since(file.mtime).is_ok_and(|age| age > retention)
+            inner.is_older(file, now, retention)
                 && Some(file.min) != newest
                 && file.max <= inner.synced
                 && keep_from.is_none_or(|hwm| file.max < hwm)
@@ -449,8 +451,7 @@ impl Chain {
         let now = SystemTime::now();
         let overdue = {
             let inner = self.inner.lock().unwrap();
-            let old =
-                |file: &LtxFile| now.duration_since(file.mtime).is_ok_and(|age| age > retention);
+            let old = |file: &LtxFile| inner.is_older(file, now, retention);
             inner.files.values().any(|file| file.max > inner.synced && old(file))
         };
         if overdue { self.sync_files() } else { Ok(()) }
@@ -808,11 +809,21 @@ impl Inner {
         self.files.insert(file.min, file);
     }
 
-    /// Files of a time to come, written while the clock was ahead, count as written `now`: else each would stay
-    /// until then, and with it all that follow.
-    fn date_back(&mut self, now: SystemTime) {
-        for file in self.files.values_mut() {
-            file.mtime = file.mtime.min(now);
+    /// Notes which files are of a time to come, written while the clock was ahead.
+    fn note_ahead(&mut self, now: SystemTime) {
+        let Inner { files, ahead, .. } = self;
+        ahead.retain(|min, _| files.get(min).is_some_and(|file| file.mtime > now));
+        for file in files.values().filter(|file| file.mtime > now) {
+            ahead.entry(file.min).or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether a file is older than `retention`. One of a time to come counts from the moment in which that was seen:
+    /// else it would stay until then, and with it all that follow.
+    fn is_older(&self, file: &LtxFile, now: SystemTime, retention: Duration) -> bool {
+        match now.duration_since(file.mtime) {
+            Ok(age) => age > retention,
+            Err(_) => self.ahead.get(&file.min).is_some_and(|seen| seen.elapsed() > retention),
         }
     }
 

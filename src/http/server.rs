@@ -92,6 +92,8 @@ pub struct Api {
     pub(super) spool_dir: PathBuf,
     /// One for each snapshot or export being made.
     pub(super) spool_slots: Arc<Semaphore>,
+    /// One for each export that is made or waits on the disk.
+    pub(super) export_slots: Arc<Semaphore>,
     /// One for each upload that arrives, or waits for those before it.
     upload_slots: Semaphore,
     /// Imports go one by one.
@@ -124,6 +126,7 @@ impl Api {
             options,
             spool_dir,
             spool_slots: Arc::new(Semaphore::new(limits::SPOOLS_MAX)),
+            export_slots: Arc::new(Semaphore::new(limits::SPOOLS_MAX)),
             upload_slots: Semaphore::new(limits::UPLOADS_MAX),
             import_slot: Semaphore::new(1),
             halt_slots: Arc::new(Semaphore::new(limits::HALT_WAITERS_MAX)),
@@ -382,7 +385,8 @@ impl Api {
     }
 
     async fn take_import(self: Arc<Api>, name: DbName, body: Incoming) -> Answer {
-        let _upload_slot = self.upload_slots.acquire().await;
+        let slot = timeout(limits::UPLOAD_WAIT, self.upload_slots.acquire()).await;
+        let _upload_slot = slot.map_err(|_| TOO_MANY_UPLOADS)?;
         let upload = transfer::Upload::store(&self.spool_dir, body).await?;
         let _import_slot = self.import_slot.acquire().await;
         let (engine, db) = (self.engine.clone(), name.clone());
@@ -661,6 +665,9 @@ pub(super) struct Refusal {
 
 /// Makes a browser ask for the token.
 const ASK_FOR_TOKEN: HeaderValue = HeaderValue::from_static("Basic realm=\"litefs\"");
+
+const TOO_MANY_UPLOADS: (StatusCode, &str) =
+    (StatusCode::SERVICE_UNAVAILABLE, "other imports are being uploaded, try again later");
 
 const METHOD_NOT_ALLOWED: (StatusCode, &str) =
     (StatusCode::METHOD_NOT_ALLOWED, "method not allowed");

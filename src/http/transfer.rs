@@ -62,13 +62,17 @@ pub(super) struct Transfer {
     maker: JoinHandle<Result<Pos, Error>>,
 }
 
-/// Begins to make `kind` of `db`, as soon as fewer than [`limits::SPOOLS_MAX`] are being made or wait on the disk for
-/// slow peers.
+/// Begins to make `kind` of `db`, as soon as fewer than [`limits::SPOOLS_MAX`] are being made, and an export as soon as
+/// fewer exports wait on the disk for slow peers. No snapshot waits for slow peers: all of its stream would.
 pub(super) fn start(api: &Arc<Api>, db: Arc<Db>, kind: Kind) -> Transfer {
     let limit = api.options.snapshot_timeout;
     let (mut writer, reader, emptied) = spool::pipe(&api.spool_dir);
-    let slots = api.spool_slots.clone();
+    let (slots, export_slots) = (api.spool_slots.clone(), api.export_slots.clone());
     let maker = tokio::spawn(async move {
+        let drained = match kind {
+            Kind::Export => Some(export_slots.acquire_owned().await),
+            Kind::Snapshot => None,
+        };
         let slot = slots.acquire_owned().await;
         let made = spawn_blocking(move || {
             writer.set_deadline(limit.map(|limit| Instant::now() + limit));
@@ -80,10 +84,13 @@ pub(super) fn start(api: &Arc<Api>, db: Arc<Db>, kind: Kind) -> Transfer {
             Ok(pos)
         });
         let made = made.await?;
-        tokio::spawn(async move {
-            let _ = timeout(limits::SPOOL_DRAIN_WAIT, emptied.wait()).await;
-            drop(slot);
-        });
+        drop(slot);
+        if drained.is_some() {
+            tokio::spawn(async move {
+                let _ = timeout(limits::SPOOL_DRAIN_WAIT, emptied.wait()).await;
+                drop(drained);
+            });
+        }
         made
     });
     Transfer { reader, maker }

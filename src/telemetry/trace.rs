@@ -23,7 +23,7 @@ use flate2::write::GzEncoder;
 use super::complain;
 use super::log::timestamp_micros;
 use crate::config::Tracing;
-use crate::os;
+use crate::{os, threads};
 
 const MEGABYTE: u64 = 1 << 20;
 const GZIP: &str = ".gz";
@@ -91,7 +91,7 @@ impl RollingFile {
         self.file = os::create_new("trace:file", &self.keep.path)?;
         self.len = 0;
         let keep = self.keep.clone();
-        let settling = std::thread::Builder::new().spawn(move || {
+        let settling = threads::spawn("litefs-trace", move || {
             if let Err(error) = keep.settle(&full) {
                 complain(format_args!("ERROR: keep trace file {}: {error}", full.display()));
             }

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use litefs::http::client::StreamRequest;
+use litefs::http::frame::Event;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout};
 
-use super::node::{Node, wait_until};
+use super::node::{Node, identity, wait_until};
 use crate::support::disk::Disk;
 
 const MIB: u64 = 1 << 20;
@@ -137,6 +139,22 @@ async fn what_waits_for_slow_peers_does_not_add_up() {
     timeout(SHORT, next.readable()).await.expect_err("all are on the disk");
     slow.pop();
     timeout(SHORT, next.readable()).await.expect("there is one less").unwrap();
+    node.stop().await;
+}
+
+/// All databases of a replica wait for a snapshot of one.
+#[tokio::test(start_paused = true)]
+async fn a_replica_does_not_wait_for_slow_exports() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::primary(dir.path(), 1).await;
+    let _slow = slow_exports(&node).await;
+    let request = StreamRequest { identity: &identity(99), positions: &[], filter: &[] };
+    let mut stream = node.client.stream(request).await.unwrap();
+    let begun = async {
+        while !matches!(stream.next().await.unwrap().expect("endless"), Event::LtxData(_)) {}
+    };
+    timeout(SHORT, begun).await.expect("a snapshot");
+    drop(stream);
     node.stop().await;
 }
 

@@ -33,6 +33,8 @@ fn text(error: &dyn std::error::Error) -> String {
 /// Brings the backup in a directory to where the database stands, as a node does in rounds; or the
 /// database to where the backup stands.
 pub fn back_up(engine: &Arc<Engine>, dir: &Path) -> Result<(), String> {
+    // By whoever wants a backup.
+    std::fs::create_dir_all(dir).map_err(|error| text(&error))?;
     let store = Directory::new(dir.to_owned());
     let name = DbName::new(DB).unwrap();
     let failed = |error: Error| text(&error);

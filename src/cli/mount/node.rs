@@ -52,7 +52,7 @@ use crate::supervisor::{Candidate, Ending, Signals, Stopper, Supervisor};
 use crate::telemetry::log::chain;
 use crate::telemetry::{Metrics, complain, say};
 use crate::volume::EngineVolume;
-use crate::{limits, os};
+use crate::{limits, os, threads};
 
 /// Between two attempts to unmount.
 const UNMOUNT_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
@@ -741,7 +741,7 @@ async fn mount(
     let Settings { config, stale_mount, .. } = settings;
     let fuse = &config.fuse;
     check_places(&config.data.dir, &fuse.dir)?;
-    os::threads_begin_with(fuse::settle_thread);
+    threads::begin_with(fuse::settle_thread);
     let dir = fuse.dir.clone();
     let options = fuse::MountOptions {
         allow_other: fuse.allow_other,

@@ -23,10 +23,10 @@ use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::locks::{Handle, Owner};
-use crate::os;
 use crate::sqlite::lock_byte::LockSet;
 use crate::sqlite::wal;
 use crate::sqlite::wal_index::IndexHeader;
+use crate::{os, threads};
 
 /// Frames that were made invalid, and that the kernel may still have as they were.
 pub(in crate::engine) struct Cut {
@@ -118,7 +118,7 @@ impl Db {
                     me.has_uncut.store(false, Ordering::SeqCst);
                 };
                 let path = self.files.path(FileKind::Wal);
-                os::spawn("litefs-cut", tell)
+                threads::spawn("litefs-cut", tell)
                     .map_err(Error::io("start thread for cut frames", &path))?;
                 change.wal.cut_is_untold = true;
             }
@@ -170,7 +170,7 @@ impl Db {
             me.release(owner, set);
             done();
         };
-        if let Err(error) = os::spawn("litefs-cut", tell) {
+        if let Err(error) = threads::spawn("litefs-cut", tell) {
             tracing::error!(db = %self.name, %error, "start thread");
             self.release(owner, set);
         }

@@ -128,7 +128,6 @@ fn files_of_a_clock_that_was_ahead_expire_too() {
     let file = File::open(chain.dir.ltx_file(first.min, first.max)).unwrap();
     file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
     chain.list_again().unwrap();
-    assert!(chain.expired(Duration::ZERO, None).is_empty(), "it counts as written now");
     assert_eq!(chain.expired(Duration::from_secs(60), None), [], "one retention is not over");
     let old = chain.expired(Duration::ZERO, None);
     assert_eq!(old.last().map(|file| file.max), Some(Txid(3)), "all but the newest");

@@ -348,13 +348,19 @@ impl Exchange {
     }
 }
 
-/// Waits until this node has been without a primary for `wait`. Where it has become the primary itself
-/// nothing tells that the former one is gone, which may still answer; if its host is, the connection ends.
+/// Waits until this node has been without a primary for `wait`. Where it has become the primary itself the former one
+/// may still answer, and nothing tells that it is gone: it gets longer.
 async fn gone(state: &State, stop: &Stop, wait: Duration) {
-    let mut deadline = None;
+    let mut since = None;
     loop {
         let mut changes = state.primary_changes(stop);
-        deadline = state.is_alone().then(|| deadline.unwrap_or_else(|| Instant::now() + wait));
+        let patience = match state.is_linked() {
+            true => None,
+            false if state.is_primary() => Some(wait.max(limits::FORMER_PRIMARY_WAIT)),
+            false => Some(wait),
+        };
+        since = patience.map(|_| since.unwrap_or_else(Instant::now));
+        let deadline = since.zip(patience).map(|(since, patience)| since + patience);
         match changes.next(deadline).await {
             Wake::Changed => {}
             Wake::Late => return,

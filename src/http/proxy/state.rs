@@ -115,9 +115,13 @@ impl State {
         Changes { moved: Some(moved), ..self.primary_changes(stop) }
     }
 
-    /// Whether no stream to a primary is open, and this node is none.
-    pub(super) fn is_alone(&self) -> bool {
-        self.links.borrow().is_none() && self.engine.role() != Role::Primary
+    /// Whether the stream to a primary is open.
+    pub(super) fn is_linked(&self) -> bool {
+        self.links.borrow().is_some()
+    }
+
+    pub(super) fn is_primary(&self) -> bool {
+        self.engine.role() == Role::Primary
     }
 
     /// Whether the node has been primary, or has had all that its primary had.
@@ -133,7 +137,7 @@ impl State {
     /// Whether this node is the primary for sure, so that nobody is ahead of it: not while its lease is
     /// not confirmed, or handed over.
     pub(super) fn leads(&self) -> bool {
-        self.engine.role() == Role::Primary && self.engine.shared().may_begin()
+        self.is_primary() && self.engine.shared().may_begin()
     }
 
     pub(super) fn node_id(&self) -> NodeId {

@@ -197,21 +197,46 @@ impl Stream {
         }
     }
 
-    /// Brings the replica up to date for all that is pending.
+    /// Brings the replica up to date for all that is pending. Snapshots come last: they take long, and one for which
+    /// there is no room breaks the stream off.
     async fn round(&mut self) -> Result<(), Error> {
         self.drop_unwanted();
+        let mut without_files = Vec::new();
         while let Some(name) = self.pending.first().cloned() {
-            match self.api.engine.database(&name) {
-                Some(db) => {
-                    self.catch_up(&name, &db).await?;
-                    self.tell_hwm(&name, &db);
-                }
-                None => self.forget(name.clone()),
+            if self.bring(&name, Snapshots::Later).await? == Brought::NeedsSnapshot {
+                without_files.push(name.clone());
             }
             self.pending.remove(&name);
         }
+        for name in without_files {
+            self.begin_with_snapshot(&name).await?;
+        }
         self.membership.set_sent(self.sent);
         Ok(())
+    }
+
+    /// Brings one database up to date of which files do not lead from where the replica is.
+    async fn begin_with_snapshot(&mut self, name: &str) -> Result<(), Error> {
+        if let Some(db) = self.api.engine.database(name) {
+            match self.send_snapshot(name, &db).await {
+                Err(error) if !self.outbox.inside_ltx => return self.skip(name, error).map(drop),
+                sent => sent?,
+            }
+        }
+        self.bring(name, Snapshots::Now).await.map(drop)
+    }
+
+    /// Brings one database up to date.
+    async fn bring(&mut self, name: &str, snapshots: Snapshots) -> Result<Brought, Error> {
+        let Some(db) = self.api.engine.database(name) else {
+            self.forget(name.to_owned());
+            return Ok(Brought::UpToDate);
+        };
+        let brought = self.catch_up(name, &db, snapshots).await?;
+        if brought == Brought::UpToDate {
+            self.tell_hwm(name, &db);
+        }
+        Ok(brought)
     }
 
     /// Tells the replica how far the backup is, if that has changed.
@@ -240,7 +265,12 @@ impl Stream {
 
     /// Sends what the replica lacks of `db`, as of now: what is committed meanwhile makes it dirty
     /// again, so that one busy database does not hold up the others.
-    async fn catch_up(&mut self, name: &str, db: &Arc<Db>) -> Result<(), Error> {
+    async fn catch_up(
+        &mut self,
+        name: &str,
+        db: &Arc<Db>,
+        snapshots: Snapshots,
+    ) -> Result<Brought, Error> {
         let target = db.pos();
         loop {
             let pos = self.positions.get(name).copied().unwrap_or_default();
@@ -251,11 +281,14 @@ impl Stream {
             self.set_position(name, Some(step.pos));
             self.outbox.flush_if_full().await?;
             match step.then {
-                Then::Done => return Ok(()),
+                Then::Done => return Ok(Brought::UpToDate),
                 Then::More => {}
                 Then::Large(bytes) => {
                     self.send_large(name, bytes).await?;
                     self.finish_ltx(name);
+                }
+                Then::Snapshot if snapshots == Snapshots::Later => {
+                    return Ok(Brought::NeedsSnapshot);
                 }
                 Then::Snapshot => match self.send_snapshot(name, db).await {
                     Err(error) if !self.outbox.inside_ltx => return self.skip(name, error),
@@ -267,7 +300,7 @@ impl Stream {
 
     /// Leaves out a database that cannot be read, until [`limits::STREAM_RETRY`] from now; nothing
     /// of it was begun, so the others go on.
-    fn skip(&mut self, name: &str, error: Error) -> Result<(), Error> {
+    fn skip(&mut self, name: &str, error: Error) -> Result<Brought, Error> {
         if let Error::Send(error) = error {
             return Err(error.into());
         }
@@ -275,7 +308,7 @@ impl Stream {
         let (names, _) = self.retry.take().unwrap_or_else(|| (BTreeSet::new(), Instant::now()));
         let names = names.into_iter().chain([name.to_owned()]).collect();
         self.retry = Some((names, Instant::now() + limits::STREAM_RETRY));
-        Ok(())
+        Ok(Brought::UpToDate)
     }
 
     /// Encodes the next files into the outbox. A small transaction that was just committed is
@@ -391,6 +424,22 @@ impl Stream {
 
 fn read_error(name: &str, source: std::io::Error) -> Error {
     Error::Read { db: name.to_owned(), source }
+}
+
+/// When snapshots may be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Snapshots {
+    Later,
+    Now,
+}
+
+/// Where a database is at the replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Brought {
+    /// Where it is here, or left out for now.
+    UpToDate,
+    /// Where no file here goes on.
+    NeedsSnapshot,
 }
 
 /// Encodes the next files of one database.

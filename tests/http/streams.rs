@@ -204,6 +204,23 @@ async fn a_stream_begins_as_the_protocol_says() {
     primary.stop().await;
 }
 
+/// A snapshot takes long, or finds no room.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_database_waits_for_the_snapshot_of_another_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let primary = Node::primary(&dir.path().join("a"), 1).await;
+    primary.import("a.db", ROWS).await;
+    let first = primary.import("b.db", ROWS).await;
+    primary.import("b.db", "CREATE TABLE u (x)").await;
+    primary.import("c.db", ROWS).await;
+    let events = first_round(&primary, &[("b.db", first)]).await.unwrap();
+    let names = events.iter().filter_map(|event| event.strip_prefix("Ltx { name: \""));
+    let names: Vec<_> = names.map(|name| &name[..1]).collect();
+    assert_eq!(names, ["b", "a", "c"]);
+    assert_eq!(events.last().map(String::as_str), Some("Ready"));
+    primary.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_stream_beats_every_second_and_ends_with_its_node() {
     let dir = tempfile::tempdir().unwrap();

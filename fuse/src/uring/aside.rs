@@ -28,8 +28,6 @@ const MOVES: u32 = 8;
 const MOVES_MAX: u32 = MOVES << 5;
 /// Who waits longer steps back. A turn of the processor among equals is 3 ms.
 const PATIENCE: Duration = Duration::from_millis(5);
-/// The same while a request is unanswered: perhaps the client waits for a disk and cannot ask.
-const PATIENCE_UNANSWERED: Duration = Duration::from_millis(50);
 /// A stay of this length has spared more than the slow call that may end it, so the next one needs less.
 const LONG_STAY: Duration = Duration::from_millis(20);
 
@@ -98,11 +96,10 @@ impl Aside {
         self.since.map(|_| Instant::now())
     }
 
-    /// The thread has waited since `begin`, so many requests being unanswered.
-    pub fn end_wait(&mut self, begin: Option<Instant>, unanswered: usize) {
+    /// The thread has waited since `begin`.
+    pub fn end_wait(&mut self, begin: Option<Instant>) {
         let (Some(begin), Some(since)) = (begin, self.since) else { return };
-        let patience = if unanswered == 0 { PATIENCE } else { PATIENCE_UNANSWERED };
-        if begin.elapsed() <= patience {
+        if begin.elapsed() <= PATIENCE {
             return;
         }
         match set_policy(libc::SCHED_OTHER) {
@@ -269,23 +266,11 @@ mod tests {
         apart(|| {
             let mut aside = aside();
             let begin = aside.begin_wait().unwrap();
-            aside.end_wait(Some(begin), 0);
+            aside.end_wait(Some(begin));
             assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
-            aside.end_wait(begin.checked_sub(PATIENCE), 0);
+            aside.end_wait(begin.checked_sub(PATIENCE));
             assert_eq!((policy(0), aside.needed), (Ok(libc::SCHED_OTHER), 2 * MOVES));
             assert_eq!(aside.begin_wait(), None);
-        });
-    }
-
-    #[test]
-    fn a_thread_with_a_request_that_waits_steps_back_too() {
-        apart(|| {
-            let mut aside = aside();
-            let begin = aside.begin_wait().unwrap();
-            aside.end_wait(begin.checked_sub(PATIENCE), 1);
-            assert_eq!(policy(0), Ok(libc::SCHED_IDLE));
-            aside.end_wait(begin.checked_sub(PATIENCE_UNANSWERED), 1);
-            assert_eq!(policy(0), Ok(libc::SCHED_OTHER));
         });
     }
 

@@ -300,12 +300,12 @@ impl Runner {
         buffer: &mut [u8],
     ) -> Result<(), Errno> {
         loop {
-            let (begin, unanswered) = (self.aside.begin_wait(), self.ring.unanswered());
+            let begin = self.aside.begin_wait();
             match self.wait() {
                 Ok(()) | Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => {}
                 Err(errno) => return Err(errno),
             }
-            self.aside.end_wait(begin, unanswered);
+            self.aside.end_wait(begin);
             while let Some(completion) = self.next_completion() {
                 self.complete(session, &completion, buffer)?;
                 // Nobody's answer waits until the next request is served.

@@ -37,8 +37,10 @@ pub const PING_PERIOD: Duration = Duration::from_secs(2);
 pub const PING_WAIT: Duration = Duration::from_secs(5);
 /// Time until the host at the other end of a silent connection counts as dead.
 pub const DEAD_HOST_WAIT: Duration = Duration::from_secs(30);
-/// How long a node that has become primary waits for the former one's answer to what it had passed on. Where that host
-/// is dead and has not acknowledged everything, TCP alone would take a quarter of an hour.
+/// Period of new connections to a former primary that still owes an answer, to see whether its host is alive.
+pub const DEAD_HOST_PERIOD: Duration = Duration::from_secs(5);
+/// How long a node that has become primary waits for the former one's answer to what it had passed on: that host may be
+/// alive and the program on it hang.
 pub const FORMER_PRIMARY_WAIT: Duration = Duration::from_secs(120);
 /// Period of heartbeats on an idle stream, fixed by the protocol.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);

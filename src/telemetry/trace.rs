@@ -87,9 +87,18 @@ impl RollingFile {
     fn roll(&mut self) -> io::Result<()> {
         self.settle();
         let full = self.keep.full_path(SystemTime::now());
-        os::rename("trace:full", &self.keep.path, &full)?;
+        let renamed = os::rename("trace:full", &self.keep.path, &full);
+        // Somebody has moved or removed it, or a new one could not be made the last time.
+        let is_missing =
+            renamed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        if !is_missing {
+            renamed?;
+        }
         self.file = os::create_new("trace:file", &self.keep.path)?;
         self.len = 0;
+        if is_missing {
+            return Ok(());
+        }
         let keep = self.keep.clone();
         let settling = threads::spawn("litefs-trace", move || {
             if let Err(error) = keep.settle(&full) {
@@ -288,6 +297,19 @@ mod tests {
         assert!(panicked);
         (&file).write_all(b"line 1\n").unwrap();
         assert_eq!(text(&file.lock().keep.path), "line 1\n");
+    }
+
+    #[test]
+    fn a_file_that_somebody_removed_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = open(dir.path(), 2, true);
+        line(&mut file, 1);
+        os::remove_if_present("test", &file.keep.path).unwrap();
+        for number in 2..=4 {
+            line(&mut file, number);
+        }
+        assert_eq!(text(&file.keep.path), "line 3\nline 4\n");
+        assert_eq!(file.keep.full_files().unwrap(), Vec::<PathBuf>::new());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A primary that is not there when a write comes.
 
 use std::net::TcpStream;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use super::wire::{self, Connection};
 use super::{Plan, Site};
 use crate::support::consul::Consul;
 use crate::support::node::{Lease, Member, Node, Settings};
+use crate::support::process::Process;
 use crate::support::wait;
 
 const PATIENT: Plan =
@@ -167,6 +169,41 @@ Host: a
     );
     site.apps[0].release();
     assert_eq!(writer.answer("POST").status(), 200);
+}
+
+/// What was passed on to a host that died has no answer, and need not be waited for as long as TCP tries.
+#[test_case(1; "here is the primary now")]
+#[test_case(2; "a third node is the primary now")]
+fn a_write_fails_once_the_host_it_was_passed_on_to_is_dead(asked: usize) {
+    let consul = Consul::start();
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    for (hostname, candidate) in [("node0", true), ("node1", true), ("node2", false)] {
+        let (url, advertise) = (&consul.url(), "");
+        let lease = Lease { url, hostname, advertise, candidate, ttl: "30s" };
+        site.add(&Plan::default(), Member::Consul(lease));
+        site.nodes.last_mut().unwrap().start();
+    }
+    let mut writer = Connection::open(&site.proxies[asked]);
+    writer.write("POST /late HTTP/1.1\r\nHost: a\r\n\r\n");
+    wait::until_true("the request", || site.apps[0].requests() == 1);
+    let path = format!("/handoff?nodeID={}", site.node_id(1));
+    assert_eq!(wire::ask(site.nodes[0].address(), "POST", &path, "", b"").status(), 200);
+    site.nodes[0].signal(Signal::SIGSTOP);
+    // A host that is gone neither takes nor refuses a connection, nor does one with so many that wait.
+    let mut crowd = Process::open(Path::new("/dev/null"));
+    let (_, port) = site.proxies[0].rsplit_once(':').unwrap();
+    crowd.expect("(n := __import__('resource')).setrlimit(n.RLIMIT_NOFILE, (4096, 4096))", "None");
+    crowd.expect("(s := [__import__('socket').socket() for _ in range(1100)]) and None", "None");
+    let connect = format!("c.setblocking(False) or c.connect_ex(('127.0.0.1', {port}))");
+    crowd.expect(&format!("[{connect} for c in s] and None"), "None");
+    let proxy = site.proxies[0].parse().unwrap();
+    let answers = || TcpStream::connect_timeout(&proxy, Duration::from_secs(1)).is_ok();
+    wait::until_true("silence", || !answers());
+    writer.writer().set_read_timeout(Some(2 * wait::DEADLINE)).unwrap();
+    let answer = writer.answer("POST");
+    assert_eq!(answer.status(), 502);
+    assert!(answer.text().contains("whether the request took effect is unknown"), "{answer:?}");
+    site.nodes[0].signal(Signal::SIGCONT);
 }
 
 /// A primary that stops has no proxy any more while it hands its lease over.

@@ -251,9 +251,13 @@ impl Exchange {
         let passed = [&self.passed[..], &[state.node_id()]].concat();
         headers::set_passed(request.headers_mut(), state.cluster_id().as_deref(), &passed);
         let gone = gone(state, &client.stop, proxy.options.primary_wait);
+        let dead = async {
+            state.until_former(&url).await;
+            upstream.until_dead().await;
+        };
         let sent = tokio::select! {
             sent = self.send(&upstream, request) => sent,
-            () = gone => {
+            () = async { tokio::select! { () = gone => {}, () = dead => {} } } => {
                 let text = format!(
                     "the primary went away before it answered: whether the request took effect is \
                      unknown ({})",

@@ -120,6 +120,18 @@ impl State {
         self.links.borrow().is_some()
     }
 
+    /// Waits until the stream is not open to the primary whose proxy is at `url`.
+    pub(super) async fn until_former(&self, url: &str) {
+        let is_at = |link: &Option<Link>| {
+            link.as_ref().is_some_and(|link| link.proxy_url.as_deref() == Some(url))
+        };
+        let mut links = self.links.clone();
+        if links.wait_for(|link| !is_at(link)).await.is_err() {
+            // The node stops, which ends the request.
+            std::future::pending().await
+        }
+    }
+
     pub(super) fn is_primary(&self) -> bool {
         self.engine.role() == Role::Primary
     }

@@ -127,6 +127,11 @@ impl Upstream {
         &self.address
     }
 
+    /// Waits until this server's host is dead: see [`until_dead`].
+    pub(super) async fn until_dead(&self) {
+        until_dead(&self.address.to_string()).await;
+    }
+
     /// Sends a request and waits for the head of its answer.
     pub(super) async fn send(
         self: &Arc<Self>,
@@ -272,6 +277,22 @@ impl Idle {
     }
 }
 
+/// Waits until the host at `address` (`HOST:PORT`) has taken or refused no new connection for [`limits::DEAD_HOST_WAIT`].
+/// Of an old connection, with something on it that was not acknowledged, TCP says so only after a quarter of an hour.
+async fn until_dead(address: &str) {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset};
+    let mut silent_since = None;
+    loop {
+        let since = *silent_since.get_or_insert_with(Instant::now);
+        match timeout_at(since + limits::DEAD_HOST_WAIT, TcpStream::connect(address)).await {
+            Err(_) => return,
+            Ok(Err(error)) if !matches!(error.kind(), ConnectionRefused | ConnectionReset) => {}
+            Ok(_) => silent_since = None,
+        }
+        sleep(limits::DEAD_HOST_PERIOD).await;
+    }
+}
+
 /// The head of a request that may be sent twice.
 fn repeatable(request: &Request<Body>) -> Option<Parts> {
     let is_safe = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
@@ -304,6 +325,7 @@ mod tests {
 
     use super::*;
 
+    const SHORT: std::time::Duration = std::time::Duration::from_millis(100);
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
     /// Reads the head of a request, if one comes.
@@ -317,6 +339,32 @@ mod tests {
             head.push(byte[0]);
         }
         true
+    }
+
+    /// Neither taken nor refused, as by a host that is gone: more connections wait already than the listener has room
+    /// for.
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_answers_no_connection_is_dead() {
+        let listener = tokio::net::TcpSocket::new_v4().unwrap();
+        listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = listener.listen(1).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, SHORT) {
+            waiting.push(stream);
+        }
+        let begun = Instant::now();
+        until_dead(&address.to_string()).await;
+        assert_eq!(begun.elapsed(), limits::DEAD_HOST_WAIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_refuses_connections_is_alive() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        drop(listener);
+        let dead = timeout_at(Instant::now() + 9 * limits::DEAD_HOST_WAIT, until_dead(&address));
+        assert!(dead.await.is_err());
     }
 
     /// A server that answers on each connection as often as its place in `answers` says, reads one

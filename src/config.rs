@@ -27,7 +27,7 @@ mod expand;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod properties;
 
-pub use environment::Environment;
+pub use environment::{Environment, machine_name};
 pub use exec::{Command, WordsError, split_words};
 
 /// The file name that is searched for.

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 
 use super::flags::{Flag, Flags, Kind};
 use super::{Failure, complain, usage};
-use crate::config::{self, Environment, Expansion, Http};
+use crate::config::{self, Environment, Expansion, Http, machine_name};
 use crate::http::client::Client;
 use crate::http::security::Security;
 use crate::telemetry::log::chain;
@@ -64,8 +64,8 @@ fn local_address(addr: &str) -> String {
 
 /// A file that is named must be good. One that is only found may be for somebody else.
 fn http_section(path: Option<&str>, expansion: Expansion) -> Result<Http, Failure> {
-    let hostname = nix::unistd::gethostname().context("read host name")?;
-    let environment = Environment::of_process(&hostname.to_string_lossy());
+    let hostname = machine_name().context("read host name")?;
+    let environment = Environment::of_process(&hostname);
     match config::load(path.map(Path::new), expansion, &environment) {
         Ok(loaded) => Ok(loaded.config.http),
         Err(error) if path.is_some() => Err(usage(error)),

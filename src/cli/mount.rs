@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::flags::{Flag, Flags, Kind, Spec};
 use super::{Failure, call, say, usage, version};
-use crate::config::{self, Command, Config, Environment, LeaseKind};
+use crate::config::{self, Command, Config, Environment, LeaseKind, machine_name};
 use crate::supervisor::descriptors;
 use crate::telemetry;
 use crate::telemetry::log::Traces;
@@ -103,10 +103,10 @@ fn settings(flags: &Flags) -> anyhow::Result<Settings> {
     if !flags.arguments.is_empty() {
         anyhow::bail!("too many arguments, specify a '--' to specify an exec command");
     }
-    let hostname = nix::unistd::gethostname().context("read host name")?;
-    let environment = Environment::of_process(&hostname.to_string_lossy());
+    let hostname = machine_name().context("read host name")?;
+    let environment = Environment::of_process(&hostname);
     let (mut config, hint) = match flags.is_on("standalone") {
-        true => standalone(flags, &environment)?,
+        true => standalone(flags, &hostname)?,
         false => (configured(flags, &environment)?, None),
     };
     config.fuse.debug |= flags.is_on("fuse.debug");
@@ -143,10 +143,7 @@ fn configured(flags: &Flags, environment: &Environment) -> anyhow::Result<Config
 }
 
 /// The configuration of a node that is alone: reachable from this machine only.
-fn standalone(
-    flags: &Flags,
-    environment: &Environment,
-) -> anyhow::Result<(Config, Option<String>)> {
+fn standalone(flags: &Flags, hostname: &str) -> anyhow::Result<(Config, Option<String>)> {
     if flags.given("config").is_some() {
         anyhow::bail!("cannot specify both -config & -standalone");
     }
@@ -155,7 +152,7 @@ fn standalone(
     config.fuse.dir = flags.value("fuse-dir").unwrap_or(".run/mnt").into();
     config.http.addr = "127.0.0.1:20202".to_owned();
     config.lease.kind = Some(LeaseKind::Static);
-    config.lease.hostname = environment.hostname();
+    config.lease.hostname = hostname.to_owned();
     config.lease.advertise_url = "http://localhost:20202".to_owned();
     config.check()?;
     let hint = hint(&config.fuse.dir);

@@ -5,6 +5,11 @@ use std::collections::BTreeMap;
 /// The variable that is filled in with the machine's name where it is unset or empty.
 const HOSTNAME: &str = "HOSTNAME";
 
+/// The machine's own name.
+pub fn machine_name() -> std::io::Result<String> {
+    Ok(nix::unistd::gethostname()?.to_string_lossy().into_owned())
+}
+
 /// A copy of the environment. Values that are not UTF-8 are left out.
 #[derive(Debug, Clone, Default)]
 pub struct Environment(BTreeMap<String, String>);
@@ -32,7 +37,7 @@ impl Environment {
         self.0.get(name).cloned()
     }
 
-    /// The machine's name: what `HOSTNAME` says.
+    /// What `HOSTNAME` says: what the configuration and the application see, whatever the machine is called.
     pub fn hostname(&self) -> String {
         self.get(HOSTNAME).unwrap_or_default()
     }

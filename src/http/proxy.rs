@@ -74,6 +74,8 @@ pub struct Options {
     pub target: String,
     /// The database whose transactions count.
     pub db: String,
+    /// Whether the node has it, or may get it.
+    pub has_db: bool,
     /// The lag above which the node is not healthy; zero: none.
     pub max_lag: Duration,
     /// Log each decision.

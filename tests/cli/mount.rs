@@ -145,7 +145,7 @@ fn a_signal_has_its_effect_while_the_cluster_is_awaited() {
     let nobody = format!("http://127.0.0.1:{}", free_port());
     let lease = format!("lease: {{type: static, candidate: false, advertise-url: '{nobody}'}}\n");
     let mut node = Node::start_by(&[], free_port(), &lease, &["--", "touch", "started"]);
-    node.wait_for_line("LiteFS mounted to");
+    wait::until_true("the mount", || node.stderr().contains("LiteFS mounted to: "));
     node.signal(Signal::SIGTERM);
     assert_eq!(node.end().code(), Some(0));
     assert!(!node.path("started").exists());
@@ -189,7 +189,15 @@ fn the_end_is_told_in_the_words_of_litefs() {
         ("kill -9 $$", ended("with error code -1")),
     ] {
         let mut node = Node::start("", &["--", "sh", "-c", script]);
-        told(&mut node, &["LiteFS v", "LiteFS mounted to: ", "waiting for signal or", &line]);
+        told(&mut node, &["LiteFS v", "waiting for signal or", &line]);
+        let mount = node.path("mnt");
+        for line in [
+            &format!("LiteFS mounted to: {}", mount.display())[..],
+            "no backup client configured, skipping",
+            "no proxy target set, skipping proxy",
+        ] {
+            assert!(node.stderr().contains(&format!("level=INFO msg=\"{line}\"")), "{line}");
+        }
     }
     let mut node = Node::start("", &["--", "sh", "-c", "touch up; while :; do :; done"]);
     wait_for_file(&node.path("up"));

@@ -157,6 +157,19 @@ fn the_first_candidate_leads_and_the_others_follow() {
     );
 }
 
+/// `HOSTNAME` is for the configuration and the application: others know the node by its machine's name.
+#[test]
+fn a_node_without_a_host_name_has_that_of_its_machine() {
+    let consul = Consul::start();
+    let (url, hostname, advertise) = (&consul.url(), "''", "");
+    let lease = Lease { url, hostname, advertise, candidate: true, ttl: TTL };
+    let settings = Settings { environment: &[("HOSTNAME", "elsewhere")], ..Settings::default() };
+    Node::new(&settings, Member::Consul(lease)).start();
+    let machine = nix::unistd::gethostname().unwrap().into_string().unwrap();
+    let value = consul.value("test/lease").unwrap();
+    assert!(value.starts_with(&format!(r#"{{"hostname":"{machine}","#)), "{value}");
+}
+
 /// LiteFS: TestMultiNode_Candidate.
 #[test]
 fn a_node_that_is_no_candidate_never_leads() {

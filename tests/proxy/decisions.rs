@@ -5,6 +5,7 @@ use std::process::Command;
 use super::wire::{self, Connection, Message, cookie};
 use super::{Plan, Site};
 use crate::support::certificates::Certificates;
+use crate::support::node::Member;
 use crate::support::{program, wait};
 
 /// The lines of an echoed request.
@@ -58,6 +59,20 @@ fn patterns_decide_before_methods() {
         assert!(cookie(&answer).is_some(), "{path} got no cookie");
     }
     assert_eq!((site.apps[0].requests(), site.apps[1].requests()), (4, 3));
+}
+
+#[test]
+fn a_read_waits_for_no_database_that_the_node_does_not_take() {
+    let mut site = Site { nodes: Vec::new(), apps: Vec::new(), proxies: Vec::new() };
+    site.add(&Plan::default(), Member::Primary);
+    site.nodes[0].start();
+    let url = site.nodes[0].url();
+    let plan = Plan { lease: ", databases: [other.db]", ..Plan::default() };
+    site.add(&plan, Member::Replica(&url));
+    site.nodes[1].start();
+    let written = cookie(&site.ask(0, "POST", "/add/a", "")).unwrap();
+    assert_eq!(site.ask(1, "GET", "/echo", &written).status(), 200);
+    assert_eq!((site.apps[0].requests(), site.apps[1].requests()), (1, 1));
 }
 
 /// LiteFS: TestProxyServer.

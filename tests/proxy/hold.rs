@@ -15,8 +15,13 @@ use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::process::Process;
 use crate::support::wait;
 
-const PATIENT: Plan =
-    Plan { proxy: ", primary-redirect-timeout: 25s", http: "", environment: &[], lines: "" };
+const PATIENT: Plan = Plan {
+    proxy: ", primary-redirect-timeout: 25s",
+    http: "",
+    lease: "",
+    environment: &[],
+    lines: "",
+};
 
 #[test]
 fn a_write_waits_for_a_primary_that_comes_back() {

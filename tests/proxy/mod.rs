@@ -38,6 +38,8 @@ struct Plan {
     proxy: &'static str,
     /// More keys of the section `http`, each with a leading comma.
     http: &'static str,
+    /// More keys of the section `lease`, each with a leading comma.
+    lease: &'static str,
     environment: &'static [(&'static str, &'static str)],
     /// More lines.
     lines: &'static str,
@@ -79,6 +81,7 @@ impl Site {
             lines: Box::leak(lines.into_boxed_str()),
             environment: plan.environment,
             http: plan.http,
+            lease: plan.lease,
             ..Settings::default()
         };
         let node = Node::new(&settings, member);

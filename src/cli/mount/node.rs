@@ -40,7 +40,9 @@ use crate::cluster::election::Force;
 use crate::cluster::halt::Halts;
 use crate::cluster::lease::{Leaser, StaticRole};
 use crate::cluster::node::{Candidacy, Node as Cluster, Options as ClusterOptions, Ready};
-use crate::config::{self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport};
+use crate::config::{
+    self, BackupKind, Config, Environment, LeaseKind, Passthrough, Transport, machine_name,
+};
 use crate::engine::layout::DataDir;
 use crate::engine::{self, Engine, PrimaryInfo, Retain, Role};
 use crate::http::proxy::{self, Admission, Links, Proxy, Way};
@@ -201,10 +203,10 @@ impl Node {
         self.halts = Some(Halts::new(&engine, &security));
         self.fly = Machine::of(environment).map(|machine| RoleReport::start(machine, &engine));
         let store = store(config, &engine)?;
-        let membership = self.start_cluster(config, environment, &engine, leaser, store, &security);
+        let membership = self.start_cluster(config, &engine, leaser, store, &security);
         let proxy_url = match proxy_listener {
             Some(listener) => {
-                let url = proxy_url(config, environment, &listener, &security)?;
+                let url = proxy_url(config, &listener, &security)?;
                 let options = proxy_options(settings, &metrics, &security);
                 self.start_proxy(
                     engine.clone(),
@@ -226,7 +228,7 @@ impl Node {
         let timeout = config.http.snapshot_timeout;
         let options = ApiOptions {
             candidate: config.lease.candidate,
-            hostname: hostname(config, environment),
+            hostname: hostname(config),
             snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },
             proxy_url,
             metrics,
@@ -235,7 +237,7 @@ impl Node {
         };
         self.start_api(config, options, engine, listener).await?;
         match config.skip_sync {
-            true => say("skipping cluster sync, starting immediately"),
+            true => tracing::info!("skipping cluster sync, starting immediately"),
             false => self.wait_until(membership.ready, &membership.control, config).await?,
         }
         Ok(())
@@ -244,7 +246,6 @@ impl Node {
     fn start_cluster(
         &mut self,
         config: &Config,
-        environment: &Environment,
         engine: &Arc<Engine>,
         leaser: Leaser,
         store: Option<Store>,
@@ -258,7 +259,7 @@ impl Node {
             },
             reconnect_delay: lease.reconnect_delay,
             databases: lease.databases.clone(),
-            hostname: hostname(config, environment),
+            hostname: hostname(config),
             security: security.clone(),
         };
         let (cluster, control, ready) = Cluster::new(engine.clone(), leaser, options);
@@ -433,7 +434,7 @@ fn unmount(mount: &fuse::Mount) -> Result<(), fuse::Error> {
 fn say_backup(config: &Config) {
     let backup = &config.backup;
     match backup.kind {
-        BackupKind::None => say("no backup client configured, skipping"),
+        BackupKind::None => tracing::info!("no backup client configured, skipping"),
         BackupKind::File => {
             tracing::info!("file-based backup client configured: file://{}", backup.path.display());
         }
@@ -520,7 +521,7 @@ async fn bind_api(addr: &str) -> anyhow::Result<TcpListener> {
 /// Takes the proxy's port, if there is a proxy.
 async fn bind_proxy(proxy: &config::Proxy) -> anyhow::Result<Option<TcpListener>> {
     if proxy.target.is_empty() {
-        say("no proxy target set, skipping proxy");
+        tracing::info!("no proxy target set, skipping proxy");
         return Ok(None);
     }
     let addr = &proxy.addr;
@@ -554,8 +555,10 @@ async fn bind(addr: &str) -> std::io::Result<TcpListener> {
 fn proxy_options(settings: &Settings, metrics: &Metrics, security: &Security) -> proxy::Options {
     let Settings { config, environment, .. } = settings;
     let config::Proxy { target, db, passthrough, always_forward, .. } = config.proxy.clone();
+    let databases = &config.lease.databases;
     proxy::Options {
         target,
+        has_db: databases.is_empty() || databases.contains(&db),
         db,
         max_lag: config.proxy.max_lag,
         debug: config.proxy.debug,
@@ -578,13 +581,12 @@ fn proxy_options(settings: &Settings, metrics: &Metrics, security: &Security) ->
 /// Where the proxy takes writes of other nodes: on the host at which they reach the API.
 fn proxy_url(
     config: &Config,
-    environment: &Environment,
     listener: &TcpListener,
     security: &Security,
 ) -> anyhow::Result<String> {
     let port = listener.local_addr().context("cannot init proxy server")?.port();
     let advertised = match config.lease.advertise_url.as_str() {
-        "" => format!("http://{}", hostname(config, environment)),
+        "" => format!("http://{}", hostname(config)),
         url => url.to_owned(),
     };
     let api = Url::new(&advertised).with_context(|| format!("advertise {advertised:?}"))?;
@@ -658,7 +660,7 @@ fn consul(
     security: &Security,
 ) -> anyhow::Result<Leaser> {
     let lease = &config.lease;
-    let hostname = hostname(config, environment);
+    let hostname = hostname(config);
     if hostname.is_empty() {
         anyhow::bail!("must specify a hostname for this node");
     }
@@ -687,9 +689,10 @@ fn consul(
     Ok(Leaser::Consul(Arc::new(Consul::new(client, options))))
 }
 
-fn hostname(config: &Config, environment: &Environment) -> String {
+/// What other nodes know this one by: the machine's name, also where `HOSTNAME` is another one.
+fn hostname(config: &Config) -> String {
     match config.lease.hostname.as_str() {
-        "" => environment.hostname(),
+        "" => machine_name().unwrap_or_default(),
         hostname => hostname.to_owned(),
     }
 }
@@ -773,7 +776,7 @@ async fn mount(
             stopper.stop();
         }
     });
-    say(format_args!("LiteFS mounted to: {}", config.fuse.dir.display()));
+    tracing::info!("LiteFS mounted to: {}", config.fuse.dir.display());
     Ok(mounted)
 }
 

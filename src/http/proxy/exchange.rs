@@ -135,6 +135,7 @@ impl Exchange {
         mut request: Request<Body>,
         seen: Option<Txid>,
     ) -> Result<Outcome, Refusal> {
+        let seen = seen.filter(|_| self.proxy.options.has_db);
         let Some(seen) = seen else { return self.ask_application(request, Cookie::Keep).await };
         // What another node has passed on is not passed on again.
         let mut may_pass = self.passed.is_empty();

@@ -104,7 +104,7 @@ pub struct OpenFile {
 impl OpenFile {
     /// Whether its file was removed: what its name stands for now is another file, or none.
     fn is_stale(&self) -> bool {
-        matches!(&self.node, Node::File(db, backing) if !db.files().is_current(backing))
+        matches!(&self.node, Node::File(db, backing) if !backing.is_current())
     }
 
     /// Whether it belongs to a connection that must not go on.
@@ -317,7 +317,11 @@ impl EngineVolume {
         done(result);
     }
 
-    fn call(&self, file: &OpenFile, call: LockCall) -> Result<(Arc<Db>, Request), Errno> {
+    fn call<'a>(
+        &self,
+        file: &'a OpenFile,
+        call: LockCall,
+    ) -> Result<(&'a Arc<Db>, Request), Errno> {
         let LockCall { owner, range, kind, .. } = call;
         let Node::File(db, backing) = &file.node else { return Err(Errno::ENOTSUP) };
         let lock_file = lock_file(backing.kind).ok_or(Errno::ENOTSUP)?;
@@ -327,7 +331,7 @@ impl EngineVolume {
             LockKind::Shared | LockKind::Unlock => locks::LockKind::Shared,
         };
         let owner = locks::Owner::client(owner.0);
-        Ok((db.clone(), Request { owner, via: file.id, set, kind }))
+        Ok((db, Request { owner, via: file.id, set, kind }))
     }
 }
 
@@ -397,8 +401,8 @@ impl fuse::Volume for EngineVolume {
     ) -> Result<Opened<Arc<OpenFile>>, Errno> {
         // The kernel hears of a name that is gone after the call that removed it, so a client may come
         // here by a name it still knows. On ESTALE the kernel asks for the name again.
-        if let Node::File(db, backing) = node
-            && !db.files().is_current(backing)
+        if let Node::File(_, backing) = node
+            && !backing.is_current()
         {
             return Err(Errno::ESTALE);
         }
@@ -490,7 +494,7 @@ impl fuse::Volume for EngineVolume {
         if let Node::File(db, backing) = &handle.node
             && let Some(file) = lock_file(backing.kind)
         {
-            match db.files().is_current(backing) {
+            match backing.is_current() {
                 true => db.flush(locks::Owner::client(owner.0), LockSet::file(file)),
                 // Its owner may have locked the file that has its name now.
                 false => db.release_handle(handle.id),
@@ -562,7 +566,7 @@ impl fuse::Volume for EngineVolume {
         if kind == LockKind::Unlock {
             return db.unlock(call.owner, call.set, move || reply.send(Ok(())));
         }
-        if self.past.writes_past(&db, &call, process) {
+        if self.past.writes_past(db, &call, process) {
             return reply.send(Err(Errno::EAGAIN));
         }
         let mut waiting = None;

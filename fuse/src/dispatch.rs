@@ -324,7 +324,7 @@ impl<V: Volume> Session<V> {
         };
         let room = room(buffer, span.size);
         match self.volume.read(&handle, span.offset, room) {
-            Ok(len) => to.data(room.get(..len).unwrap_or(room)),
+            Ok(len) => to.buffered(room.get(..len).unwrap_or(room)),
             Err(errno) => to.error(errno),
         };
     }

@@ -41,7 +41,16 @@ enum Way {
     /// Out through the descriptor that the request came in by.
     Device(Arc<Channel>),
     /// Into the slot of the ring that holds the request.
-    Ring(Arc<Ring>, Slot),
+    Ring(Arc<Ring>, Slot, Buffer),
+}
+
+/// What the buffer is that a request over a ring is served with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Buffer {
+    /// The payload of its slot.
+    Slot,
+    /// Some other memory.
+    Other,
 }
 
 impl Responder {
@@ -52,18 +61,23 @@ impl Responder {
 
     /// The answer to request `unique` goes into `slot`, which it came in.
     pub fn over_ring(ring: Arc<Ring>, slot: Slot, unique: u64) -> Responder {
-        Responder { way: Some(Way::Ring(ring, slot)), unique, watched: None }
+        Responder { way: Some(Way::Ring(ring, slot, Buffer::Other)), unique, watched: None }
+    }
+
+    /// The same, of a request that is served with the payload of its slot as the buffer.
+    pub fn into_slot(ring: Arc<Ring>, slot: Slot, unique: u64) -> Responder {
+        Responder { way: Some(Way::Ring(ring, slot, Buffer::Slot)), unique, watched: None }
     }
 
     /// Whether a request that waits for long takes away what others need.
     pub fn is_crowded(&self) -> bool {
-        matches!(&self.way, Some(Way::Ring(ring, slot)) if ring.is_crowded(*slot))
+        matches!(&self.way, Some(Way::Ring(ring, slot, _)) if ring.is_crowded(*slot))
     }
 
     /// Whom the worker serves that has this request.
     pub fn clients(&self) -> Clients {
         match &self.way {
-            Some(Way::Ring(ring, _)) => ring.clients(),
+            Some(Way::Ring(ring, ..)) => ring.clients(),
             _ => Clients::Many,
         }
     }
@@ -91,6 +105,19 @@ impl Responder {
     /// Success with data.
     pub fn data(self, data: &[u8]) -> Delivery {
         self.finish(0, data)
+    }
+
+    /// Success with data: the beginning of the buffer that the request is served with.
+    pub fn buffered(mut self, data: &[u8]) -> Delivery {
+        match self.way.take() {
+            Some(Way::Ring(ring, slot, Buffer::Slot)) => {
+                ring.answer_in_place(slot, self.unique, data.len())
+            }
+            way => {
+                self.way = way;
+                self.finish(0, data)
+            }
+        }
     }
 
     /// Failure. ENOSYS is kept for opcodes that nobody implements: the kernel would stop asking.
@@ -140,7 +167,7 @@ impl Responder {
     fn send(&mut self, error: i32, body: &[u8]) -> Delivery {
         match self.way.take() {
             Some(Way::Device(channel)) => channel.answer(self.unique, error, body),
-            Some(Way::Ring(ring, slot)) => ring.answer(slot, self.unique, error, body),
+            Some(Way::Ring(ring, slot, _)) => ring.answer(slot, self.unique, error, body),
             None => Delivery::Gone,
         }
     }

@@ -2,7 +2,7 @@
 //! the reason needs to know which it is.
 //!
 //! A request takes a place in a table of fixed size when it begins and leaves it when it is answered:
-//! two writes to memory of its own, no clock, no allocation. A thread looks at the table once a second,
+//! two writes to memory that no other request uses, no clock, no allocation. A thread looks at the table once a second,
 //! and each look is a tick of the only clock there is. If a place is taken the request is simply not
 //! watched. Lock calls that wait because their client wants to wait are not watched while they do.
 
@@ -37,7 +37,7 @@ pub(crate) struct Stuck {
 /// The table.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    places: Box<[Place]>,
+    places: Box<[Arc<Place>]>,
     /// Never zero.
     tick: AtomicU32,
     ended: Mutex<bool>,
@@ -57,14 +57,11 @@ struct Place {
 
 /// A place that is taken; dropped, it is free again.
 #[derive(Debug)]
-pub(crate) struct Watched {
-    watch: Arc<Watch>,
-    at: usize,
-}
+pub(crate) struct Watched(Arc<Place>);
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.watch.places[self.at].since.store(0, Ordering::Release);
+        self.0.since.store(0, Ordering::Release);
     }
 }
 
@@ -72,7 +69,7 @@ impl Watch {
     /// An empty table.
     pub fn new() -> Watch {
         Watch {
-            places: (0..PLACES).map(|_| Place::default()).collect(),
+            places: (0..PLACES).map(|_| Arc::default()).collect(),
             tick: AtomicU32::new(1),
             ended: Mutex::new(false),
             changed: Condvar::new(),
@@ -80,7 +77,7 @@ impl Watch {
     }
 
     /// A request begins; none if its place is taken.
-    pub fn begin(self: &Arc<Watch>, header: &InHeader) -> Option<Watched> {
+    pub fn begin(&self, header: &InHeader) -> Option<Watched> {
         let at = (header.unique / UNIQUE_STEP) as usize % PLACES;
         let place = &self.places[at];
         let now = self.tick.load(Ordering::Relaxed);
@@ -88,7 +85,7 @@ impl Watch {
         place.opcode.store(header.opcode, Ordering::Relaxed);
         place.pid.store(header.pid, Ordering::Relaxed);
         place.node.store(header.nodeid, Ordering::Relaxed);
-        Some(Watched { watch: self.clone(), at })
+        Some(Watched(place.clone()))
     }
 
     /// Time goes on by one tick: who is to be reported now.
@@ -141,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_request_is_reported_when_it_is_old_and_again_when_twice_as_old() {
-        let watch = Arc::new(Watch::new());
+        let watch = Watch::new();
         let watched = watch.begin(&header(2)).unwrap();
         let quick = watch.begin(&header(4)).unwrap();
         drop(quick);
@@ -154,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_report_says_which_request_it_is() {
-        let watch = Arc::new(Watch::new());
+        let watch = Watch::new();
         let _watched = watch.begin(&header(2)).unwrap();
         let reported: Vec<Stuck> = (0..5).flat_map(|_| watch.look()).collect();
         assert_eq!(reported, [Stuck { opcode: 32, node: 7, pid: 99, ticks: 5 }]);
@@ -162,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_place_that_is_taken_is_left_alone() {
-        let watch = Arc::new(Watch::new());
+        let watch = Watch::new();
         let first = watch.begin(&header(2)).unwrap();
         assert!(watch.begin(&header(2 + UNIQUE_STEP * PLACES as u64)).is_none());
         drop(first);

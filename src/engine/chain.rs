@@ -15,6 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
 use ltx::{Checksum, Compression, Header, NodeId, Pos, Txid};
@@ -52,6 +53,8 @@ pub struct Chain {
     inner: Mutex<Inner>,
     /// Held by whoever writes, syncs or removes files of the chain.
     files: Mutex<()>,
+    /// The writer knows that something is queued, and has not looked since.
+    is_told: AtomicBool,
 }
 
 #[derive(Default)]
@@ -146,12 +149,15 @@ impl Chain {
         positions::remove_orphans(&dir).map_err(Error::io("clear ltx dir", &dir.ltx()))?;
         let recent = Recent::new(budget.clone());
         let inner = Inner { files, written: last, synced: last, recent, ..Inner::default() };
-        Ok(Chain { db, dir, compression, inner: Mutex::new(inner), files: Mutex::new(()) })
+        let (inner, files) = (Mutex::new(inner), Mutex::new(()));
+        let is_told = AtomicBool::new(false);
+        Ok(Chain { db, dir, compression, inner, files, is_told })
     }
 
     /// The chain of a directory that cannot be listed.
     pub fn unknown(db: DbName, dir: DbDir, compression: Compression) -> Chain {
-        Chain { db, dir, compression, inner: Mutex::default(), files: Mutex::new(()) }
+        let (inner, files) = (Mutex::default(), Mutex::new(()));
+        Chain { db, dir, compression, inner, files, is_told: AtomicBool::new(false) }
     }
 
     /// Looks again which files there are: a snapshot takes the place of all of them.
@@ -364,6 +370,11 @@ impl Chain {
             None if self.is_congested() => self.flush(),
             None => Ok(()),
         }
+    }
+
+    /// The transaction after `pos.txid`, if it is still in memory.
+    pub fn recent_after(&self, pos: Pos) -> Option<Arc<Transaction>> {
+        self.inner.lock().unwrap().recent.at(pos.txid.next())
     }
 
     /// What contains the transaction after `pos.txid`. One that would be too large in memory is to

@@ -355,10 +355,10 @@ impl Db {
         // SQLite syncs the directory after the first sync of these, but does not ask whether that
         // worked; afterwards it finds nothing left to do.
         let is_log = matches!(backing.kind, FileKind::Journal | FileKind::Wal);
-        if is_log && self.files.is_current(backing) {
+        if is_log && backing.is_current() {
             synced = synced.and_then(|()| self.files.sync_names());
         }
-        if backing.kind != FileKind::Wal || !self.files.is_current(backing) {
+        if backing.kind != FileKind::Wal || !backing.is_current() {
             return Ok(synced?);
         }
         let kept = synced.map_err(Refusal::from).and_then(|()| self.refuse_fenced_writer());
@@ -412,11 +412,11 @@ impl Db {
 
     /// Cuts the WAL: what was committed to it must be in the chain.
     pub fn truncate_wal(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
-        if self.files.is_current(backing) && !self.may_write() {
+        if backing.is_current() && !self.may_write() {
             return Err(Refusal::ReadOnly);
         }
         let mut change = self.change.lock().unwrap();
-        if self.files.is_current(backing) {
+        if backing.is_current() {
             self.settle_wal(&mut change)?;
             if len == 0 {
                 self.settle_doubt(&mut change)?;
@@ -425,7 +425,7 @@ impl Db {
         let path = self.files.path(FileKind::Wal);
         os::truncate("wal:truncate", &backing.file, len)
             .map_err(Error::io("truncate wal", &path))?;
-        if self.files.is_current(backing) && len == 0 {
+        if backing.is_current() && len == 0 {
             change.wal.clear();
         }
         Ok(())

@@ -62,11 +62,19 @@ pub struct Backing {
     pub file: Arc<File>,
     /// Nobody may use it any more, whatever else has the file.
     turned_out: AtomicBool,
+    /// Its name stands for another incarnation, or for none. Written under the lock of the slots.
+    gone: AtomicBool,
 }
 
 impl Backing {
     fn new(kind: FileKind, file: Arc<File>) -> Arc<Backing> {
-        Arc::new(Backing { ino: next_ino(), kind, file, turned_out: AtomicBool::new(false) })
+        let (turned_out, gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Backing { ino: next_ino(), kind, file, turned_out, gone })
+    }
+
+    /// Whether it is what its name stands for now.
+    pub fn is_current(&self) -> bool {
+        !self.gone.load(Ordering::SeqCst)
     }
 
     /// Refuses everything to who has it open.
@@ -142,12 +150,6 @@ impl Files {
         self.slots.lock().unwrap()[kind as usize].clone()
     }
 
-    /// Whether `backing` is what its name stands for now.
-    pub fn is_current(&self, backing: &Backing) -> bool {
-        let slots = self.slots.lock().unwrap();
-        slots[backing.kind as usize].as_ref().is_some_and(|now| now.ino == backing.ino)
-    }
-
     /// Makes a file that does not exist (`AlreadyExists` otherwise).
     pub fn create(&self, kind: FileKind) -> Result<Arc<Backing>> {
         let _naming = self.naming.lock().unwrap();
@@ -218,8 +220,8 @@ impl Files {
         let _naming = self.naming.lock().unwrap();
         let mut slots = self.slots.lock().unwrap();
         let slot = &mut slots[kind as usize];
-        let old = slot.clone()?;
-        *slot = Some(Backing::new(kind, old.file.clone()));
+        let old = slot.as_ref()?.clone();
+        put(slot, Some(Backing::new(kind, old.file.clone())));
         old.turn_out();
         Some(old.ino)
     }
@@ -248,8 +250,15 @@ impl Files {
 
     fn set(&self, kind: FileKind, file: Option<File>) -> Option<Arc<Backing>> {
         let backing = file.map(|file| Backing::new(kind, Arc::new(file)));
-        self.slots.lock().unwrap()[kind as usize].clone_from(&backing);
+        put(&mut self.slots.lock().unwrap()[kind as usize], backing.clone());
         backing
+    }
+}
+
+/// Has a file's name stand for `backing` from now on.
+fn put(slot: &mut Option<Arc<Backing>>, backing: Option<Arc<Backing>>) {
+    if let Some(old) = std::mem::replace(slot, backing) {
+        old.gone.store(true, Ordering::SeqCst);
     }
 }
 

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ltx::{Compression, NodeId};
 
@@ -21,8 +21,8 @@ use crate::{limits, os};
 /// A clock that is not known.
 const UNKNOWN: i64 = i64::MAX;
 
-/// How long a look at the free space holds.
-const SPACE_INTERVAL: Duration = Duration::from_millis(20);
+/// How long a look at the free space holds, in milliseconds.
+const SPACE_INTERVAL_MS: u64 = 20;
 
 /// Tells the kernel that something of the mount changed without it. Never called by a thread that
 /// answers kernel requests, nor with a lock held that such a thread could want.
@@ -103,8 +103,46 @@ pub struct Shared {
     reconnect: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Where writes should go, for the log.
     primary_hint: Mutex<String>,
-    /// When the free space was last looked at, and whether there was too little.
-    space: Mutex<Option<(Instant, bool)>>,
+    space: Space,
+}
+
+/// The last look at the free space.
+struct Space {
+    /// Held by who looks; nobody waits for it.
+    looking: Mutex<()>,
+    begun: Instant,
+    /// For how long it holds, in milliseconds since `begun`.
+    holds_ms: AtomicU64,
+    /// Whether there was too little.
+    is_full: AtomicBool,
+}
+
+impl Default for Space {
+    fn default() -> Space {
+        Space {
+            looking: Mutex::default(),
+            begun: Instant::now(),
+            holds_ms: AtomicU64::new(0),
+            is_full: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Space {
+    /// What was seen, as long as that holds.
+    fn known(&self) -> Option<bool> {
+        let holds = self.now_ms() < self.holds_ms.load(Ordering::SeqCst);
+        holds.then(|| self.is_full.load(Ordering::SeqCst))
+    }
+
+    fn note(&self, is_full: bool) {
+        self.is_full.store(is_full, Ordering::SeqCst);
+        self.holds_ms.store(self.now_ms() + SPACE_INTERVAL_MS, Ordering::SeqCst);
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.begun.elapsed().as_millis() as u64
+    }
 }
 
 impl Deref for Shared {
@@ -133,7 +171,7 @@ impl Shared {
             forward: OnceLock::new(),
             reconnect: OnceLock::new(),
             primary_hint: Mutex::default(),
-            space: Mutex::default(),
+            space: Space::default(),
         }
     }
 
@@ -267,15 +305,14 @@ impl Shared {
 
     /// Whether the disk has too little room to begin a transaction.
     pub fn is_full(&self) -> bool {
-        let mut space = self.space.lock().unwrap();
-        if let Some((looked, full)) = *space
-            && looked.elapsed() < SPACE_INTERVAL
-        {
-            return full;
+        if let Some(known) = self.space.known() {
+            return known;
         }
+        let was_full = self.space.is_full.load(Ordering::SeqCst);
+        let Ok(_looking) = self.space.looking.try_lock() else { return was_full };
         let free = os::free_space(&self.data_dir);
         let full = free < limits::FREE_SPACE_MIN;
-        let was_full = space.replace((Instant::now(), full)).is_some_and(|(_, full)| full);
+        self.space.note(full);
         if full && !was_full {
             tracing::error!(free, path = %self.data_dir.display(), "disk full, writers are refused");
         }

@@ -25,7 +25,6 @@ use super::frame::{self, CHUNK_BYTES_MAX, CHUNK_HEADER_SIZE, Frame};
 use super::server::Api;
 use super::{Stop, stopped, transfer};
 use crate::cluster::peers::Membership;
-use crate::engine::chain::Successor;
 use crate::engine::{Db, LtxBytes, Next, Overlap, Subscription, chain_text};
 use crate::{limits, os};
 
@@ -336,7 +335,7 @@ impl Stream {
         };
         self.outbox.put_buffer(buffer);
         if let Ok(step) = &step {
-            self.api.options.metrics.database(name).frames_sent.inc_by(step.files);
+            self.api.options.metrics.frames_sent(name).inc_by(step.files);
         }
         step
     }
@@ -376,7 +375,7 @@ impl Stream {
 
     fn finish_ltx(&mut self, name: &str) {
         self.outbox.end_ltx();
-        self.api.options.metrics.database(name).frames_sent.inc();
+        self.api.options.metrics.frames_sent(name).inc();
         let txid = self.api.engine.hwm(name);
         self.outbox.frame(&Frame::Hwm { name: name.to_owned(), txid });
     }
@@ -399,7 +398,7 @@ impl Stream {
         let pos = snapshot.finish().await.map_err(error)?;
         self.outbox.end_ltx();
         self.set_position(name, Some(pos));
-        self.api.options.metrics.database(name).snapshots_sent.inc();
+        self.api.options.metrics.snapshots_sent(name).inc();
         tracing::info!(db = name, %pos, "snapshot sent");
         Ok(())
     }
@@ -480,12 +479,8 @@ enum Then {
 impl Filler {
     /// Whether what follows on `pos` is in memory and quickly encoded.
     fn is_small(&self, pos: Pos) -> bool {
-        match self.db.chain().successor(pos) {
-            Ok(Successor::Recent(transaction)) => {
-                transaction.size_hint() <= limits::BODY_PIECE_BYTES
-            }
-            Ok(Successor::File(..) | Successor::Queued | Successor::Gone) | Err(_) => false,
-        }
+        let next = self.db.chain().recent_after(pos);
+        next.is_some_and(|transaction| transaction.size_hint() <= limits::BODY_PIECE_BYTES)
     }
 
     /// Appends files that follow on `pos`, until the target or a full piece; in the task, until one

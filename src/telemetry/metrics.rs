@@ -206,9 +206,19 @@ impl Metrics {
             size_bytes: vecs.size_bytes.with_label_values(db),
             backup_hwm: vecs.backup_hwm.with_label_values(db),
             backup_stalled: vecs.backup_stalled.with_label_values(db),
-            frames_sent: self.frame_send_count.with_label_values(&[name, "ltx"]),
-            snapshots_sent: self.frame_send_count.with_label_values(&[name, "ltx:snapshot"]),
+            frames_sent: self.frames_sent(name),
+            snapshots_sent: self.snapshots_sent(name),
         }
+    }
+
+    /// The LTX files of the database `name` that were sent, without snapshots.
+    pub fn frames_sent(&self, name: &str) -> IntCounter {
+        self.frame_send_count.with_label_values(&[name, "ltx"])
+    }
+
+    /// The snapshots of the database `name` that were sent.
+    pub fn snapshots_sent(&self, name: &str) -> IntCounter {
+        self.frame_send_count.with_label_values(&[name, "ltx:snapshot"])
     }
 
     /// Says how requests come from the kernel: `dev` or `uring`.

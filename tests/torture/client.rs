@@ -458,7 +458,7 @@ impl Open {
             return ffi::SQLITE_IOERR_LOCK;
         }
         // A lock on a removed file keeps nobody out.
-        if !self.db.files().is_current(&self.backing) {
+        if !self.backing.is_current() {
             return ffi::SQLITE_OK;
         }
         let request = Request { owner: self.owner, via: self.via, set, kind };

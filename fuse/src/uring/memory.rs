@@ -1,7 +1,7 @@
 //! The memory that a queue shares with the kernel: for each slot a header and a payload area.
 //!
 //! The kernel writes into a slot while one of its commands is under way, and this process while
-//! none is. [`Memory`] does not know which; its caller does (`queue`), and that is what each
+//! none is. [`Memory`] does not know which; its caller does (`ring`), and that is what each
 //! `unsafe` rests on. Nothing is ever referenced across a submission.
 
 use std::ptr::NonNull;
@@ -76,6 +76,20 @@ impl Memory {
     pub unsafe fn read_payload(&self, slot: usize, len: usize) -> &[u8] {
         // SAFETY: in bounds, initialised since it was zeroed, and the caller keeps it unchanged.
         unsafe { std::slice::from_raw_parts(self.payload(slot), len.min(self.payload_len)) }
+    }
+
+    /// A slot's payload, to be filled.
+    ///
+    /// # Safety
+    /// No command of the slot is under way, nor will be, and no other slice of its payload lives,
+    /// while the slice lives.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the memory is the slot's, and a slot has one user at a time"
+    )]
+    pub unsafe fn payload_mut(&self, slot: usize) -> &mut [u8] {
+        // SAFETY: in bounds, initialised since it was zeroed, and the caller lets nobody else near.
+        unsafe { std::slice::from_raw_parts_mut(self.payload(slot), self.payload_len) }
     }
 
     /// Writes to a slot's payload, cut off at its end.

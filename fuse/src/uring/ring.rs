@@ -103,7 +103,16 @@ struct Head {
     slot: Slot,
     unique: u64,
     error: i32,
-    len: usize,
+    body: Body,
+}
+
+/// The body of an answer: how long it is, and where.
+#[derive(Debug, Clone, Copy)]
+enum Body {
+    /// Among the bodies of its [`Answers`].
+    Kept(usize),
+    /// In the slot's payload already.
+    InPlace(usize),
 }
 
 /// Who sent the last request. Written by the ring's thread alone.
@@ -168,12 +177,22 @@ impl Ring {
 
     /// Answers the request in `slot`, from any thread.
     pub fn answer(&self, slot: Slot, unique: u64, error: i32, body: &[u8]) -> Delivery {
+        let head = Head { slot, unique, error, body: Body::Kept(body.len()) };
+        self.leave(head, body)
+    }
+
+    /// Answers the request in `slot` with what is in the first `len` bytes of its payload.
+    pub fn answer_in_place(&self, slot: Slot, unique: u64, len: usize) -> Delivery {
+        self.leave(Head { slot, unique, error: 0, body: Body::InPlace(len) }, &[])
+    }
+
+    fn leave(&self, head: Head, body: &[u8]) -> Delivery {
         let mut answers = self.answers.lock().unwrap();
         if answers.ended {
             return Delivery::Gone;
         }
         let is_first = answers.heads.is_empty();
-        answers.heads.push(Head { slot, unique, error, len: body.len() });
+        answers.heads.push(head);
         answers.bodies.extend_from_slice(body);
         drop(answers);
         // The ring's own thread looks after each request; others wake it, the first for all.
@@ -344,7 +363,8 @@ impl Runner {
             return self.submit_answers();
         }
         let slot = Slot::of_user_data(completion.user_data());
-        self.lane(slot.lane).here.fetch_add(1, Ordering::Relaxed);
+        let here = &self.lane(slot.lane).here;
+        here.store(here.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         if completion.result() < 0 {
             return self.lost(slot, Errno::from_raw(-completion.result()));
         }
@@ -364,18 +384,25 @@ impl Runner {
         let (memory, place) = self.place(slot);
         // SAFETY: the slot's command was completed just now, and the next one is submitted by
         // `submit_answers`, after this call.
-        let (header, payload) = unsafe {
-            let header = memory.read_header(place);
-            let len = header.entry.payload_sz as usize;
-            (header, memory.read_payload(place, len))
-        };
+        let header = unsafe { memory.read_header(place) };
         let Ok((request, _)) = InHeader::read_from_prefix(&header.in_out) else {
             return Err(Errno::EPROTO);
         };
         self.ring.client.note(request.pid, has_followers);
+        let ring = self.ring.clone();
+        if request.opcode == abi::op::READ {
+            // It has no payload itself, so what it asks for is read to where the kernel takes it from.
+            let parts = Parts { header: request, fixed: &header.op_in, rest: &[] };
+            let responder = Responder::into_slot(ring, slot, request.unique);
+            // SAFETY: as above, and no other slice of the payload is made in this call.
+            session.serve(&parts, responder, unsafe { memory.payload_mut(place) });
+            return Ok(());
+        }
+        let len = header.entry.payload_sz as usize;
+        // SAFETY: as above, and an answer waits elsewhere until `submit_answers`.
+        let payload = unsafe { memory.read_payload(place, len) };
         let parts = Parts { header: request, fixed: &header.op_in, rest: payload };
-        let responder = Responder::over_ring(self.ring.clone(), slot, request.unique);
-        session.serve(&parts, responder, buffer);
+        session.serve(&parts, Responder::over_ring(ring, slot, request.unique), buffer);
         Ok(())
     }
 
@@ -401,35 +428,42 @@ impl Runner {
         let mut answers = std::mem::take(&mut self.answers);
         let mut start = 0;
         for head in answers.heads.drain(..) {
-            let body = &answers.bodies[start..start + head.len];
-            start += head.len;
-            self.commit(&head, body)?;
+            let Body::Kept(len) = head.body else {
+                self.commit(&head, None)?;
+                continue;
+            };
+            let body = &answers.bodies[start..start + len];
+            start += len;
+            self.commit(&head, Some(body))?;
         }
         answers.bodies.clear();
         self.answers = answers;
         Ok(())
     }
 
-    /// Gives a slot back to the kernel with its answer.
-    fn commit(&mut self, head: &Head, body: &[u8]) -> Result<(), Errno> {
+    /// Gives a slot back to the kernel with its answer; `body` is none where it is in the payload already.
+    fn commit(&mut self, head: &Head, body: Option<&[u8]>) -> Result<(), Errno> {
+        let (Body::Kept(len) | Body::InPlace(len)) = head.body;
         let out = OutHeader {
-            len: (size_of::<OutHeader>() + body.len()) as u32,
+            len: (size_of::<OutHeader>() + len) as u32,
             error: head.error,
             unique: head.unique,
         };
         let mut header = RingHeader::new_zeroed();
         header.in_out[..size_of::<OutHeader>()].copy_from_slice(out.as_bytes());
         header.entry.commit_id = head.unique;
-        header.entry.payload_sz = body.len() as u32;
+        header.entry.payload_sz = len as u32;
         let (memory, place) = self.place(head.slot);
         // SAFETY: the request in the slot was completed and is answered only once, so no command of
         // the slot is under way; no slice of its payload lives outside `complete`.
         unsafe {
             memory.write_header(place, &header);
-            memory.write_payload(place, body);
+            if let Some(body) = body {
+                memory.write_payload(place, body);
+            }
         }
         let lane = self.lane(head.slot.lane);
-        lane.here.fetch_sub(1, Ordering::Relaxed);
+        lane.here.store(lane.here.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
         let commit = opcode::UringCmd80::new(DEVICE, abi::RING_COMMIT_AND_FETCH)
             .cmd(command(lane.qid, head.unique))
             .build()

@@ -117,7 +117,7 @@ impl Db {
         write: Overlay<'_>,
     ) -> Result<Option<Outgoing>, Refusal> {
         let mut change = self.change.lock().unwrap();
-        if !self.files.is_current(wal) {
+        if !wal.is_current() {
             // Nobody reads it any more.
             self.write_to_wal(wal, write.offset, write.data)?;
             return Ok(None);

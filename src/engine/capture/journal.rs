@@ -380,7 +380,7 @@ impl Db {
             Ok(os::write_at("database:write", &backing.file, data, offset)
                 .map_err(Error::io("write database", &path))?)
         };
-        if !self.files.is_current(backing) {
+        if !backing.is_current() {
             return write();
         }
         self.refuse_lost()?;
@@ -409,7 +409,7 @@ impl Db {
     /// A change of the database file's size: what a transaction or a checkpoint leaves behind.
     pub fn truncate_database(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
         let path = self.files.path(FileKind::Database);
-        let current = self.files.is_current(backing);
+        let current = backing.is_current();
         if current {
             self.refuse_lost()?;
         }

@@ -3,6 +3,7 @@
 //! It does not wake once per commit: after a round it rests for [`limits::WRITER_REST`], in which
 //! only somebody who waits for durability wakes it. A commit on a quiet node wakes it at once.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -75,9 +76,12 @@ impl Drop for Writer {
 }
 
 impl Waker {
-    /// `chain` has something to write, some time soon.
+    /// `chain` has something to write, some time soon. What was queued before this is written: either the writer is told
+    /// now, or it has yet to look at what it was told of.
     pub fn queued(&self, chain: &Arc<Chain>) {
-        self.mark(chain, Urgency::Relaxed);
+        if !chain.is_told.swap(true, Ordering::SeqCst) {
+            self.mark(chain, Urgency::Relaxed);
+        }
     }
 
     /// Somebody waits for `chain` to be durable.
@@ -150,6 +154,7 @@ impl Shared {
 
     /// Writes what is queued in one chain; whether that worked.
     fn round(&self, chain: &Arc<Chain>, stop: bool) -> bool {
+        chain.is_told.store(false, Ordering::SeqCst);
         let known = chain.refusal();
         let result = if stop || chain.wants_sync() { chain.sync() } else { chain.flush() };
         let Err(error) = result else {

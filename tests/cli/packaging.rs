@@ -8,6 +8,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::support::node::{Member, Node, Settings};
 use crate::support::program;
 
 fn root() -> &'static Path {
@@ -143,28 +144,56 @@ fn check_shell(file: &str, command: &str) {
     assert!(output.status.success(), "{file}: {script}");
 }
 
+/// A setting of the service.
+#[track_caller]
+fn of_service(key: &str) -> String {
+    let unit = read("packaging/litefs.service");
+    let mut values = unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    values.next().unwrap_or_else(|| panic!("no {key}")).to_owned()
+}
+
+/// What the service runs until its node is ready.
+#[track_caller]
+fn service_start_post() -> String {
+    let script = of_service("ExecStartPost");
+    script.strip_prefix("/bin/sh -c '").unwrap().strip_suffix('\'').unwrap().to_owned()
+}
+
 #[test]
 fn the_service_starts_what_is_there() {
     let unit = read("packaging/litefs.service");
     let lines = unit.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let value = |key: &str| {
-        let mut values = unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-        values.next().unwrap_or_else(|| panic!("no {key}")).to_owned()
-    };
     for line in lines {
         let section = line.starts_with('[') && line.ends_with(']');
         let key = line.split_once('=').map_or("", |(key, _)| key);
         let is_key = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_alphanumeric());
         assert!(section || is_key, "{line}");
     }
-    assert_eq!(value("ExecStart"), "/usr/local/bin/litefs mount -config /etc/litefs.yml");
+    assert_eq!(of_service("ExecStart"), "/usr/local/bin/litefs mount -config /etc/litefs.yml");
     // Of the grace that an application has, and what is sent and handed over after it, nothing is cut off.
-    let stop: u64 = value("TimeoutStopSec").parse().unwrap();
+    let stop: u64 = of_service("TimeoutStopSec").parse().unwrap();
     assert!(stop >= 30, "{stop}");
-    assert_eq!(value("StateDirectory"), "litefs", "of data.dir, /var/lib/litefs");
-    let script = value("ExecStartPost");
-    let script = script.strip_prefix("/bin/sh -c '").unwrap().strip_suffix('\'').unwrap();
-    check_shell("litefs.service", script);
+    assert_eq!(of_service("StateDirectory"), "litefs", "of data.dir, /var/lib/litefs");
+    check_shell("litefs.service", &service_start_post());
+}
+
+/// The service manager waits for this script before it starts a service again that has ended.
+#[test]
+fn the_service_is_ready_with_its_node_and_ends_with_it() {
+    let mut node = Node::new(&Settings::default(), Member::Primary);
+    let config = node.scratch("litefs.yml").display().to_string();
+    let script = service_start_post().replace("/usr/local/bin/litefs", program::litefs());
+    let script = script.replace("/etc/litefs.yml", &config);
+    let code_with = |pid: u32| {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script]).env("MAINPID", pid.to_string());
+        program::output(&mut command).unwrap().status.code()
+    };
+    let mut ended = Command::new("true").spawn().unwrap();
+    ended.wait().unwrap();
+    assert_eq!(code_with(ended.id()), Some(1));
+    node.start();
+    assert_eq!(code_with(node.pid().as_raw().cast_unsigned()), Some(0));
 }
 
 /// All scripts that people or other scripts call can be read by their shell.

@@ -185,7 +185,8 @@ impl Field<'_> {
         {
             return Verdict::Never(format!(
                 "this node has no data, and the last primary {:?} had {}: start a node that has \
-                 them, or run `litefs promote -force` here to begin with nothing",
+                 them, or run `litefs promote -force` here to begin with what its backup has, or \
+                 with nothing",
                 record.hostname, record.standing
             ));
         }

@@ -380,6 +380,105 @@ fn two_histories_stay_as_they_are(kind: Kind, transactions: u32) {
     assert_eq!(node.log_count("backup stands still"), 1, "it is said once");
 }
 
+/// A backup of `kind` with one history of [`DB`], which ends in a table with 'theirs', and nothing else.
+fn strangers_backup(kind: Kind) -> (Backup, Pos) {
+    let backup = Backup::new(kind);
+    let mut stranger = Node::primary(&backup.settings());
+    run(&stranger, "create table t (x); insert into t values ('theirs')");
+    let pos = backup.check(&stranger, DB);
+    stranger.stop();
+    (backup, pos)
+}
+
+/// What docs/operations.md says to do with a stopped node where the backup counts.
+fn let_the_backup_count(node: &Node) {
+    fs::rename(node.db_dir(DB).path(), node.scratch("moved away")).unwrap();
+    fs::write(node.data().join("restoring"), "").unwrap();
+}
+
+/// Two histories, of which a person chooses the backup's. The node has another database, and must not be ready
+/// without the one that is to come.
+#[test]
+fn a_node_gets_the_history_that_its_backup_has() {
+    let (backup, theirs) = strangers_backup(OnServer);
+    let cloud = backup.cloud.as_ref().unwrap();
+    let mut cluster = Cluster::of(2);
+    run(cluster.primary(), "create table t (x); insert into t values ('ours'), ('and ours')");
+    sqlite::run(&cluster.file(OTHER), "create table o (x); insert into o values (7)");
+    let ours = cluster.sync(DB);
+    let other = cluster.sync(OTHER);
+    cluster.nodes.iter_mut().for_each(|node| _ = node.stop());
+    let url = cluster.primary().url();
+    cluster.nodes[0].configure(&backup.settings(), Member::Primary);
+    cluster.nodes[1].configure(&backup.settings(), Member::Replica(&url));
+
+    let node = &mut cluster.nodes[0];
+    node.start();
+    node.wait_for_log("backup stands still");
+    node.stop();
+    let_the_backup_count(node);
+    cloud.send_snapshots(Snapshots::Held(DB));
+    let before = cloud.snapshots_asked(DB);
+    node.spawn();
+    node.wait_for_log("a restore from the backup was begun");
+    wait::until_true("the restore", || cloud.snapshots_asked(DB) > before);
+    node.wait_for_log("waiting to connect to cluster");
+    assert!(!node.log().contains(READY), "{}", node.log());
+    cloud.send_snapshots(Snapshots::Whole);
+    node.wait_ready();
+    assert_eq!((node.pos(DB), node.pos(OTHER)), (theirs, other));
+    assert_eq!(run(node, "select x from t"), "theirs");
+    assert!(!node.data().join("restoring").exists(), "it is done");
+
+    let replica = &mut cluster.nodes[1];
+    replica.start();
+    replica.wait_for_pos(DB, theirs);
+    let lost = fs::read_dir(replica.db_dir(DB).lost_found()).unwrap();
+    let lost = lost.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let has_ours =
+        |name: String| ltx::parse_file_name(&name).is_some_and(|(_, max)| max == ours.txid);
+    assert!(lost.into_iter().any(has_ours), "what was here is kept");
+    run(cluster.primary(), "insert into t values ('more')");
+    backup.check(cluster.primary(), DB);
+    cluster.sync(DB);
+    cluster.check();
+}
+
+/// With a lease an empty node does not begin by itself where the last primary had data: a person says so.
+#[test]
+fn a_forced_primary_gets_what_its_backup_has() {
+    let (backup, theirs) = strangers_backup(InDirectory);
+    let consul = Consul::start();
+    let member = |hostname| {
+        let url = Box::leak(consul.url().into_boxed_str());
+        Member::Consul(Lease { url, hostname, advertise: "", candidate: true, ttl: "10s" })
+    };
+    let mut nodes = ["a", "b"].map(|name| Node::new(&Settings::default(), member(name)));
+    nodes.iter_mut().for_each(Node::start);
+    run(&nodes[0], "create table t (x); insert into t values ('ours'), ('and ours')");
+    nodes[1].wait_for_pos(DB, nodes[0].pos(DB));
+    for (node, name) in nodes.iter_mut().zip(["a", "b"]).rev() {
+        node.stop();
+        node.configure(&backup.settings(), member(name));
+    }
+    let [node, other] = &mut nodes;
+    let_the_backup_count(node);
+    node.spawn();
+    node.wait_for_log("to begin with what its backup has");
+    let forced = node.litefs("promote", &["-force"]);
+    assert!(forced.status.success(), "{}", node.log());
+    node.wait_ready();
+    assert_eq!((node.pos(DB), run(node, "select x from t").as_str()), (theirs, "theirs"));
+    other.start();
+    other.wait_for_pos(DB, theirs);
+    assert!(other.db_dir(DB).lost_found().exists(), "what was here is kept");
+    run(node, "insert into t values ('more')");
+    let pos = backup.check(node, DB);
+    other.wait_for_pos(DB, pos);
+    check_node(node, DB, pos);
+    check_node(other, DB, pos);
+}
+
 /// What somebody restores on the backup's side is taken over by a node of which the backup has all.
 #[test_matrix([InDirectory, OnServer], ["delete", "wal"])]
 fn a_backup_that_was_set_back_on_purpose_is_followed(kind: Kind, mode: &str) {

@@ -111,3 +111,19 @@ fn the_documents_name_only_tests_that_exist() {
         assert!(missing.is_empty(), "{document} names tests that do not exist: {missing:?}");
     }
 }
+
+/// Others quote a promise by its number.
+#[test]
+fn each_promise_has_a_number_of_its_own() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/SEMANTICS.md")).unwrap();
+    let numbers = text.lines().filter_map(|line| line.strip_prefix("* **")?.split_once("**"));
+    let (mut known, mut twice) = (BTreeSet::new(), Vec::new());
+    for (number, _) in numbers {
+        if !known.insert(number) {
+            twice.push(number);
+        }
+    }
+    assert!(known.len() > 50, "only {} promises found", known.len());
+    assert!(twice.is_empty(), "these stand for two promises each: {twice:?}");
+}

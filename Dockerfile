@@ -10,10 +10,10 @@
 #   ENTRYPOINT ["litefs", "mount"]
 #
 # The container needs the device and the right to mount, and the data directory on a volume.
-# LINUX_IMMUTABLE is for applications that outlive litefs: see C6 in docs/SEMANTICS.md.
+# More in "In a container" in docs/operations.md.
 #
-#   docker run --device /dev/fuse --cap-add SYS_ADMIN --cap-add LINUX_IMMUTABLE \
-#     --security-opt apparmor=unconfined -v litefs-data:/var/lib/litefs ...
+#   docker run --device /dev/fuse --cap-add SYS_ADMIN --cap-add LINUX_IMMUTABLE --security-opt apparmor=unconfined \
+#     -v "$PWD/litefs.yml:/etc/litefs.yml:ro" -v litefs-data:/var/lib/litefs --stop-timeout 60 ...
 
 # Alpine's compiler makes programs for musl, which are static. rust-version in Cargo.toml is the oldest.
 FROM rust:1.89-alpine3.22 AS build

@@ -47,8 +47,10 @@ fn what_the_compose_file_names_is_there() {
             assert!(compose["volumes"].get(volume).is_some(), "{name}: no volume {volume}");
         }
         for port in list(&service["ports"]) {
-            let (port, _) = port.split_once(':').unwrap();
-            assert!(ports.insert(port.to_owned()), "{name}: port {port} is taken");
+            let (outside, inside) = port.rsplit_once(':').unwrap();
+            assert!(ports.insert(outside.to_owned()), "{name}: port {outside} is taken");
+            let is_local = outside.starts_with("127.0.0.1:");
+            assert!(is_local || inside != "20202", "{name}: {port} shows an API without a token");
         }
         for other in list(&service["depends_on"]) {
             assert!(services.contains_key(&other), "{name}: no service {other}");

@@ -1,4 +1,5 @@
-# The commands of this project. On a fresh Debian with a Rust toolchain each works as it is.
+# The commands of this project. On a fresh Debian with a Rust toolchain each works as it is, but for `make tsan`, which
+# wants a nightly Rust with rust-src, `make fuzz` (g++) and `make prove` (root, debootstrap, python3-venv, sqlite3).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

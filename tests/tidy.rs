@@ -3,6 +3,7 @@
 //! Comments do not count, except for the one rule about them. A rule that is broken names each
 //! place as `FILE:LINE`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -215,6 +216,40 @@ fn the_configuration_page_has_every_key() {
     }
     assert!(count > 50, "only {count} keys found");
     assert!(missing.is_empty(), "not in docs/configuration.md: {missing:?}");
+}
+
+/// Texts of the program's code that begin with one of `starts` and go on with letters of a name.
+fn named(sources: &[Source], starts: &[&str]) -> BTreeSet<String> {
+    let ours = |source: &Source| source.is_in(&["src/"]) && !source.is_test();
+    let lines = code(sources, ours).filter(program).map(|(_, (_, line))| line);
+    let texts = lines.flat_map(|line| line.split('"').skip(1).step_by(2));
+    let texts = texts.filter(|text| starts.iter().any(|start| text.starts_with(start)));
+    let is_name = |text: &&str| {
+        let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_/.".contains(&byte);
+        text.len() > 1 && text.bytes().all(is_letter)
+    };
+    texts.filter(is_name).map(str::to_owned).collect()
+}
+
+/// Metrics, variables of the environment and paths of the API, as the code has them.
+#[test]
+fn the_reference_has_what_the_program_names() {
+    let page = include_str!("../docs/reference.md");
+    let sources = sources();
+    let metrics = named(&sources, &["litefs_"]);
+    let variables = named(&sources, &["CONSUL_", "LITEFS_CLOUD_", "FLY_", "HOSTNAME"]);
+    let server = sources.into_iter().filter(|source| source.path == "src/http/server.rs");
+    let paths = named(&server.collect::<Vec<_>>(), &["/"]);
+    let counts = [metrics.len(), variables.len(), paths.len()];
+    assert!(counts[0] > 30 && counts[1] > 10 && counts[2] > 12, "only {counts:?} found");
+    let is_word = |c: char| c.is_ascii_alphanumeric() || "_/.".contains(c);
+    let words: BTreeSet<&str> = page.split(|c| !is_word(c)).collect();
+    let all = metrics.iter().chain(&variables).chain(&paths);
+    let missing: Vec<_> = all.filter(|name| !words.contains(name.as_str())).collect();
+    assert!(missing.is_empty(), "not in docs/reference.md: {missing:?}");
+    let told = words.into_iter().filter(|word| word.starts_with("litefs_"));
+    let gone: Vec<_> = told.filter(|word| !metrics.contains(*word)).collect();
+    assert!(gone.is_empty(), "docs/reference.md names what is gone: {gone:?}");
 }
 
 #[test]

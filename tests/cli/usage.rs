@@ -26,6 +26,24 @@ fn help_of_a_command_goes_to_stdout_with_code_2() {
 }
 
 #[test]
+fn the_reference_has_every_flag() {
+    let page = include_str!("../../docs/reference.md");
+    let commands =
+        ["mount", "run", "status", "promote", "export", "import", "config check", "version"];
+    for command in commands {
+        let arguments: Vec<&str> = command.split(' ').chain(["-h"]).collect();
+        let help = String::from_utf8(litefs(&arguments).stdout).unwrap();
+        let flags = help.lines().filter_map(|line| line.strip_prefix("  -")?.split(' ').next());
+        for flag in flags {
+            let stands =
+                [format!("`-{flag}`"), format!("`-{flag} "), format!("litefs mount -{flag}`")];
+            assert!(stands.iter().any(|text| page.contains(text)), "{command} -{flag}");
+        }
+        assert!(page.contains(&format!("`litefs {command}")), "{command}");
+    }
+}
+
+#[test]
 fn an_unknown_command_has_code_1() {
     let stderr = "ERROR: litefs frobnicate: unknown command\n";
     check(&["frobnicate"], Expected { code: 1, stdout: "", stderr });

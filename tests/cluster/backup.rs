@@ -140,6 +140,26 @@ fn an_empty_node_gets_what_its_backup_has(kind: Kind) {
     assert!(!node.db_dir(DB).lost_found().exists(), "nothing was in its place");
 }
 
+/// What somebody does who wants the state before a mistake: in a copy, which this backup is here.
+#[test]
+fn a_backup_without_its_last_files_is_an_earlier_state() {
+    let backup = Backup::new(InDirectory);
+    let mut node = Node::primary(&backup.settings());
+    run(&node, "pragma journal_mode=wal; create table t (x)");
+    backup.check(&node, DB);
+    run(&node, "insert into t values (1)");
+    let wanted = backup.check(&node, DB);
+    for sql in ["delete from t", "insert into t values ('a mistake')"] {
+        run(&node, sql);
+        backup.check(&node, DB);
+    }
+    node.stop();
+    let later = backup.vault.files(DB).into_iter().filter(|(_, max, _)| *max > wanted.txid);
+    assert_eq!(later.map(|(.., path)| fs::remove_file(path).unwrap()).count(), 2);
+    let node = Node::primary(&backup.settings());
+    assert_eq!((node.pos(DB), run(&node, "select x from t").as_str()), (wanted, "1"));
+}
+
 /// A server that has two databases, and where they stand.
 fn two_on_a_server() -> (Backup, [Pos; 2]) {
     let backup = Backup::new(OnServer);

@@ -747,7 +747,7 @@ section! {
     Http {
         /// Where to listen, `HOST:PORT`; an empty host means every address.
         "addr" => addr: String = ":20202".to_owned();
-        /// How long one snapshot may take to send; zero: as long as `data.retention`.
+        /// How long one snapshot or export may take to be made; zero: as long as `data.retention`.
         "snapshot-timeout" => snapshot_timeout: Duration = Duration::ZERO;
         /// What callers must show, and what is shown to other nodes; empty: nothing.
         "auth-token" => auth_token: String = String::new();

@@ -133,7 +133,18 @@ pub struct Engine {
     /// The thread outlives everything that queues work for it.
     writer: Mutex<Option<chain::Writer>>,
     /// Last: as long as this is open, no other process uses the data directory.
-    lock: Mutex<Option<File>>,
+    lock: Mutex<Option<DirLock>>,
+}
+
+/// The lock of a data directory. It is given up, and not only closed, since a program that is just being
+/// started has a copy of the descriptor for a moment, which would keep it.
+struct DirLock(File);
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Where that fails, closing it does.
+        let _ = self.0.unlock();
+    }
 }
 
 impl Engine {
@@ -412,12 +423,12 @@ fn wait_for_stop(stop: &(Mutex<bool>, Condvar), interval: Duration) -> bool {
 
 /// Makes the directory, if it is missing, and keeps other processes from using it as long as the file
 /// is open: two that write one database would each destroy what the other has.
-fn lock_directory(dir: &DataDir) -> Result<File> {
+fn lock_directory(dir: &DataDir) -> Result<DirLock> {
     make_data_directory(dir.path())?;
     let path = dir.lock();
     let file = os::open_or_create("engine:lock", &path).map_err(Error::io("open", &path))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(DirLock(file)),
         Err(TryLockError::WouldBlock) => Err(Error::InUse { dir: dir.path().to_owned() }),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
@@ -560,4 +571,20 @@ fn write_own_id_in_place(path: &Path, text: &str, enough: bool, id: NodeId) -> i
     let file = os::open("engine:node-ids", path)?;
     os::write_at("engine:node-ids", &file, line.as_bytes(), offset)?;
     os::sync("engine:node-ids", &file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::properties::open;
+
+    /// As a program has one that is just being started.
+    #[test]
+    fn a_copy_of_the_lock_keeps_nobody_out_after_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).unwrap();
+        let copy = engine.lock.lock().unwrap().as_ref().unwrap().0.try_clone().unwrap();
+        engine.close().unwrap();
+        open(dir.path()).unwrap();
+        drop(copy);
+    }
 }

@@ -63,7 +63,8 @@ impl Dir {
     }
 }
 
-fn open(dir: &Path) -> Result<Arc<Engine>, Error> {
+/// An engine on `dir`.
+pub(super) fn open(dir: &Path) -> Result<Arc<Engine>, Error> {
     Engine::open(Options {
         dir: dir.to_owned(),
         compression: Compression::Lz4,

@@ -60,13 +60,9 @@ fn open(dir: &Path) -> engine::Result<Arc<Engine>> {
     })
 }
 
-/// An engine on `dir` that may write. A program that another test of this process is just starting
-/// holds a copy of the former engine's lock for a moment, so that one is waited for.
+/// An engine on `dir` that may write.
 fn primary(dir: &Path) -> Arc<Engine> {
-    let engine = wait::until("the data directory to be free", || match open(dir) {
-        Err(engine::Error::InUse { .. }) => None,
-        opened => Some(opened.unwrap()),
-    });
+    let engine = open(dir).unwrap();
     engine.set_role(Role::Primary);
     engine
 }

@@ -175,24 +175,17 @@ pub fn data(root: &Path) -> PathBuf {
     root.join("data")
 }
 
-/// An engine on a data directory; a program that another test is just starting holds a copy of the
-/// former one's lock for a moment.
+/// An engine on a data directory.
 pub fn open(root: &Path, node: u64) -> engine::Result<Arc<Engine>> {
-    wait::until("the data directory to be free", || {
-        let opened = Engine::open(engine::Options {
-            dir: data(root),
-            compression: Compression::Lz4,
-            retention: Duration::ZERO,
-            retention_interval: Duration::ZERO,
-            retain: engine::Retain::Free,
-            strict_verify: true,
-            node_id: NodeId(node),
-            clock: Box::new(|| 1),
-        });
-        match opened {
-            Err(engine::Error::InUse { .. }) => None,
-            opened => Some(opened),
-        }
+    Engine::open(engine::Options {
+        dir: data(root),
+        compression: Compression::Lz4,
+        retention: Duration::ZERO,
+        retention_interval: Duration::ZERO,
+        retain: engine::Retain::Free,
+        strict_verify: true,
+        node_id: NodeId(node),
+        clock: Box::new(|| 1),
     })
 }
 

@@ -97,6 +97,11 @@ const TRACE: &str = "the trace log";
 const SPOOL: &str = "what is on its way to a peer, in a file without a name";
 const CHANCE: &str = "not in every run: it depends on the pace of the threads";
 
+/// Whether a script comes to this label in some runs only.
+pub fn comes_by_chance(label: &str) -> bool {
+    ELSEWHERE.contains(&(label, CHANCE))
+}
+
 #[test]
 fn every_label_is_come_to_or_has_a_reason() {
     let mut all = BTreeMap::new();

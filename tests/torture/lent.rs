@@ -110,9 +110,9 @@ impl World {
     /// What the primary has comes in its stream.
     pub fn catch_up(&self) {
         let Some(lender) = &self.lender else { return };
-        let is_hit = || {
-            let other = lender.recorder.as_ref().and_then(|recorder| recorder.hit());
-            self.recorder.hit().is_some() || other.is_some()
+        let is_harmed = || {
+            let other = lender.recorder.as_ref().is_some_and(|recorder| recorder.is_harmed());
+            self.recorder.is_harmed() || other
         };
         let begin = Instant::now();
         loop {
@@ -128,7 +128,7 @@ impl World {
             {
                 let _ = receive(&self.engine, &bytes);
             }
-            let limit = if is_hit() { Duration::from_millis(100) } else { wait::DEADLINE };
+            let limit = if is_harmed() { Duration::from_millis(100) } else { wait::DEADLINE };
             if begin.elapsed() > limit {
                 return;
             }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::SIGNALS_HEEDED;
+use crate::support::node::free_address;
 use crate::support::program::{self, Limit};
 use crate::support::wait;
 
@@ -104,9 +105,9 @@ impl Drop for Node {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port of [`free_address`].
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    free_address().parse::<SocketAddr>().unwrap().port()
 }
 
 pub fn is_mounted(dir: &Path) -> bool {

@@ -17,7 +17,7 @@ use litefs::http::security::Security;
 use ltx::NodeId;
 
 use super::node::identity;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 const RAW_FROM_3: &[u8] = include_bytes!("../fixtures/stream/raw-from-3.response");
@@ -280,9 +280,10 @@ async fn a_refusal_carries_its_status_and_its_first_line() {
 
 #[tokio::test]
 async fn a_peer_that_is_not_there_is_named() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    // Bound, so that nobody else gets the port, and not listening.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
     let text = text(events(&client(address)).await);
     assert!(text.starts_with(&format!("connect to {address}: ")), "{text}");
 }

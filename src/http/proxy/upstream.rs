@@ -323,6 +323,8 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread::{JoinHandle, spawn};
 
+    use tokio::net::TcpSocket;
+
     use super::*;
 
     const SHORT: std::time::Duration = std::time::Duration::from_millis(100);
@@ -341,11 +343,19 @@ mod tests {
         true
     }
 
+    /// An address that refuses connections, as long as the socket is there: nobody else gets its port.
+    fn nobody() -> (TcpSocket, String) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap().to_string();
+        (socket, address)
+    }
+
     /// Neither taken nor refused, as by a host that is gone: more connections wait already than the listener has room
     /// for.
     #[tokio::test(start_paused = true)]
     async fn a_host_that_answers_no_connection_is_dead() {
-        let listener = tokio::net::TcpSocket::new_v4().unwrap();
+        let listener = TcpSocket::new_v4().unwrap();
         listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let listener = listener.listen(1).unwrap();
         let address = listener.local_addr().unwrap();
@@ -360,9 +370,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_host_that_refuses_connections_is_alive() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        drop(listener);
+        let (_bound, address) = nobody();
         let dead = timeout_at(Instant::now() + 9 * limits::DEAD_HOST_WAIT, until_dead(&address));
         assert!(dead.await.is_err());
     }
@@ -485,10 +493,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_never_sent_comes_back() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = Address::Tcp(listener.local_addr().unwrap().to_string());
-        drop(listener);
-        let upstream = Upstream::new(address, Peer::Node, &Security::default());
+        let (_bound, address) = nobody();
+        let upstream = Upstream::new(Address::Tcp(address), Peer::Node, &Security::default());
         let request = Request::post("/x").body(body::full("text")).unwrap();
         match upstream.send(request, Repeat::Never).await {
             Err(SendError::Connect { request, .. }) => assert_eq!(request.uri(), "/x"),

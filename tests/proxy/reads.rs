@@ -4,7 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use litefs::limits;
 
 use super::wire::{Connection, cookie};
 use super::{Plan, Site};
@@ -89,18 +91,25 @@ fn a_read_waits_for_what_its_client_wrote() {
     let site = Site::of(2);
     let seen = cookie(&site.ask(1, "POST", "/add/a", "")).unwrap();
     assert_eq!(site.ask(1, "GET", "/get/a", &seen).text(), "1");
-    // A primary that answers nothing, whose next transaction cannot have come.
-    let written = site.ask(0, "POST", "/add/a", "");
-    let pos = site.nodes[0].pos("app.db");
-    site.nodes[1].wait_for_pos("app.db", pos);
-    let next = format!("cookie: __txid={}\r\n", pos.txid.next());
-    assert!(cookie(&written).is_some());
-    let proxy = site.proxies[1].clone();
-    let reader =
-        thread::spawn(move || Connection::open(&proxy).ask("GET", "/get/a", &next, b"").text());
-    wait::until_true("the read", || site.metric(1, "litefs_proxy_in_flight") == 1.0);
-    assert_eq!(site.ask(0, "POST", "/add/a", "").text(), "3");
-    assert_eq!(reader.join().unwrap(), "3");
+    // After a while the primary is asked, which has to have it by then.
+    wait::until_true("a write in time", || {
+        // A primary that answers nothing, whose next transaction cannot have come.
+        let written = site.ask(0, "POST", "/add/a", "");
+        let pos = site.nodes[0].pos("app.db");
+        site.nodes[1].wait_for_pos("app.db", pos);
+        let next = format!("cookie: __txid={}\r\n", pos.txid.next());
+        assert!(cookie(&written).is_some());
+        let before: u32 = written.text().parse().unwrap();
+        let (begin, proxy) = (Instant::now(), site.proxies[1].clone());
+        let reader =
+            thread::spawn(move || Connection::open(&proxy).ask("GET", "/get/a", &next, b"").text());
+        wait::until_true("the read", || site.metric(1, "litefs_proxy_in_flight") == 1.0);
+        assert_eq!(site.ask(0, "POST", "/add/a", "").text(), (before + 1).to_string());
+        let is_late = begin.elapsed() >= limits::READ_HERE_WAIT;
+        let read: u32 = reader.join().unwrap().parse().unwrap();
+        assert!(read == before + 1 || (read == before && is_late), "{read} after {before}");
+        read > before
+    });
 }
 
 /// The way between a replica and its primary, on which bytes take their time.

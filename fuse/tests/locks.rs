@@ -6,6 +6,7 @@ use fuse::Transport;
 use nix::sys::signal::Signal;
 
 use crate::child::Process;
+use crate::rings::{cpus, pin};
 use crate::volume::{Mounted, TRANSPORTS, Way, mounted, wait_for};
 
 /// A mounted file, and processes that have it open.
@@ -155,13 +156,14 @@ fn a_lock_of_an_open_file_lasts_until_its_release() {
 fn calls_that_wait_leave_room_for_the_unlock() {
     for transport in TRANSPORTS {
         let (mounted, [mut a]) = scene(transport);
-        pin(&a);
+        let cpu = cpus()[0];
+        pin(a.thread, cpu);
         assert_eq!(a.tell("setlk w 120 1"), "ok");
         let open = format!("open {}", mounted.path("db-shm").display());
         let mut others: Vec<Process> = (0..100)
             .map(|_| {
                 let mut other = Process::start();
-                pin(&other);
+                pin(other.thread, cpu);
                 assert_eq!(other.tell(&open), "ok");
                 other.send("setlkw r 120 1");
                 other
@@ -173,11 +175,4 @@ fn calls_that_wait_leave_room_for_the_unlock() {
             assert_eq!(other.answer(), "ok");
         }
     }
-}
-
-/// Keeps a process on the first CPU.
-fn pin(process: &Process) {
-    let mut set = nix::sched::CpuSet::new();
-    set.set(0).unwrap();
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(process.thread), &set).unwrap();
 }

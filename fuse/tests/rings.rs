@@ -75,12 +75,13 @@ fn where_io_uring_is_forbidden_the_device_does_it() {
 }
 
 /// The CPUs that this thread may run on.
-fn cpus() -> Vec<usize> {
+pub fn cpus() -> Vec<usize> {
     let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
     (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect()
 }
 
-fn pin(thread: i32, cpu: usize) {
+/// Keeps a thread, or this one for zero, on one CPU.
+pub fn pin(thread: i32, cpu: usize) {
     let mut set = CpuSet::new();
     set.set(cpu).unwrap();
     sched_setaffinity(Pid::from_raw(thread), &set).unwrap();
@@ -142,7 +143,8 @@ fn waiting_calls_never_fill_a_queue() {
         });
         assert_eq!(holder.tell("setlk u 120 1"), "ok");
     });
-    assert_eq!(refused.into_inner() + granted.into_inner(), CALLS);
+    let (refused, granted) = (refused.into_inner(), granted.into_inner());
+    assert!(refused > 0 && granted > 0, "{refused} refused, {granted} granted");
 }
 
 /// The policies of the threads that serve the rings of `process`.

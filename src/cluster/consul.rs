@@ -11,12 +11,15 @@
 //! K's value is empty after a clean release; K is gone after its session was lost (behaviour
 //! "delete"), and then cannot be locked for the lock-delay. K/positions is written together with a
 //! check that K is as the writer knows it, so that nobody but the primary writes it. A lease is handed over by a
-//! note in K's value, and taken up or taken back by a change of K that holds only if K is as it was.
+//! note in K's value, and taken up or taken back by a change of K that holds only if K is as it was. LiteFS does
+//! not look how K is, but takes what is locked by the session that it was told; so who takes a lease back moves
+//! it to another session, in the same change.
 //!
 //! **Invariant:** whoever takes K after its session was lost waits until the primary before it has
 //! fenced itself ([`Timing`]); `docs/decisions/` has the argument.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ltx::NodeId;
@@ -243,6 +246,16 @@ impl Consul {
         self.client.destroy_session(session, limits::CONSUL_WAIT).await
     }
 
+    /// Ends a session that nothing depends on, beside everything else. What fails is up to the TTL.
+    pub fn end_unused(self: &Arc<Consul>, session: String) {
+        let consul = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = consul.end_session(&session).await {
+                tracing::debug!(error = crate::engine::chain_text(&error), "end unused session");
+            }
+        });
+    }
+
     /// Takes the lease if nobody has it, or if this session has it already: the key's index. None if
     /// another session has it, or if its key is not free yet.
     pub async fn acquire(&self, session: &str) -> Result<Option<u64>, Error> {
@@ -250,11 +263,24 @@ impl Consul {
         self.change(&[Step::Lock(&self.key, session, &value)]).await
     }
 
-    /// Takes a lease over, or back, that a session has, unless the key has changed since it had the
-    /// index `at`; the key's new index.
+    /// Takes over a lease that a session has, unless the key has changed since it had the index `at`;
+    /// the key's new index.
     pub async fn take_up(&self, session: &str, at: u64) -> Result<Option<u64>, Error> {
         let value = self.value(None);
         let steps = [Step::CheckIndex(&self.key, at), Step::Lock(&self.key, session, &value)];
+        self.change(&steps).await
+    }
+
+    /// Takes back a lease that was offered to another node, unless the key has changed since it had the
+    /// index `at`; the key's new index. It is that of the session `own` then, which nobody else was told of:
+    /// the one that was offered is worth nothing any more.
+    pub async fn take_back(&self, offered: &str, at: u64, own: &str) -> Result<Option<u64>, Error> {
+        let value = self.value(None);
+        let steps = [
+            Step::CheckIndex(&self.key, at),
+            Step::Unlock(&self.key, offered),
+            Step::Lock(&self.key, own, &value),
+        ];
         self.change(&steps).await
     }
 

@@ -124,6 +124,11 @@ impl Peer {
         *self.lease.lock().unwrap() = Some(lease);
         self.offered.notify_one();
     }
+
+    /// Keeps the lease from it, if its stream has not picked it up yet.
+    pub fn withdraw(&self) {
+        self.lease.lock().unwrap().take();
+    }
 }
 
 impl Membership {
@@ -184,6 +189,15 @@ mod tests {
         let peer = peers.find(NodeId(1)).unwrap();
         peer.offer("session".to_owned());
         assert_eq!(member.lease().await, "session");
+        peer.offer("withdrawn".to_owned());
+        peer.withdraw();
+        tokio::select! {
+            biased;
+            lease = member.lease() => panic!("{lease}"),
+            () = std::future::ready(()) => {}
+        }
+        peer.offer("another".to_owned());
+        assert_eq!(member.lease().await, "another");
         drop(member);
         let _again = peers.join(identity(1, None));
         peers.came_back(&peer).await;

@@ -17,10 +17,10 @@ use crate::support::node::{Lease, Member, Node, Settings};
 use crate::support::shell::Shell;
 use crate::support::{sqlite, wait};
 
-const DB: &str = "app.db";
+pub const DB: &str = "app.db";
 
 /// A TTL with room for pauses of a loaded machine.
-const TTL: &str = "10s";
+pub const TTL: &str = "10s";
 /// A TTL for tests in which a session has to run out.
 const SHORT_TTL: &str = "4s";
 
@@ -30,7 +30,7 @@ struct Cluster {
     nodes: Vec<Node>,
 }
 
-fn node(url: &str, hostname: &str, candidate: bool, ttl: &str) -> Node {
+pub fn node(url: &str, hostname: &str, candidate: bool, ttl: &str) -> Node {
     let lease = Lease { url, hostname, advertise: "", candidate, ttl };
     Node::new(&Settings::default(), Member::Consul(lease))
 }
@@ -116,11 +116,11 @@ pub fn primary_of(node: &Node) -> String {
     text.trim_end().to_owned()
 }
 
-fn insert(node: &Node, value: u32) {
+pub fn insert(node: &Node, value: u32) {
     sqlite::run(&node.file(DB), &format!("insert into t values ({value})"));
 }
 
-fn create(node: &Node, mode: &str) {
+pub fn create(node: &Node, mode: &str) {
     sqlite::run(&node.file(DB), &format!("pragma journal_mode = {mode}; create table t(x)"));
 }
 
@@ -134,7 +134,7 @@ fn wait_writable(node: &Node, value: u32) {
     );
 }
 
-fn rows(node: &Node) -> String {
+pub fn rows(node: &Node) -> String {
     sqlite::run(&node.file(DB), "select group_concat(x) from (select x from t order by x)")
 }
 
@@ -492,6 +492,13 @@ fn a_rolling_restart_under_load_loses_nothing() {
 
 /// Asks a node to hand its lease to the process of `to`; the head and the text of its answer.
 fn hand_off(node: &Node, to: &str) -> String {
+    let mut answer = String::new();
+    ask_hand_off(node, to).read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Asks that; where the answer comes.
+pub fn ask_hand_off(node: &Node, to: &str) -> TcpStream {
     let mut socket = TcpStream::connect(node.address()).unwrap();
     socket.set_read_timeout(Some(wait::DEADLINE)).unwrap();
     let body = format!(r#"{{"nodeID":"{to}"}}"#);
@@ -499,9 +506,7 @@ fn hand_off(node: &Node, to: &str) -> String {
     let head =
         format!("POST /handoff?nodeID={to} HTTP/1.0\r\nHost: {host}\r\nContent-Length: {len}");
     write!(socket, "{head}\r\n\r\n{body}").unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).unwrap();
-    answer
+    socket
 }
 
 /// `docs/differences.md`, cluster 20: "They answer when the result is known; a replica of ours that is

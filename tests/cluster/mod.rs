@@ -35,6 +35,8 @@ mod large;
 mod lease;
 /// HALT locks at their edges.
 mod lent;
+/// Replicas that are LiteFS.
+mod mixed;
 /// Nodes with a lease in Consul, and faults by chance.
 mod random;
 /// Readers on a replica.

@@ -121,9 +121,14 @@ impl Consul {
         let made = wait::until("a session", || self.request("PUT", "/v1/session/create", &session));
         let made: serde_json::Value = serde_json::from_str(&made).unwrap();
         let id = made["ID"].as_str().expect("an id").to_owned();
-        let taken = self.request("PUT", &format!("/v1/kv/{key}?acquire={id}"), value);
-        assert_eq!(taken.as_deref().map(str::trim), Some("true"));
+        assert!(self.take(key, value, &id));
         id
+    }
+
+    /// Takes a key with a session, as LiteFS takes a lease that it was offered; whether it has it.
+    pub fn take(&self, key: &str, value: &str, session: &str) -> bool {
+        let taken = self.request("PUT", &format!("/v1/kv/{key}?acquire={session}"), value);
+        taken.as_deref().map(str::trim) == Some("true")
     }
 
     /// Renews a session; whether it is still there.

@@ -139,6 +139,8 @@ pub enum Step<'a> {
     Set(&'a str, &'a [u8]),
     /// Locks a key for a session and sets it.
     Lock(&'a str, &'a str, &'a [u8]),
+    /// Gives a key up that is locked by this session, and empties it.
+    Unlock(&'a str, &'a str),
 }
 
 /// What became of a transaction.
@@ -502,6 +504,9 @@ impl Step<'_> {
             Step::Lock(key, session, value) => {
                 let value = BASE64.encode(value);
                 json!({ "Verb": "lock", "Key": key, "Session": session, "Value": value })
+            }
+            Step::Unlock(key, session) => {
+                json!({ "Verb": "unlock", "Key": key, "Session": session })
             }
         };
         json!({ "KV": kv })

@@ -161,12 +161,12 @@ impl Node {
             self.found_free(Duration::ZERO);
             return Ok(None);
         }
-        let Some(index) = consul.take_up(session, held.index).await? else {
+        let Some((session, index)) = self.take_up_own(consul, held).await? else {
             return Ok(Some(Found::Wait(LOOK)));
         };
         tracing::info!("took up the lease of before: its session was still there");
         let term = self.field(&own, &positions, record.as_ref(), &[]).next_term();
-        let (consul, session) = (consul.clone(), session.clone());
+        let consul = consul.clone();
         Ok(Some(Found::Lease(Lease::Consul(Tenure {
             consul,
             session,
@@ -176,6 +176,28 @@ impl Node {
             written: None,
             fenced: false,
         }))))
+    }
+
+    /// Takes up the lease of before: its session, or another one if that was offered to another node, and
+    /// the index of its key. None if somebody was quicker.
+    async fn take_up_own(
+        &self,
+        consul: &Arc<Consul>,
+        held: &Held,
+    ) -> Result<Option<(String, u64)>, Error> {
+        let session = held.session.clone();
+        if held.handoff_to.is_none() {
+            let index = consul.take_up(&session, held.index).await?;
+            return Ok(index.map(|index| (session, index)));
+        }
+        let own = consul.open_session().await?;
+        let Some(index) = consul.take_back(&session, held.index, &own).await? else {
+            consul.end_unused(own);
+            return Ok(None);
+        };
+        self.remember_session(Some(own.clone())).await?;
+        consul.end_unused(session);
+        Ok(Some((own, index)))
     }
 
     /// Ends the session of a primary whose process is gone.

@@ -8,7 +8,8 @@
 //! The target takes the lease only if it has every position of the offer, and only as long as the
 //! offer stands; taking it and taking it back are changes of one key that exclude each other. So
 //! whatever fails, exactly one of the two nodes has the lease. A LiteFS target takes it without
-//! looking, and has by then been sent everything.
+//! looking, and has by then been sent everything; but it may get to that at any time later. So a lease that
+//! is taken back has another session afterwards, and the one that was offered is of no use.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +17,9 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Node;
 use super::lead::Tenure;
-use crate::cluster::consul::{Held, Holder, Lost};
+use super::{Error, Node};
+use crate::cluster::consul::{self, Held, Holder, Lost};
 use crate::cluster::control::HandoffError;
 use crate::cluster::peers::Peer;
 use crate::engine::{Drained, Engine, PrimaryInfo, chain_text};
@@ -62,7 +63,11 @@ fn kept(text: String) -> Outcome {
 
 impl Node {
     /// Hands the lease to `peer`, and confirms it meanwhile.
-    pub(super) async fn hand_over(&self, tenure: &mut Tenure, peer: &Arc<Peer>) -> Outcome {
+    pub(super) async fn hand_over(
+        &self,
+        tenure: &mut Tenure,
+        peer: &Arc<Peer>,
+    ) -> Result<Outcome, Error> {
         let identity = peer.identity();
         let id = self.engine.node_id();
         tracing::info!(
@@ -70,14 +75,24 @@ impl Node {
             identity.node_id,
             identity.hostname
         );
-        let handover = HandOver { node: self, tenure: tenure.again(), peer };
-        let run = handover.run();
-        tokio::pin!(run);
-        tokio::select! {
-            outcome = &mut run => outcome,
-            // Perhaps because the target has taken it: the handover finds that out.
-            _ = tenure.keep(&self.engine, &self.lineage) => run.await,
+        let mut handover = HandOver { node: self, tenure: tenure.again(), peer };
+        let outcome = {
+            let run = handover.run();
+            tokio::pin!(run);
+            tokio::select! {
+                outcome = &mut run => outcome,
+                // Perhaps because the target has taken it: the handover finds that out.
+                _ = tenure.keep(&self.engine, &self.lineage) => run.await,
+            }
+        };
+        let Tenure { session, index, .. } = handover.tenure;
+        if session != tenure.session {
+            self.remember_session(Some(session.clone())).await?;
+            let offered = std::mem::replace(&mut tenure.session, session);
+            tenure.index = index;
+            tenure.consul.end_unused(offered);
         }
+        Ok(outcome)
     }
 }
 
@@ -88,7 +103,8 @@ struct HandOver<'a> {
 }
 
 impl HandOver<'_> {
-    async fn run(self) -> Outcome {
+    /// The tenure has another session afterwards if the lease was taken back.
+    async fn run(&mut self) -> Outcome {
         if !self.is_near().await {
             return kept("the target is too far behind".to_owned());
         }
@@ -113,13 +129,18 @@ impl HandOver<'_> {
             Err(error) => return kept(chain_text(&error)),
         };
         self.peer.offer(session.clone());
-        let why = match self.wait_until_taken(index).await {
+        let taken = self.wait_until_taken(index).await;
+        self.peer.withdraw();
+        let why = match taken {
             Ok(Taken::By(held)) => return done(held, paused),
             Ok(Taken::Lost(lost)) => return Outcome::Lost(lost),
             Err(why) => why,
         };
         match self.revoke(index).await {
-            Revoked::Yes => kept(why),
+            Revoked::Yes { session, index } => {
+                (self.tenure.session, self.tenure.index) = (session, index);
+                kept(why)
+            }
             Revoked::No(Taken::By(held)) => done(held, paused),
             Revoked::No(Taken::Lost(lost)) => Outcome::Lost(lost),
         }
@@ -181,22 +202,40 @@ impl HandOver<'_> {
     /// Takes the offer back, however long that takes: until it is known who has the lease, or nobody
     /// can.
     async fn revoke(&self, index: u64) -> Revoked {
-        let Tenure { consul, session, .. } = &self.tenure;
-        let end = Instant::now() + consul.timing().ttl;
+        let mut own = None;
+        let end = Instant::now() + self.tenure.consul.timing().ttl;
         while Instant::now() < end {
-            match consul.take_up(session, index).await {
-                Ok(Some(_)) => return Revoked::Yes,
-                Ok(None) => {
-                    if let Ok(holder) = consul.holder().await {
-                        // Ours, and not as it was: an earlier attempt came through.
-                        return self.taken(holder).map_or(Revoked::Yes, Revoked::No);
-                    }
-                }
+            match self.take_back(index, &mut own).await {
+                Ok(Some(revoked)) => return revoked,
+                Ok(None) => {}
                 Err(error) => tracing::warn!(error = chain_text(&error), "take the lease back"),
             }
             sleep(RETRY).await;
         }
         Revoked::No(Taken::Lost(Lost("consul does not say who has it".to_owned())))
+    }
+
+    /// Takes the offer back with the session `own`, made if there is none; none if that has to be tried again.
+    async fn take_back(
+        &self,
+        index: u64,
+        own: &mut Option<String>,
+    ) -> Result<Option<Revoked>, consul::Error> {
+        let Tenure { consul, session: offered, .. } = &self.tenure;
+        let session = match own {
+            Some(session) => session.clone(),
+            None => own.insert(consul.open_session().await?).clone(),
+        };
+        if let Some(index) = consul.take_back(offered, index, &session).await? {
+            return Ok(Some(Revoked::Yes { session, index }));
+        }
+        Ok(match consul.holder().await? {
+            // An earlier attempt came through.
+            Holder::Somebody(Held { session: now, index, .. }) if now == session => {
+                Some(Revoked::Yes { session, index })
+            }
+            holder => self.taken(holder).map(Revoked::No),
+        })
     }
 }
 
@@ -210,7 +249,12 @@ enum Taken {
     Lost(Lost),
 }
 
+/// Whether an offer was taken back.
 enum Revoked {
-    Yes,
+    /// The lease has this session now, and its key this index.
+    Yes {
+        session: String,
+        index: u64,
+    },
     No(Taken),
 }

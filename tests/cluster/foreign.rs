@@ -11,7 +11,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::spawn_blocking;
 
 use super::halt::Halt;
-use super::lease::{is_primary, primary_of};
+use super::lease::{self, is_primary, primary_of};
 use crate::http::peers::{Answer, Then, live, peer, script};
 use crate::support::consul::{Consul, Link};
 use crate::support::node::{Lease, Member, Node, Settings};
@@ -148,6 +148,33 @@ async fn the_lease_of_a_litefs_primary_is_left_to_its_ttl() {
     })
     .await
     .unwrap();
+}
+
+/// A LiteFS primary that has offered its lease keeps the session and does nothing more with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_of_litefs_that_is_not_taken_is_given_back() {
+    let (address, heard) = litefs(Pos { txid: ltx::Txid(10), checksum: recorded_checksum() }).await;
+    let check = move || {
+        let consul = Consul::start();
+        consul.put("test/lease/clusterid", CLUSTER);
+        let value = format!(r#"{{"hostname":"litefs","advertise-url":"http://{address}"}}"#);
+        let session = consul.acquire("test/lease", &value, "60s");
+        let mut replica = lease::node(&consul.url(), "replica", false, lease::TTL);
+        replica.start();
+        let handoff = encoded(&Frame::Handoff { lease_id: session.clone() }).freeze();
+        heard
+            .lock()
+            .unwrap()
+            .streams
+            .iter()
+            .for_each(|stream| stream.send(handoff.clone()).unwrap());
+        replica.wait_for_log("this node does not take it: it is no candidate");
+        wait::until_true("the lease to be free", || {
+            consul.value("test/lease").as_deref() == Some("")
+        });
+        wait::until_true("its session to end", || !consul.renew(&session));
+    };
+    spawn_blocking(check).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,7 +16,7 @@ use crate::boot_time::BootTime;
 use crate::cluster::consul::{Consul, Held, Holder};
 use crate::cluster::election::{Field, Force, Record, Rival, Standing, Verdict};
 use crate::cluster::replica;
-use crate::engine::{ClusterId, DbName};
+use crate::engine::{ClusterId, DbName, chain_text};
 use crate::limits;
 
 /// Between two looks at a lease that is about to be taken.
@@ -380,14 +380,26 @@ impl Node {
         timeout(wait, replica::wait_applied(&self.engine, targets)).await.is_ok()
     }
 
-    /// Takes the lease that the primary's stream has offered, if it was offered to this node and this
-    /// node has everything that its primary had.
+    /// Takes the lease that the primary's stream has offered, or sees to it that somebody else gets it.
     pub(super) async fn take_offer(&mut self, session: &str) -> Result<Option<Tenure>, Error> {
         let super::Leaser::Consul(consul) = &self.leaser else {
             tracing::warn!("ignored handoff of lease {session:?}: not supported by this lease");
             return Ok(None);
         };
         let consul = consul.clone();
+        let taken = self.take_if_met(&consul, session).await;
+        if !matches!(taken, Ok(Some(_))) {
+            give_back(&consul, session).await;
+        }
+        taken
+    }
+
+    /// Takes an offered lease if it was offered to this node and this node has everything that its primary had.
+    async fn take_if_met(
+        &mut self,
+        consul: &Arc<Consul>,
+        session: &str,
+    ) -> Result<Option<Tenure>, Error> {
         let refuse = |why: &str| {
             tracing::warn!("the primary offers its lease, but this node does not take it: {why}");
             Ok(None)
@@ -405,15 +417,16 @@ impl Node {
             _ => return refuse("the lease is another one by now"),
         };
         let positions = self.lineage.positions(&self.engine);
-        let index = match (held.handoff_to, held.node_id) {
-            (Some(to), _) if to == self.engine.node_id() => {
+        let index = match held.handoff_to {
+            Some(to) if to == self.engine.node_id() => {
                 if !record.as_ref().is_some_and(|record| record.is_met_by(&positions)) {
                     return refuse("it lacks transactions of the primary");
                 }
                 consul.take_up(session, held.index).await?
             }
-            // A LiteFS node, which says nothing in Consul.
-            (None, None) if consul.renew(session).await? => consul.acquire(session).await?,
+            None if is_of_litefs(&held) && consul.renew(session).await? => {
+                consul.acquire(session).await?
+            }
             _ => return refuse("the offer does not stand any more"),
         };
         let Some(index) = index else { return refuse("the offer does not stand any more") };
@@ -421,7 +434,27 @@ impl Node {
         let own = self.lineage.standing(&self.engine);
         let term = self.field(&own, &positions, record.as_ref(), &[]).next_term();
         self.end_campaign().await;
-        let session = session.to_owned();
+        let (consul, session) = (consul.clone(), session.to_owned());
         Ok(Some(Tenure { consul, session, index, term, confirmed, written: None, fenced: false }))
     }
+}
+
+/// Gives back a lease that this node was offered and has not taken, if nobody else does: a LiteFS node that
+/// has offered its lease does not look what becomes of it, and until its session ends nobody could lead.
+async fn give_back(consul: &Consul, session: &str) {
+    match consul.holder().await {
+        Ok(Holder::Somebody(held)) if held.session == session && is_of_litefs(&held) => {
+            tracing::info!("giving back the lease that {:?} has offered", held.primary.hostname);
+            consul.release(session).await;
+        }
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(error = chain_text(&error), "look whose the offered lease is");
+        }
+    }
+}
+
+/// Whether a LiteFS node has the lease, which says nothing in Consul.
+fn is_of_litefs(held: &Held) -> bool {
+    held.node_id.is_none() && held.handoff_to.is_none()
 }

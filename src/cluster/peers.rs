@@ -132,6 +132,11 @@ impl Peer {
 }
 
 impl Membership {
+    /// The replica's process.
+    pub fn node_id(&self) -> NodeId {
+        self.peer.identity.node_id
+    }
+
     /// Notes how far the replica was sent.
     pub fn set_sent(&self, transactions: u64) {
         self.peer.sent.store(transactions, Ordering::Relaxed);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::sync::Arc;
 
-use ltx::{Header, Pos, Trailer, Txid};
+use ltx::{Header, NodeId, Pos, Trailer, Txid};
 
 use super::chain::{LtxFile, Successor};
 use super::db::Db;
@@ -30,6 +30,8 @@ pub enum Next {
         bytes: LtxBytes,
         /// Where it leads to.
         pos: Pos,
+        /// The node that committed what is in it.
+        author: NodeId,
     },
     /// Only the whole database helps.
     Snapshot,
@@ -85,7 +87,11 @@ impl Db {
             return Next::Snapshot;
         }
         match transaction.encoded(self.shared.compression) {
-            Ok(bytes) => Next::Ltx { bytes: LtxBytes::Memory(bytes), pos: transaction.pos() },
+            Ok(bytes) => Next::Ltx {
+                bytes: LtxBytes::Memory(bytes),
+                pos: transaction.pos(),
+                author: transaction.node_id,
+            },
             // Its frames were overwritten since; then its file is durable.
             Err(_) => match self.chain.file_after(pos) {
                 Ok(Successor::File(file, info)) => self.filed(pos, file, info, overlap),
@@ -137,7 +143,7 @@ impl Db {
             return Next::Snapshot;
         }
         let pos = Pos { txid: header.max_txid, checksum: trailer.post_apply };
-        Next::Ltx { bytes: LtxBytes::File(file, info.size), pos }
+        Next::Ltx { bytes: LtxBytes::File(file, info.size), pos, author: header.node_id }
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use ltx::{Pos, Txid};
+use ltx::{NodeId, Pos, Txid};
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
@@ -113,6 +113,8 @@ struct Stream {
     membership: Membership,
     filter: BTreeSet<String>,
     overlap: Overlap,
+    /// Whose transactions the replica must not be sent as files, see [`Filler::left_out`].
+    left_out: Option<NodeId>,
     /// Names of this round that are not done.
     pending: BTreeSet<String>,
     /// Databases that could not be read, and when to try them again.
@@ -133,6 +135,7 @@ impl Stream {
             sent: positions.values().map(|pos| pos.txid.0).fold(0, u64::saturating_add),
             positions,
             told: BTreeMap::new(),
+            left_out: (request.overlap == Overlap::Refused).then(|| request.membership.node_id()),
             membership: request.membership,
             filter: request.filter,
             overlap: request.overlap,
@@ -149,6 +152,8 @@ impl Stream {
         let all = self.positions.keys().cloned().chain(local).collect();
         self.pending = all;
         self.round().await?;
+        // What it commits from here on it has when it comes to it over this stream.
+        self.left_out = None;
         self.outbox.frame(&Frame::Ready);
         self.heartbeat();
         self.outbox.flush().await?;
@@ -320,8 +325,9 @@ impl Stream {
         target: Pos,
     ) -> Result<Step, Error> {
         let hwm = self.api.engine.hwm(name);
-        let filler =
-            Filler { name: name.to_owned(), db: db.clone(), target, hwm, overlap: self.overlap };
+        let (overlap, left_out) = (self.overlap, self.left_out);
+        let (name_of_filler, db) = (name.to_owned(), db.clone());
+        let filler = Filler { name: name_of_filler, db, target, hwm, overlap, left_out };
         let mut buffer = self.outbox.take_buffer();
         let (buffer, step) = if filler.is_small(pos) {
             let step = filler.fill(pos, Thread::Task, &mut buffer);
@@ -448,6 +454,9 @@ struct Filler {
     target: Pos,
     hwm: Txid,
     overlap: Overlap,
+    /// LiteFS leaves out files with its own id in them, for it has committed that. It has not, if it says so by its
+    /// position: the answer to its commit was lost, and it has rolled back. A snapshot it takes from anybody.
+    left_out: Option<NodeId>,
 }
 
 /// Where files are encoded.
@@ -491,7 +500,10 @@ impl Filler {
             let (bytes, next_pos) = match self.db.next_after(pos, self.overlap) {
                 Next::Current => return Ok(Step { pos, files, then: Then::Done }),
                 Next::Snapshot => return Ok(Step { pos, files, then: Then::Snapshot }),
-                Next::Ltx { bytes, pos } => (bytes, pos),
+                Next::Ltx { author, .. } if Some(author) == self.left_out => {
+                    return Ok(Step { pos, files, then: Then::Snapshot });
+                }
+                Next::Ltx { bytes, pos, .. } => (bytes, pos),
             };
             match bytes {
                 LtxBytes::Memory(bytes) if bytes.len() <= limits::BODY_PIECE_BYTES => {

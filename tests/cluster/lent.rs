@@ -15,6 +15,7 @@ use test_case::test_case;
 use super::Cluster;
 use super::forward::{LITEFS, call};
 use super::halt::{DB, Halt, cluster, is_held, lock_file, range, rows};
+use crate::support::node::Node;
 use crate::support::{sqlite, wait};
 
 /// More than a node keeps in memory, on either side.
@@ -168,15 +169,7 @@ fn a_litefs_node_writes_through_our_primary(mode: &str) {
         r#"{{"id":77,"pos":{{"TXID":"{txid}","PostApplyChecksum":"{checksum}"}},"expires":""#
     );
     assert!(granted.0 == 200 && granted.1.starts_with(&pos), "{granted:?}");
-    // What its SQLite would do, in a copy.
-    let copy = primary.scratch("litefs.db");
-    let exported = primary.litefs("export", &["-name", DB, copy.to_str().unwrap()]);
-    assert!(exported.status.success(), "{exported:?}");
-    let before = std::fs::read(&copy).unwrap();
-    sqlite::run(&copy, "insert into t values (5, randomblob(10000))");
-    sqlite::run(&copy, "pragma wal_checkpoint(truncate)");
-    let after = std::fs::read(&copy).unwrap();
-    let ltx = difference(&before, &after, Pos { txid, checksum });
+    let ltx = litefs_transaction(primary, "insert into t values (5, randomblob(10000))");
     assert_eq!(call(primary, "POST", "/tx?name=app.db&lockID=77", &ltx), (200, String::new()));
     assert_eq!(primary.pos(DB).txid, txid.next());
     sqlite::refused(&primary.file(DB), ".timeout 0\ninsert into t values (1, 'primary')");
@@ -189,6 +182,18 @@ fn a_litefs_node_writes_through_our_primary(mode: &str) {
     let (header, _) =
         ltx::verify(std::io::BufReader::new(std::fs::File::open(stored).unwrap())).unwrap();
     assert_eq!(header.node_id, LITEFS);
+}
+
+/// What a LiteFS node makes of a statement, at the position of our primary.
+pub fn litefs_transaction(primary: &Node, sql: &str) -> Vec<u8> {
+    // What its SQLite would do, in a copy.
+    let copy = primary.scratch("litefs.db");
+    let exported = primary.litefs("export", &["-name", DB, copy.to_str().unwrap()]);
+    assert!(exported.status.success(), "{exported:?}");
+    let before = std::fs::read(&copy).unwrap();
+    sqlite::run(&copy, sql);
+    sqlite::run(&copy, "pragma wal_checkpoint(truncate)");
+    difference(&before, &std::fs::read(&copy).unwrap(), primary.pos(DB))
 }
 
 /// The LTX file of the pages that differ.

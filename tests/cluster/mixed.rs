@@ -11,12 +11,15 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use litefs::http::frame::{Decoder, Event, Frame, encode_positions};
-use ltx::{NodeId, Pos};
+use ltx::{Header, NodeId, Pos, Txid};
+use test_case::test_case;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
-use super::forward::LITEFS;
-use super::lease::{TTL, ask_hand_off, create, insert, is_primary, node, primary_of, rows};
+use super::forward::{LITEFS, call};
+use super::halt;
+use super::lease::{DB, TTL, ask_hand_off, create, insert, is_primary, node, primary_of, rows};
+use super::lent::litefs_transaction;
 use crate::support::consul::Consul;
 use crate::support::node::Node;
 use crate::support::wait;
@@ -65,6 +68,19 @@ impl Stream {
             let frame = runtime.block_on(async { timeout(wait::DEADLINE, body.frame()).await });
             let frame = frame.expect("something comes in time").expect("the stream goes on");
             decoder.push(frame.unwrap().into_data().unwrap());
+        }
+    }
+
+    /// The header of the first file that it needs, if it needs any.
+    fn first_file(&mut self) -> Option<Header> {
+        let mut bytes = Vec::new();
+        loop {
+            match self.next() {
+                Event::LtxData(data) => bytes.extend_from_slice(&data),
+                Event::LtxEnd => return Some(ltx::verify(&bytes[..]).unwrap().0),
+                Event::Frame(Frame::Ready) => return None,
+                Event::Frame(_) => {}
+            }
         }
     }
 
@@ -145,4 +161,53 @@ fn a_restarted_primary_leaves_nothing_of_the_lease_that_it_had_offered_to_litefs
     node.wait_for_log("took up the lease of before");
     insert(&node, 3);
     assert_eq!(rows(&node), "1,2,3");
+}
+
+/// `docs/differences.md`, cluster 2: LiteFS rolls a commit back whose answer is lost, and leaves out what comes with its
+/// own id.
+#[test_case("delete")]
+#[test_case("wal")]
+fn litefs_gets_what_it_has_rolled_back_as_a_snapshot(mode: &str) {
+    let mut cluster = halt::cluster(mode, "auto");
+    let primary = cluster.primary();
+    let before = primary.pos(DB);
+    let lock = "/halt?name=app.db&id=77";
+    assert_eq!(call(primary, "POST", lock, b"").0, 200);
+    let ltx = litefs_transaction(primary, "insert into t values (5, 'of litefs')");
+    assert_eq!(call(primary, "POST", "/tx?name=app.db&lockID=77", &ltx).0, 200);
+    assert_eq!(call(primary, "DELETE", lock, b"").0, 200);
+    let after = primary.pos(DB);
+    assert_eq!(after.txid, before.txid.next());
+    let first_of = |primary: &Node, id, pos| {
+        let file = Stream::open(primary, id, &[(DB, pos)]).first_file();
+        file.map(|header| (header.min_txid, header.max_txid))
+    };
+    let check = |primary: &Node| {
+        assert_eq!(first_of(primary, LITEFS, before), Some((Txid(1), after.txid)));
+        assert_eq!(first_of(primary, NodeId(0xcd), before), Some((after.txid, after.txid)));
+        assert_eq!(first_of(primary, LITEFS, after), None);
+    };
+    check(primary);
+    // Then the transaction is in a file.
+    cluster.nodes[0].stop();
+    cluster.nodes[0].start();
+    check(cluster.primary());
+    cluster.check();
+}
+
+/// What LiteFS commits while it follows it has, and it drops its lock if something else comes.
+#[test]
+fn litefs_gets_what_it_commits_itself_as_a_file() {
+    let cluster = halt::cluster("wal", "auto");
+    let primary = cluster.primary();
+    let mut stream = Stream::open(primary, LITEFS, &[(DB, primary.pos(DB))]);
+    stream.until_ready();
+    let lock = "/halt?name=app.db&id=77";
+    assert_eq!(call(primary, "POST", lock, b"").0, 200);
+    let ltx = litefs_transaction(primary, "insert into t values (5, 'of litefs')");
+    assert_eq!(call(primary, "POST", "/tx?name=app.db&lockID=77", &ltx).0, 200);
+    let file = stream.first_file().unwrap();
+    assert_eq!((file.min_txid, file.node_id), (primary.pos(DB).txid, LITEFS));
+    assert_eq!(call(primary, "DELETE", lock, b"").0, 200);
+    cluster.check();
 }

@@ -572,7 +572,7 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     ] {
         assert_eq!(former_db.contradicts(pos), is, "{pos}");
     }
-    let Next::Ltx { bytes, pos } = former_db.next_after(middle, Overlap::Accepted) else {
+    let Next::Ltx { bytes, pos, .. } = former_db.next_after(middle, Overlap::Accepted) else {
         panic!("no file that goes on from {middle}");
     };
     let mut range = Vec::new();

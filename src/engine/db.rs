@@ -502,7 +502,7 @@ impl Db {
         }
         let mut change = self.change.lock().unwrap();
         let database = self.files.get(FileKind::Database).ok_or(Refusal::NotFound)?;
-        self.capture_frames(&mut change)?;
+        self.capture_finished(&mut change)?;
         if change.pages() > 0 {
             let transaction = self.deletion(&change, &database.file);
             self.chain.flush()?;
@@ -551,7 +551,7 @@ impl Db {
 
     /// Everything in the WAL is captured and durable in the chain, but for a commit that may not be over.
     pub(super) fn settle_wal(&self, change: &mut Change) -> Result<()> {
-        self.capture_frames(change)?;
+        self.capture_finished(change)?;
         if self.chain.is_durable(change.pos.txid) { Ok(()) } else { self.chain.sync() }
     }
 
@@ -658,7 +658,7 @@ impl Db {
             }
             Some(failure) => failure.tried = Instant::now(),
         }
-        self.capture_quickly();
+        self.try_capture();
         self.failure.lock().unwrap().is_some()
     }
 

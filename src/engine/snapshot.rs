@@ -453,7 +453,7 @@ impl Db {
     /// The position, and the last frame of the WAL that belongs to it.
     fn note_position(&self) -> Result<(View, u32)> {
         let mut change = self.change.lock().unwrap();
-        self.capture_frames(&mut change)?;
+        self.capture_finished(&mut change)?;
         Ok((change.view(), change.wal.frame()))
     }
 

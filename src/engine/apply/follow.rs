@@ -139,7 +139,7 @@ impl Db {
         self.take(Owner::APPLY, EXCLUSIVE, LockKind::Exclusive, limit)?;
         guard.add(EXCLUSIVE);
         let mut change = self.change.lock().unwrap();
-        self.capture_frames(&mut change)?;
+        self.capture_finished(&mut change)?;
         let open = WalWriter::open_or_create;
         let hold = self.begin_following(turn, &mut change, page_size, open)?;
         // Who gets a lock now may want the right to change.

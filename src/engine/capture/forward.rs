@@ -197,7 +197,7 @@ impl Db {
             return Ok(None);
         }
         // What an exclusive connection committed before, and what nobody may go on from.
-        self.capture_frames(change)?;
+        self.capture_finished(change)?;
         if change.strays.is_some() {
             return Err(self.corrupt("write wal", "it has transactions that the primary has not"));
         }

@@ -16,6 +16,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::wal::Captured;
 use super::{Change, Sink};
@@ -87,6 +88,14 @@ impl Db {
             }
         }
         cut
+    }
+
+    /// As [`Db::capture_wal`], also what the client has written that holds WRITE: it gives it up.
+    fn capture_writer(&self) -> Captured {
+        let start = Instant::now();
+        let mut change = self.change.lock().unwrap();
+        let captured = self.capture_all(&mut change);
+        self.conclude_capture(start, captured)
     }
 
     fn cut_refused(&self) -> Option<Cut> {

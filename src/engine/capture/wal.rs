@@ -9,8 +9,8 @@
 //! checksum verified (WAL format, section 4.1), the last image of each page taken.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
@@ -194,14 +194,14 @@ impl Db {
     /// Captures what was committed to the WAL. A failure puts the database into the failed state;
     /// SQLite ignores the result of the unlock that this is called for. A file call that failed is made again.
     pub(crate) fn capture_wal(&self) -> Captured {
-        self.capture_with(self.change.lock().unwrap())
+        self.capture_and_conclude(&mut self.change.lock().unwrap())
     }
 
     /// As [`Db::capture_wal`], of a database that has failed, by a worker: that waits for nobody who changes something, and
     /// leaves a comparison of all pages to the applier.
-    pub(in crate::engine) fn capture_quickly(&self) -> Captured {
+    pub(in crate::engine) fn try_capture(&self) -> Captured {
         match self.change.try_lock() {
-            Ok(change) if !change.needs_resync => self.capture_with(change),
+            Ok(mut change) if !change.needs_resync => self.capture_and_conclude(&mut change),
             _ => {
                 self.try_again();
                 Captured::Failed
@@ -209,21 +209,9 @@ impl Db {
         }
     }
 
-    /// As [`Db::capture_wal`], by who has the right to change.
-    fn capture_with(&self, mut change: MutexGuard<'_, Change>) -> Captured {
+    fn capture_and_conclude(&self, change: &mut Change) -> Captured {
         let start = Instant::now();
-        if self.is_commit_on_its_way() {
-            return if self.has_failed() { Captured::Failed } else { Captured::All };
-        }
-        let captured = self.capture_committed(&mut change);
-        drop(change);
-        self.conclude_capture(start, captured)
-    }
-
-    /// As [`Db::capture_wal`], also what the client has written that holds WRITE: it gives it up.
-    pub(super) fn capture_writer(&self) -> Captured {
-        let start = Instant::now();
-        let captured = self.capture_committed(&mut self.change.lock().unwrap());
+        let captured = self.capture_finished(change);
         self.conclude_capture(start, captured)
     }
 
@@ -242,11 +230,18 @@ impl Db {
         Ok(())
     }
 
-    fn conclude_capture(&self, start: Instant, captured: Result<()>) -> Captured {
-        let Err(error) = captured else {
-            self.counters.capture.note_since(start);
-            self.mend();
-            return Captured::All;
+    /// Says what a capture that began at `start` means for the database. With the right to change, so that the last
+    /// one counts.
+    pub(super) fn conclude_capture(&self, start: Instant, captured: Result<()>) -> Captured {
+        let error = match captured {
+            Ok(()) => {
+                self.counters.capture.note_since(start);
+                self.mend();
+                return Captured::All;
+            }
+            // It has failed before; who writes just now captures it all at the end.
+            Err(Error::Busy { .. }) => return Captured::Failed,
+            Err(error) => error,
         };
         self.fail(&error);
         // What does not fit together is the work of a client that died: the next one recovers it, and gives
@@ -268,9 +263,9 @@ impl Db {
 
     /// Captures the new transactions of the WAL, but for one that may not be over. Those that came too late are
     /// set aside.
-    pub(in crate::engine) fn capture_frames(&self, change: &mut Change) -> Result<()> {
+    pub(in crate::engine) fn capture_finished(&self, change: &mut Change) -> Result<()> {
         match (self.is_commit_on_its_way(), self.has_failed()) {
-            (false, _) => self.capture_committed(change),
+            (false, _) => self.capture_all(change),
             (true, false) => Ok(()),
             (true, true) => Err(Error::Busy {
                 db: self.name.clone(),
@@ -279,7 +274,8 @@ impl Db {
         }
     }
 
-    fn capture_committed(&self, change: &mut Change) -> Result<()> {
+    /// As [`Db::capture_finished`], also what a client has written that holds WRITE.
+    pub(super) fn capture_all(&self, change: &mut Change) -> Result<()> {
         self.refuse_lost()?;
         self.cut_late(change)?;
         let Some(backing) = self.files.get(FileKind::Wal) else { return Ok(()) };

@@ -395,7 +395,7 @@ impl Db {
         if !set.contains(Lock::Write) {
             // What an exclusive connection committed without ever releasing WRITE.
             let captured = match self.has_failed() && !set.contains(Lock::Recover) {
-                true => self.capture_quickly(),
+                true => self.try_capture(),
                 false => self.capture_wal(),
             };
             // RECOVER goes with a new wal-index, which may be what capture needs; it moves no frame.

@@ -341,10 +341,24 @@ impl Chain {
         result
     }
 
-    /// Why no transaction can be accepted now: the last write failed, or too much is queued.
+    /// Why no transaction can be accepted now, if the last attempt to write failed.
     pub fn refusal(&self) -> Option<String> {
         let inner = self.inner.lock().unwrap();
         inner.error.as_ref().map(|error| format!("ltx files cannot be written: {error}"))
+    }
+
+    /// Whether the last attempt to write failed.
+    pub fn has_failed(&self) -> bool {
+        self.inner.lock().unwrap().error.is_some()
+    }
+
+    /// Whether no transaction can be accepted now: the last attempt to write failed, or so much is queued
+    /// that committing has to wait for the writer.
+    pub fn refuses(&self) -> bool {
+        let inner = self.inner.lock().unwrap();
+        let is_congested = inner.queue.len() > limits::CHAIN_QUEUE_LEN
+            || inner.queue_bytes > limits::CHAIN_QUEUE_BYTES;
+        inner.error.is_some() || is_congested
     }
 
     /// Whether a sync is due: somebody waits for it, one has failed, or many files have gathered.
@@ -356,19 +370,15 @@ impl Chain {
         failed || !inner.waiters.is_empty() || many
     }
 
-    /// Whether so much is queued that committing has to wait for the writer.
-    pub fn is_congested(&self) -> bool {
-        let inner = self.inner.lock().unwrap();
-        inner.queue.len() > limits::CHAIN_QUEUE_LEN || inner.queue_bytes > limits::CHAIN_QUEUE_BYTES
-    }
-
     /// Before a transaction that is not to be refused like a writer's: writes what is queued if that is
     /// too much, and tries again what failed. An error: it has no place here now.
     pub fn make_room(&self) -> Result<()> {
-        match self.refusal() {
-            Some(_) => self.sync(),
-            None if self.is_congested() => self.flush(),
-            None => Ok(()),
+        if self.has_failed() {
+            self.sync()
+        } else if self.refuses() {
+            self.flush()
+        } else {
+            Ok(())
         }
     }
 

@@ -664,11 +664,11 @@ impl Db {
 
     /// Whether the chain takes no more transactions; then the writer tries again what failed.
     fn chain_refuses(&self) -> bool {
-        let failed = self.chain.refusal().is_some();
-        if failed {
+        let refuses = self.chain.refuses();
+        if refuses {
             self.shared.writer.queued(&self.chain);
         }
-        failed || self.chain.is_congested()
+        refuses
     }
 
     pub(super) fn corrupt(&self, what: &'static str, detail: &str) -> Error {

@@ -98,7 +98,7 @@ impl Db {
         if self.shared.is_full() {
             return Err(Refusal::Os(libc::ENOSPC));
         }
-        if self.has_failed() || self.chain.refusal().is_some() {
+        if self.has_failed() || self.chain.has_failed() {
             return Err(Refusal::Os(libc::EIO));
         }
         Ok(())

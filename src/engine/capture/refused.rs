@@ -67,21 +67,23 @@ impl Db {
         }
     }
 
-    /// A writer gives its lock up: takes what it committed, and makes invalid what was refused.
-    pub(in crate::engine) fn capture_of_writer(&self) -> Option<Cut> {
-        let cut = self.cut_refused();
-        self.capture_writer();
-        cut
+    /// A writer gives its lock up: takes what it committed, and makes invalid what was refused. Also the last
+    /// captured frame.
+    pub(in crate::engine) fn capture_of_writer(&self) -> (Option<Cut>, u32) {
+        let mut change = self.change.lock().unwrap();
+        let (cut, _) = self.capture_writer(&mut change);
+        (cut, change.wal.frame())
     }
 
     /// As [`Db::capture_of_writer`], for a writer that is gone.
     pub(in crate::engine) fn capture_of_gone_writer(&self) -> Option<Cut> {
-        let before = self.pos();
-        let cut = self.cut_refused();
-        let captured = self.capture_writer();
-        let moved = captured == Captured::All && self.pos() != before;
+        let mut change = self.change.lock().unwrap();
+        let before = change.pos;
+        let (cut, captured) = self.capture_writer(&mut change);
+        let moved = captured == Captured::All && change.pos != before;
         if moved && !self.shared.is_passthrough() {
-            self.change.lock().unwrap().wal.doubtful = true;
+            change.wal.doubtful = true;
+            drop(change);
             // Whoever overwrites the frames must not overwrite the only copy.
             if let Err(error) = self.chain.flush() {
                 self.fail(&error);
@@ -91,20 +93,19 @@ impl Db {
     }
 
     /// As [`Db::capture_wal`], also what the client has written that holds WRITE: it gives it up.
-    fn capture_writer(&self) -> Captured {
+    fn capture_writer(&self, change: &mut Change) -> (Option<Cut>, Captured) {
         let start = Instant::now();
-        let mut change = self.change.lock().unwrap();
-        let captured = self.capture_all(&mut change);
-        self.conclude_capture(start, captured)
+        let cut = self.cut_refused(change);
+        let captured = self.capture_all(change);
+        (cut, self.conclude_capture(start, captured))
     }
 
-    fn cut_refused(&self) -> Option<Cut> {
-        let mut change = self.change.lock().unwrap();
+    fn cut_refused(&self, change: &mut Change) -> Option<Cut> {
         change.wal.end_writing();
         if !change.wal.refused {
             return None;
         }
-        let Ok(cut) = self.cut_after_committed(&change) else {
+        let Ok(cut) = self.cut_after_committed(change) else {
             // The capture that follows tries again, and says why not.
             self.has_uncut.store(true, Ordering::SeqCst);
             return None;

@@ -155,15 +155,15 @@ impl Shared {
     /// Writes what is queued in one chain; whether that worked.
     fn round(&self, chain: &Arc<Chain>, stop: bool) -> bool {
         chain.is_told.store(false, Ordering::SeqCst);
-        let known = chain.refusal();
+        let had_failed = chain.has_failed();
         let result = if stop || chain.wants_sync() { chain.sync() } else { chain.flush() };
         let Err(error) = result else {
-            if known.is_some() {
+            if had_failed {
                 tracing::info!(db = %chain.db, "ltx files can be written again");
             }
             return true;
         };
-        if known.is_none() {
+        if !had_failed {
             tracing::error!(db = %chain.db, error = chain_text(&error), "write ltx files, writers are refused");
         }
         // Space may come back.

@@ -198,7 +198,7 @@ impl Db {
             self.release(owner, set);
             return done();
         }
-        let cut = self.capture_of_writer();
+        let (cut, last_frame) = self.capture_of_writer();
         // What was taken and not committed here will come from the primary.
         self.settle();
         if let Some(cut) = cut {
@@ -206,21 +206,22 @@ impl Db {
         }
         let committed = self.has_committed();
         if committed {
-            self.offer_mark();
+            self.offer_mark(last_frame);
         }
-        match (committed && self.shared.is_fenced(), self.me.upgrade()) {
-            (true, Some(me)) => self.shared.fence.when_settled(move |settled| {
+        if committed
+            && self.shared.is_fenced()
+            && let Some(me) = self.me.upgrade()
+        {
+            return self.shared.fence.when_settled(move |settled| {
                 if settled == Settled::Lost {
                     me.note_commit_without_lease();
                 }
                 me.release(owner, set);
                 done();
-            }),
-            _ => {
-                self.release(owner, set);
-                done();
-            }
+            });
         }
+        self.release(owner, set);
+        done();
     }
 
     /// Gives up what an owner that is gone has locked.

@@ -14,14 +14,13 @@ use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal_index::read_mark_at;
 
 impl Db {
-    /// Moves a free mark to the last captured frame. Called after a commit, with WRITE still held by its
-    /// owner: so that frame is the last one of the wal-index, and nobody starts the log over. Only where
+    /// Moves a free mark to `frame`, the last captured one. Called after a commit, with WRITE still held by
+    /// its owner: so that frame is the last one of the wal-index, and nobody starts the log over. Only where
     /// we see the wal-index that clients see.
-    pub(super) fn offer_mark(&self) {
+    pub(super) fn offer_mark(&self, frame: u32) {
         if !self.shared.is_passthrough() {
             return;
         }
-        let frame = self.change.lock().unwrap().wal.frame();
         let Some(shm) = self.files.get(FileKind::Shm).filter(|_| frame > 0) else { return };
         let free = |i: &usize| {
             let mark = LockSet::one(Lock::READ[*i]);

@@ -248,6 +248,11 @@ impl Files {
         kind.path(&self.dir)
     }
 
+    /// For `map_err` on a call on one of the files: what was being done, to which.
+    pub fn error(&self, what: &'static str, kind: FileKind) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Io { what, path: self.path(kind), source }
+    }
+
     fn set(&self, kind: FileKind, file: Option<File>) -> Option<Arc<Backing>> {
         let backing = file.map(|file| Backing::new(kind, Arc::new(file)));
         put(&mut self.slots.lock().unwrap()[kind as usize], backing.clone());

@@ -172,7 +172,6 @@ impl Db {
     /// database is in its file.
     fn encode_counters(&self, change: &Change, former: (u32, u32)) -> Result<Received> {
         let ltx = |source| self.ltx_error("encode counters", source);
-        let path = self.files.path(FileKind::Database);
         let (Some(page_size), Some(database)) =
             (change.page_size, self.files.get(FileKind::Database))
         else {
@@ -180,7 +179,7 @@ impl Db {
         };
         let mut page = vec![0; page_size.bytes()];
         os::read_up_to("read:restore", &database.file, &mut page, 0)
-            .map_err(Error::io("read page 1", &path))?;
+            .map_err(self.files.error("read page 1", FileKind::Database))?;
         let found = DatabaseHeader::parse(&page)
             .map_err(|error| self.corrupt("read page 1", &error.to_string()))?;
         let past = |former: u32, found: u32| former.max(found.wrapping_add(1));
@@ -354,7 +353,7 @@ impl Db {
             _ => (FileKind::Database, &database, 0),
         };
         os::read_up_to("read:snapshot", &file.file, &mut page, at)
-            .map_err(Error::io("read page 1", &self.files.path(kind)))?;
+            .map_err(self.files.error("read page 1", kind))?;
         DatabaseHeader::parse(&page)
             .map(Some)
             .map_err(|error| self.corrupt("read page 1", &error.to_string()))

@@ -393,11 +393,11 @@ impl Db {
     /// Makes the pages of an LTX file durable.
     fn sync_pages(&self, header: &Header) -> Result<()> {
         let Some(database) = self.files.get(FileKind::Database) else { return Ok(()) };
-        let path = self.files.path(FileKind::Database);
         unsynced::sync("apply:database", &database.file)
-            .map_err(Error::io("sync database", &path))?;
+            .map_err(self.files.error("sync database", FileKind::Database))?;
         if header.is_snapshot() {
-            unsynced::unmark(&database.file).map_err(Error::io("unmark database", &path))?;
+            unsynced::unmark(&database.file)
+                .map_err(self.files.error("unmark database", FileKind::Database))?;
         }
         Ok(())
     }
@@ -406,10 +406,9 @@ impl Db {
     /// played back over new ones. It is cut and not removed, for others may have it open.
     fn void_journal(&self, change: &mut Change, stale: &mut Stale) -> Result<()> {
         if let Some(journal) = self.files.get(FileKind::Journal) {
-            let path = self.files.path(FileKind::Journal);
             os::truncate("apply:journal", &journal.file, 0)
                 .and_then(|()| os::sync("apply:journal", &journal.file))
-                .map_err(Error::io("cut journal", &path))?;
+                .map_err(self.files.error("cut journal", FileKind::Journal))?;
             stale.files.push(journal.ino);
             stale.files.extend(self.files.get(FileKind::Database).map(|database| database.ino));
         }
@@ -421,10 +420,9 @@ impl Db {
     /// after a crash half-way its frames would look newer than the snapshot.
     fn void_wal(&self) -> Result<()> {
         let Some(wal) = self.files.get(FileKind::Wal) else { return Ok(()) };
-        let path = self.files.path(FileKind::Wal);
         os::truncate("apply:wal", &wal.file, 0)
             .and_then(|()| os::sync("apply:wal", &wal.file))
-            .map_err(Error::io("truncate wal", &path))
+            .map_err(self.files.error("truncate wal", FileKind::Wal))
     }
 
     /// Writes the pages to the database file and drops what the kernel cached of them; what
@@ -439,7 +437,6 @@ impl Db {
             self.shared.names_changed(self.name.as_str());
         }
         let database = self.files.get_or_create(FileKind::Database)?;
-        let path = self.files.path(FileKind::Database);
         if header.is_snapshot() || stale.ranges.len() + received.sums.len() > RANGES_MAX {
             stale.files.push(database.ino);
         }
@@ -456,11 +453,11 @@ impl Db {
                 stale.ranges.push((database.ino, offset, page.len() as u64));
             }
             os::write_at("apply:database", &database.file, &page, offset)
-                .map_err(Error::io("write database", &path))?;
+                .map_err(self.files.error("write database", FileKind::Database))?;
         }
         let len = header.page_size.offset(Pgno(header.commit + 1));
         os::truncate("apply:database", &database.file, len)
-            .map_err(Error::io("truncate database", &path))?;
+            .map_err(self.files.error("truncate database", FileKind::Database))?;
         if received.sums.is_empty() {
             // Only shorter.
             stale.files.push(database.ino);

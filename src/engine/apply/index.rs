@@ -13,7 +13,7 @@ use super::exclusive::Stale;
 
 use crate::engine::capture::Change;
 use crate::engine::db::Db;
-use crate::engine::error::{Error, Result};
+use crate::engine::error::Result;
 use crate::engine::files::FileKind;
 use crate::engine::unsynced;
 use crate::os;
@@ -56,7 +56,6 @@ impl Db {
         let index = self.next_index(page_size, pages)?;
         self.write_empty_index(&index, stale)?;
         if let Some(wal) = self.files.get(FileKind::Wal) {
-            let path = self.files.path(FileKind::Wal);
             let empty = WalHeader {
                 order: index.order,
                 page_size: index.page_size,
@@ -67,7 +66,7 @@ impl Db {
             os::truncate("apply:wal", &wal.file, 0)
                 .and_then(|()| os::write_at("apply:wal", &wal.file, &empty.encode_log(), 0))
                 .and_then(|()| os::sync("apply:wal", &wal.file))
-                .map_err(Error::io("truncate wal", &path))?;
+                .map_err(self.files.error("truncate wal", FileKind::Wal))?;
         }
         change.wal.clear();
         self.forget_strays(change);
@@ -87,7 +86,7 @@ impl Db {
         bytes[HEADER_COPY_SIZE..CKPT_AT].copy_from_slice(&copy);
         bytes[CKPT_AT..].copy_from_slice(&CheckpointInfo::EMPTY.encode());
         os::write_at("apply:index", &shm.file, &bytes, 0)
-            .map_err(Error::io("write wal-index", &self.files.path(FileKind::Shm)))
+            .map_err(self.files.error("write wal-index", FileKind::Shm))
     }
 
     /// The header of an empty wal-index over a database of `pages` pages, different from the present
@@ -96,7 +95,7 @@ impl Db {
         let mut old = [0; HEADER_COPY_SIZE];
         if let Some(shm) = self.files.get(FileKind::Shm) {
             os::read_up_to("read:index", &shm.file, &mut old, 0)
-                .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
+                .map_err(self.files.error("read wal-index", FileKind::Shm))?;
         }
         let before = IndexHeader::parse(&old);
         let random = super::random_u32();
@@ -147,18 +146,17 @@ impl Db {
             return Ok(());
         };
         os::sync("checkpoint:wal", &wal.file)
-            .map_err(Error::io("sync wal", &self.files.path(FileKind::Wal)))?;
-        let path = self.files.path(FileKind::Database);
+            .map_err(self.files.error("sync wal", FileKind::Wal))?;
         let page_size = map.cursor.page_size();
         let mut page = vec![0; page_size.bytes()];
         for (pgno, offset) in map.pages.range(..=Pgno(map.commit)) {
             os::read_exact_at("read:checkpoint", &wal.file, &mut page, *offset)
-                .map_err(Error::io("read wal", &path))?;
+                .map_err(self.files.error("read wal", FileKind::Wal))?;
             os::write_at("checkpoint:database", &database.file, &page, page_size.offset(*pgno))
-                .map_err(Error::io("write database", &path))?;
+                .map_err(self.files.error("write database", FileKind::Database))?;
         }
         os::truncate("checkpoint:database", &database.file, page_size.offset(Pgno(map.commit + 1)))
             .and_then(|()| unsynced::sync("checkpoint:database", &database.file))
-            .map_err(Error::io("sync database", &path))
+            .map_err(self.files.error("sync database", FileKind::Database))
     }
 }

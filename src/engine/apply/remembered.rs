@@ -18,7 +18,7 @@ use super::Received;
 use super::exclusive::Stale;
 use crate::engine::capture::Change;
 use crate::engine::db::Db;
-use crate::engine::error::{Error, Result, chain_text};
+use crate::engine::error::{Result, chain_text};
 use crate::engine::files::FileKind;
 use crate::os;
 use crate::sqlite::header::{DatabaseHeader, HEADER_SIZE, JournalMode};
@@ -57,7 +57,6 @@ impl Db {
 
     /// Whether SQLite will always see the one from the other, or need not.
     fn differs(&self, change: &Change, received: &Received) -> Result<bool> {
-        let path = self.files.path(FileKind::Database);
         let (Some(page_size), Some(database)) =
             (change.page_size, self.files.get(FileKind::Database))
         else {
@@ -65,7 +64,7 @@ impl Db {
         };
         let mut ours = vec![0; page_size.bytes()];
         os::read_up_to("read:remembered", &database.file, &mut ours, 0)
-            .map_err(Error::io("read page 1", &path))?;
+            .map_err(self.files.error("read page 1", FileKind::Database))?;
         let mut theirs = vec![0; received.header.page_size.bytes()];
         let ltx = |source| self.ltx_error("read received ltx file", source);
         if received.open().map_err(ltx)?.next_page(&mut theirs).map_err(ltx)? != Some(Pgno(1)) {
@@ -95,7 +94,6 @@ impl Db {
         database: &File,
         page_1: &[u8],
     ) -> Result<bool> {
-        let path = self.files.path(FileKind::Database);
         let page_size = received.header.page_size;
         let Some(usable) = schema::usable(page_1) else { return Ok(false) };
         let Some(mut todo) = schema::links(Link::Tree(Pgno(1)), page_1, usable) else {
@@ -112,7 +110,7 @@ impl Db {
             }
             left -= 1;
             os::read_zero_extended("read:remembered", database, &mut page, page_size.offset(pgno))
-                .map_err(Error::io("read database", &path))?;
+                .map_err(self.files.error("read database", FileKind::Database))?;
             let Some(links) = schema::links(link, &page, usable) else { return Ok(false) };
             todo.extend(links);
         }

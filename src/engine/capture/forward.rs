@@ -106,7 +106,7 @@ impl Db {
 
     fn write_to_wal(&self, wal: &Backing, offset: u64, data: &[u8]) -> Result<(), Refusal> {
         Ok(os::write_at("wal:write", &wal.file, data, offset)
-            .map_err(Error::io("write wal", &self.files.path(FileKind::Wal)))?)
+            .map_err(self.files.error("write wal", FileKind::Wal))?)
     }
 
     /// Writes to the WAL, unless the write completes a transaction: then that is to be sent first.
@@ -268,7 +268,7 @@ impl Db {
         write: &Overlay<'_>,
     ) -> Result<usize> {
         let filled = os::read_up_to("read:forward", &wal.file, bytes, offset)
-            .map_err(Error::io("read wal", &self.files.path(FileKind::Wal)))?;
+            .map_err(self.files.error("read wal", FileKind::Wal))?;
         Ok(write.lay_over(bytes, offset, filled))
     }
 }

@@ -101,9 +101,8 @@ impl Db {
             let mut change = self.change.lock().unwrap();
             // With journal_size_limit, PERSIST cuts a journal whose header it has zeroed already.
             if len > 0 || !change.journal.active {
-                let path = self.files.path(FileKind::Journal);
                 os::truncate("journal:truncate", &journal.file, len)
-                    .map_err(Error::io("truncate journal", &path))?;
+                    .map_err(self.files.error("truncate journal", FileKind::Journal))?;
                 return Ok(None);
             }
             self.refuse_strangers(&change)?;
@@ -122,9 +121,8 @@ impl Db {
                 return Err(Refusal::ReadOnly);
             }
             if offset > 0 || data.len() != HEADER_SIZE || data.iter().any(|byte| *byte != 0) {
-                let path = self.files.path(FileKind::Journal);
                 os::write_at("journal:write", &journal.file, data, offset)
-                    .map_err(Error::io("write journal", &path))?;
+                    .map_err(self.files.error("write journal", FileKind::Journal))?;
                 change.journal.active = true;
                 return Ok(None);
             }
@@ -296,22 +294,19 @@ impl Db {
     }
 
     fn finish_journal(&self, end: &JournalEnd) -> Result<()> {
-        let path = self.files.path(FileKind::Journal);
         match end {
             JournalEnd::Remove => self.files.remove(FileKind::Journal).map(drop),
             JournalEnd::Cut(journal) => os::truncate("journal:truncate", &journal.file, 0)
-                .map_err(Error::io("truncate journal", &path)),
-            JournalEnd::Zero(journal) => {
-                zero_header(&journal.file).map_err(Error::io("write journal", &path))
-            }
+                .map_err(self.files.error("truncate journal", FileKind::Journal)),
+            JournalEnd::Zero(journal) => zero_header(&journal.file)
+                .map_err(self.files.error("write journal", FileKind::Journal)),
             JournalEnd::CutForGood(journal) => os::truncate("rollback:journal", &journal.file, 0)
                 .and_then(|()| os::sync("rollback:journal", &journal.file))
-                .map_err(Error::io("cut journal", &path)),
+                .map_err(self.files.error("cut journal", FileKind::Journal)),
         }
     }
 
     fn changed_pages(&self, change: &Change, database: &Arc<File>) -> Result<Option<Found>> {
-        let path = self.files.path(FileKind::Database);
         let Some((header, len)) = self.read_header(database)? else { return Ok(None) };
         let page_size = header.page_size;
         let commit = header.page_count_or_len(len).unwrap_or(0);
@@ -326,7 +321,7 @@ impl Db {
         let pages = candidates(dirty, known, commit, page_size);
         let sums = if known == 0 { &PageSums::default() } else { &change.sums };
         let pages = read_changed(sums, database, page_size, pages)
-            .map_err(Error::io("read database", &path))?;
+            .map_err(self.files.error("read database", FileKind::Database))?;
         if pages.is_empty() && commit == known {
             return Ok(None);
         }
@@ -347,7 +342,6 @@ impl Db {
         &self,
         database: &File,
     ) -> Result<Option<(DatabaseHeader, u64)>> {
-        let path = self.files.path(FileKind::Database);
         let read = || -> io::Result<_> {
             let len = database.metadata()?.len();
             let mut first = [0; 100];
@@ -356,7 +350,8 @@ impl Db {
             }
             Ok((len, first))
         };
-        let (len, first) = read().map_err(Error::io("read database header", &path))?;
+        let (len, first) =
+            read().map_err(self.files.error("read database header", FileKind::Database))?;
         if len == 0 {
             return Ok(None);
         }
@@ -375,10 +370,9 @@ impl Db {
         offset: u64,
         data: &[u8],
     ) -> Result<(), Refusal> {
-        let path = self.files.path(FileKind::Database);
         let write = || -> Result<(), Refusal> {
             Ok(os::write_at("database:write", &backing.file, data, offset)
-                .map_err(Error::io("write database", &path))?)
+                .map_err(self.files.error("write database", FileKind::Database))?)
         };
         if !backing.is_current() {
             return write();
@@ -408,7 +402,6 @@ impl Db {
 
     /// A change of the database file's size: what a transaction or a checkpoint leaves behind.
     pub fn truncate_database(&self, backing: &Backing, len: u64) -> Result<(), Refusal> {
-        let path = self.files.path(FileKind::Database);
         let current = backing.is_current();
         if current {
             self.refuse_lost()?;
@@ -426,7 +419,7 @@ impl Db {
             return Err(Refusal::NoTransaction);
         }
         Ok(os::truncate("database:truncate", &backing.file, len)
-            .map_err(Error::io("truncate database", &path))?)
+            .map_err(self.files.error("truncate database", FileKind::Database))?)
     }
 
     /// The application synced its journal.

@@ -21,7 +21,7 @@ use std::time::Instant;
 use super::wal::Captured;
 use super::{Change, Sink};
 use crate::engine::db::Db;
-use crate::engine::error::{Error, Result};
+use crate::engine::error::Result;
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::locks::{Handle, Owner};
 use crate::sqlite::lock_byte::LockSet;
@@ -127,9 +127,8 @@ impl Db {
                     me.change.lock().unwrap().wal.cut_is_untold = false;
                     me.has_uncut.store(false, Ordering::SeqCst);
                 };
-                let path = self.files.path(FileKind::Wal);
                 threads::spawn("litefs-cut", tell)
-                    .map_err(Error::io("start thread for cut frames", &path))?;
+                    .map_err(self.files.error("start thread for cut frames", FileKind::Wal))?;
                 change.wal.cut_is_untold = true;
             }
             _ => self.has_uncut.store(false, Ordering::SeqCst),
@@ -154,8 +153,7 @@ impl Db {
                 seen.wal.cursor_in(&header).offset()
             }
         };
-        let path = self.files.path(FileKind::Wal);
-        let error = || Error::io("cut refused frames", &path);
+        let error = || self.files.error("cut refused frames", FileKind::Wal);
         if wal.file.metadata().map_err(error())?.len() <= offset {
             return Ok(None);
         }
@@ -218,7 +216,7 @@ impl Db {
         };
         let mut image = vec![0; page_size.bytes()];
         os::read_zero_extended("read:page", &database.file, &mut image, page_size.offset(pgno))
-            .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+            .map_err(self.files.error("read page", FileKind::Database))?;
         Ok(ltx::page_checksum(pgno, &image) == change.sums.get(pgno))
     }
 }

@@ -124,7 +124,7 @@ impl Db {
         let mut pages = Vec::new();
         for pgno in (1..=map.commit).map(Pgno).filter(|pgno| *pgno != page_size.lock_pgno()) {
             read_page(map, wal, database, page_size, pgno, &mut image)
-                .map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+                .map_err(self.files.error("read page", FileKind::Database))?;
             let sum = ltx::page_checksum(pgno, &image);
             if change.sums.get(pgno) != sum {
                 let offset = (pages.len() * page_size.bytes()) as u64;
@@ -143,10 +143,9 @@ impl Db {
         wal: &File,
         last: Option<u32>,
     ) -> Result<Option<WalMap>> {
-        let path = self.files.path(FileKind::Wal);
         let mut bytes = [0; wal::HEADER_SIZE];
         let read = os::read_up_to("read:resync", wal, &mut bytes, 0)
-            .map_err(Error::io("read wal", &path))?;
+            .map_err(self.files.error("read wal", FileKind::Wal))?;
         let Some(header) =
             (read == bytes.len()).then(|| wal::WalHeader::parse(&bytes).ok()).flatten()
         else {
@@ -159,7 +158,7 @@ impl Db {
         while last.is_none_or(|last| cursor.frame() < last) {
             let offset = cursor.offset();
             let read = os::read_up_to("read:resync", wal, &mut bytes, offset)
-                .map_err(Error::io("read wal", &path))?;
+                .map_err(self.files.error("read wal", FileKind::Wal))?;
             // Behind a short read stands the frame before, and SQLite fills a sector with copies of that.
             let Ok(frame) = cursor.verify(&bytes[..read]) else { break };
             pending.push((frame.pgno, offset + wal::FRAME_HEADER_SIZE as u64));

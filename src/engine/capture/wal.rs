@@ -338,7 +338,7 @@ impl Db {
                 // The last application of a persistent WAL with a size limit cuts it and leaves the wal-index as it is
                 // (wal.c, `walLimitSize`). What it held was captured before.
                 let meta = wal.metadata();
-                if meta.map_err(Error::io("stat", &self.files.path(FileKind::Wal)))?.len() == 0 {
+                if meta.map_err(self.files.error("stat", FileKind::Wal))?.len() == 0 {
                     return Ok(());
                 }
                 return Err(self.corrupt("read wal header", "its salts are not the wal-index's"));
@@ -403,7 +403,7 @@ impl Db {
         let mut bytes = [0; CKPT_AT];
         let Some(shm) = self.files.get(FileKind::Shm) else { return Ok(bytes) };
         let read = os::read_up_to("read:index", &shm.file, &mut bytes, 0)
-            .map_err(Error::io("read wal-index", &self.files.path(FileKind::Shm)))?;
+            .map_err(self.files.error("read wal-index", FileKind::Shm))?;
         Ok(if read == bytes.len() { bytes } else { [0; CKPT_AT] })
     }
 
@@ -415,7 +415,7 @@ impl Db {
     pub(super) fn wal_header(&self, wal: &File) -> Result<Option<WalHeader>> {
         let mut bytes = [0; wal::HEADER_SIZE];
         let read = os::read_up_to("read:wal", wal, &mut bytes, 0)
-            .map_err(Error::io("read wal header", &self.files.path(FileKind::Wal)))?;
+            .map_err(self.files.error("read wal header", FileKind::Wal))?;
         Ok((read == bytes.len()).then(|| WalHeader::parse(&bytes).ok()).flatten())
     }
 
@@ -452,7 +452,7 @@ impl Db {
                 match os::read_up_to("read:wal", wal, &mut buffer[..want], walk.cursor.offset()) {
                     Ok(filled) => filled,
                     Err(error) => {
-                        break Err(Error::io("read wal", &self.files.path(FileKind::Wal))(error));
+                        break Err(self.files.error("read wal", FileKind::Wal)(error));
                     }
                 };
             match self.take_frames(change, &mut walk, wal, &buffer[..filled], sink) {

@@ -47,7 +47,7 @@ impl Db {
                     page_size.offset(pgno),
                 ),
             };
-            read.map_err(Error::io("read page", &self.files.path(FileKind::Database)))?;
+            read.map_err(self.files.error("read page", FileKind::Database))?;
             if ltx::page_checksum(pgno, &image) != change.sums.get(pgno) {
                 let text = format!("page {pgno} is not what {} says", change.pos);
                 return Err(self.corrupt("verify database", &text));
@@ -82,19 +82,17 @@ impl Db {
             return Ok(0);
         }
         let database = self.files.get(FileKind::Database);
-        let path = self.files.path(FileKind::Database);
         let marked = database.as_ref().map(|database| unsynced::is_marked(&database.file));
-        if marked.transpose().map_err(Error::io("stat", &path))? == Some(true) {
+        if marked.transpose().map_err(self.files.error("stat", FileKind::Database))? == Some(true) {
             let reason =
                 "a sync of its file failed: no ltx file goes until a restart writes it again";
             return Err(Error::Failed { db: self.name.clone(), reason: reason.to_owned() });
         }
         for kind in [FileKind::Wal, FileKind::Database] {
             if let Some(backing) = self.files.get(kind) {
-                let path = self.files.path(kind);
                 os::sync("retain:sync", &backing.file)
                     .inspect_err(|_| database.iter().for_each(|one| unsynced::mark(&one.file)))
-                    .map_err(Error::io("sync", &path))?;
+                    .map_err(self.files.error("sync", kind))?;
             }
         }
         self.files.sync_names()?;
@@ -153,7 +151,7 @@ impl Db {
         // What is applied to a rollback-mode database is not synced; after a power loss nothing would
         // tell that the pages are older than their checksums.
         unsynced::sync("close:database", &database.file)
-            .map_err(Error::io("sync database", &self.files.path(FileKind::Database)))?;
+            .map_err(self.files.error("sync database", FileKind::Database))?;
         let saved = Saved { page_size, pos: change.pos, sums: std::mem::take(&mut change.sums) };
         let path = self.dir.checksums();
         checksum::save(&path, &database.file, &saved).map_err(Error::io("save checksums", &path))

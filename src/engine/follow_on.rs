@@ -100,9 +100,11 @@ impl Db {
         }
     }
 
-    /// Whether a peer at `pos` certainly has a history of its own: it is ahead of this database, or the chain
-    /// has the transaction after `pos`, and that does not follow on `pos`. Of what is too old, or lies within
-    /// a snapshot, nothing is known. Blocks as [`Db::next_after`].
+    /// Whether a peer at `pos` must be taken to have a history of its own: it is ahead of this database, or the
+    /// chain has the transaction after `pos`, and nothing shows that it follows on `pos`. Where nobody knows what lies
+    /// inside a file of several transactions that may be too much said, and is the safe answer: only a snapshot helps
+    /// that peer, and it keeps what that replaces. Of what is too old, or lies within a snapshot, nothing is
+    /// known: no. Blocks as [`Db::next_after`].
     pub fn contradicts(&self, pos: Pos) -> bool {
         let present = self.pos();
         if pos.is_zero() || pos == present {

@@ -544,8 +544,10 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     let middle = apply(&other, &second).pos();
     former.set_role(Role::Primary);
     assert!(matches!(former_db.next_after(middle, Overlap::Refused), Next::Snapshot));
-    // A file that came from elsewhere does not tell what is in its middle; who wrote it does.
+    // A file that came from elsewhere does not tell what is in its middle; who wrote it does. So the snapshot may
+    // replace another history.
     assert!(matches!(former_db.next_after(middle, Overlap::Accepted), Next::Snapshot));
+    assert!(former_db.contradicts(middle));
     let sums = [first, middle.checksum, former_db.pos().checksum].map(Checksum::get);
     let mut known = sums.map(u64::to_be_bytes).concat();
     known.extend(ltx::page_checksum(Pgno(1), &known).get().to_be_bytes());
@@ -558,6 +560,7 @@ fn a_file_of_several_transactions_helps_who_is_in_its_middle() {
     known[12] ^= 1;
     fs::write(&range, &known).unwrap();
     assert!(matches!(former_db.next_after(middle, Overlap::Accepted), Next::Snapshot));
+    assert!(former_db.contradicts(middle), "torn");
     known[12] ^= 1;
     fs::write(&range, &known).unwrap();
     let ahead = Pos { txid: former_db.pos().txid.next(), ..middle };

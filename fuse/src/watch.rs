@@ -2,7 +2,7 @@
 //! the reason needs to know which it is.
 //!
 //! A request takes a place in a table of fixed size when it begins and leaves it when it is answered:
-//! two writes to memory that no other request uses, no clock, no allocation. A thread looks at the table once a second,
+//! a few writes to memory that no other request uses, no clock, no allocation. A thread looks at the table once a second,
 //! and each look is a tick of the only clock there is. If a place is taken the request is simply not
 //! watched. Lock calls that wait because their client wants to wait are not watched while they do.
 

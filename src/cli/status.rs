@@ -59,6 +59,7 @@ fn node(status: &Status) -> Vec<Vec<String>> {
         ("version", status.version.clone()),
         ("cluster", status.cluster_id.clone().unwrap_or("-".to_owned())),
         ("role", role.to_owned()),
+        ("ready", if status.ready { "yes" } else { "no" }.to_owned()),
         ("candidate", if status.candidate { "yes" } else { "no" }.to_owned()),
         ("primary", primary),
         ("lag", lag),
@@ -121,6 +122,7 @@ mod tests {
             node_id: "00000000000000AB".to_owned(),
             cluster_id: None,
             role: StatusRole::Replica,
+            ready: true,
             candidate: true,
             path: "/data".to_owned(),
             primary: Some(StatusPrimary {
@@ -161,6 +163,7 @@ node:       00000000000000AB
 version:    LiteFS v1
 cluster:    -
 role:       replica
+ready:      yes
 candidate:  yes
 primary:    a at http://a:20202
 lag:        12 ms

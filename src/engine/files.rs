@@ -221,8 +221,9 @@ impl Files {
         let mut slots = self.slots.lock().unwrap();
         let slot = &mut slots[kind as usize];
         let old = slot.as_ref()?.clone();
-        put(slot, Some(Backing::new(kind, old.file.clone())));
+        // First, so that nobody finds the old one to be gone and may go on with it.
         old.turn_out();
+        put(slot, Some(Backing::new(kind, old.file.clone())));
         Some(old.ino)
     }
 

@@ -108,7 +108,7 @@ pub struct Shared {
 
 /// The last look at the free space.
 struct Space {
-    /// Held by who looks; nobody waits for it.
+    /// Held by who looks.
     looking: Mutex<()>,
     begun: Instant,
     /// For how long it holds, in milliseconds since `begun`.
@@ -308,8 +308,11 @@ impl Shared {
         if let Some(known) = self.space.known() {
             return known;
         }
+        let _looking = self.space.looking.lock().unwrap();
+        if let Some(known) = self.space.known() {
+            return known;
+        }
         let was_full = self.space.is_full.load(Ordering::SeqCst);
-        let Ok(_looking) = self.space.looking.try_lock() else { return was_full };
         let free = os::free_space(&self.data_dir);
         let full = free < limits::FREE_SPACE_MIN;
         self.space.note(full);

@@ -77,6 +77,10 @@ pub struct Status {
     pub cluster_id: Option<String>,
     /// What the node is.
     pub role: StatusRole,
+    /// Whether the node has led, or has had all that its primary had, and before that all that its backup has; from the
+    /// start with `skip-sync`. Absent in answers of older versions.
+    #[serde(default)]
+    pub ready: bool,
     /// Whether the node may become primary.
     pub candidate: bool,
     /// The data directory.

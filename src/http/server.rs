@@ -69,6 +69,8 @@ const DESCRIPTORS: u64 = 6;
 
 /// What the API needs to know of the configuration.
 pub struct Options {
+    /// Whether the application may be started, see [`Status::ready`].
+    pub ready: watch::Receiver<bool>,
     /// Whether the node may become primary.
     pub candidate: bool,
     /// The node's own host name.
@@ -316,6 +318,7 @@ impl Api {
             node_id: self.engine.node_id().to_string(),
             cluster_id: self.engine.cluster_id().map(|id| id.to_string()),
             role,
+            ready: *self.options.ready.borrow(),
             candidate: self.options.candidate,
             path: self.engine.data_dir().display().to_string(),
             primary,

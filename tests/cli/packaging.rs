@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::support::node::{Member, Node, Settings};
-use crate::support::program;
+use crate::support::{program, wait};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -196,6 +196,25 @@ fn the_service_is_ready_with_its_node_and_ends_with_it() {
     assert_eq!(code_with(ended.id()), Some(1));
     node.start();
     assert_eq!(code_with(node.pid().as_raw().cast_unsigned()), Some(0));
+}
+
+/// A replica knows its primary long before it has its data.
+#[test]
+fn a_replica_is_ready_when_it_has_what_its_primary_has() {
+    let mut primary = Node::new(&Settings::default(), Member::Primary);
+    let mut replica = Node::new(&Settings::default(), Member::Replica(&primary.url()));
+    let ready = |node: &Node| {
+        let output = node.litefs("status", &["-json"]).stdout;
+        let status: serde_json::Value = serde_json::from_slice(&output).unwrap_or_default();
+        (status["role"].as_str().map(str::to_owned), status["ready"].as_bool())
+    };
+    replica.spawn();
+    let follows = (Some("replica".to_owned()), Some(false));
+    wait::until_true("the replica's role", || ready(&replica) == follows);
+    primary.start();
+    replica.wait_ready();
+    assert_eq!(ready(&replica), (Some("replica".to_owned()), Some(true)));
+    assert_eq!(ready(&primary), (Some("primary".to_owned()), Some(true)));
 }
 
 /// All scripts that people or other scripts call can be read by their shell.

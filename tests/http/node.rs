@@ -48,6 +48,7 @@ async fn stop((stop, task): Task) {
 
 fn serve(engine: &Arc<Engine>, listener: TcpListener, candidate: bool, control: Control) -> Task {
     let options = Options {
+        ready: watch::channel(true).1,
         candidate,
         hostname: "primary-host".to_owned(),
         snapshot_timeout: Some(DEADLINE),

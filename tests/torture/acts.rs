@@ -85,6 +85,7 @@ fn with_api<T>(
         let leaser = Leaser::Static { role: StaticRole::Primary, primary: info };
         let (_task, control, _ready) = RoleTask::new(engine.clone(), leaser, options);
         let options = server::Options {
+            ready: tokio::sync::watch::channel(true).1,
             candidate: true,
             hostname: String::new(),
             snapshot_timeout: Some(PATIENCE),

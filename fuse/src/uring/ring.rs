@@ -455,7 +455,7 @@ impl Runner {
         header.entry.payload_sz = len as u32;
         let (memory, place) = self.place(head.slot);
         // SAFETY: the request in the slot was completed and is answered only once, so no command of
-        // the slot is under way; no slice of its payload lives outside `complete`.
+        // the slot is under way; no slice of its payload lives longer than `serve_slot`, which is over.
         unsafe {
             memory.write_header(place, &header);
             if let Some(body) = body {

@@ -227,6 +227,7 @@ impl Node {
         self.mount = Some(mount);
         let timeout = config.http.snapshot_timeout;
         let options = ApiOptions {
+            ready: if config.skip_sync { watch::channel(true).1 } else { membership.ready.clone() },
             candidate: config.lease.candidate,
             hostname: hostname(config),
             snapshot_timeout: if timeout.is_zero() { config.data.retention } else { Some(timeout) },

@@ -376,13 +376,7 @@ impl fuse::Volume for EngineVolume {
         self.shown.attr(node)
     }
 
-    fn setattr(
-        &self,
-        node: &Node,
-        _handle: Option<&Arc<OpenFile>>,
-        change: SetAttr,
-        reply: Reply<Attr>,
-    ) {
+    fn setattr(&self, node: &Node, change: SetAttr, reply: Reply<Attr>) {
         let (shown, shown_node) = (self.shown.clone(), node.clone());
         let done = move |result: Result<(), Errno>| {
             reply.send(result.and_then(|()| shown.attr(&shown_node)));
@@ -393,12 +387,7 @@ impl fuse::Volume for EngineVolume {
         }
     }
 
-    fn open(
-        &self,
-        node: &Node,
-        _flags: i32,
-        thread: Caller,
-    ) -> Result<Opened<Arc<OpenFile>>, Errno> {
+    fn open(&self, node: &Node, thread: Caller) -> Result<Opened<Arc<OpenFile>>, Errno> {
         // The kernel hears of a name that is gone after the call that removed it, so a client may come
         // here by a name it still knows. On ESTALE the kernel asks for the name again.
         if let Node::File(_, backing) = node
@@ -418,7 +407,6 @@ impl fuse::Volume for EngineVolume {
         &self,
         name: &OsStr,
         flags: i32,
-        _mode: u32,
         thread: Caller,
     ) -> Result<Created<Node, Arc<OpenFile>>, Errno> {
         let node = match self.node(name) {

@@ -99,13 +99,13 @@ impl Volume for Grants {
     fn getattr(&self, (): &()) -> Result<Attr, Errno> {
         Ok(attr(2, FileType::Regular))
     }
-    fn setattr(&self, (): &(), _: Option<&()>, _: SetAttr, reply: Reply<Attr>) {
+    fn setattr(&self, (): &(), _: SetAttr, reply: Reply<Attr>) {
         reply.send(Ok(attr(2, FileType::Regular)));
     }
-    fn open(&self, (): &(), _: i32, _: Caller) -> Result<Opened<()>, Errno> {
+    fn open(&self, (): &(), _: Caller) -> Result<Opened<()>, Errno> {
         Ok(Opened { handle: (), mode: OpenMode::Cached })
     }
-    fn create(&self, _: &OsStr, _: i32, _: u32, _: Caller) -> Result<Created<(), ()>, Errno> {
+    fn create(&self, _: &OsStr, _: i32, _: Caller) -> Result<Created<(), ()>, Errno> {
         Err(Errno::EEXIST)
     }
     fn unlink(&self, _: &OsStr, reply: Reply<()>) {

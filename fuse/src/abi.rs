@@ -195,7 +195,6 @@ wire! {
     /// `fuse_notify_store_out`; the bytes follow.
     NotifyStore { nodeid: u64, offset: u64, size: u32, padding: u32, }
     /// `fuse_notify_delete_out`; the name follows, with a NUL that `namelen` does not count.
-    NotifyDelete { parent: u64, child: u64, namelen: u32, padding: u32, }
 
     /// `fuse_backing_map`
     BackingMap { fd: i32, flags: u32, padding: u64, }
@@ -312,7 +311,6 @@ pub mod init {
 /// `fuse_setattr_in.valid`
 pub mod fattr {
     pub const SIZE: u32 = 1 << 3;
-    pub const FH: u32 = 1 << 6;
 }
 
 /// Flags of an open's answer.
@@ -334,7 +332,6 @@ pub mod notify {
     pub const INVAL_INODE: i32 = 2;
     pub const INVAL_ENTRY: i32 = 3;
     pub const STORE: i32 = 4;
-    pub const DELETE: i32 = 6;
 }
 
 #[cfg(test)]
@@ -375,7 +372,6 @@ mod tests {
             ("fuse_notify_inval_inode_out", size_of::<NotifyInvalInode>(), 24),
             ("fuse_notify_inval_entry_out", size_of::<NotifyInvalEntry>(), 16),
             ("fuse_notify_store_out", size_of::<NotifyStore>(), 24),
-            ("fuse_notify_delete_out", size_of::<NotifyDelete>(), 24),
             ("fuse_backing_map", size_of::<BackingMap>(), 16),
             ("fuse_uring_ent_in_out", size_of::<RingEntry>(), 32),
             ("fuse_uring_cmd_req", size_of::<RingCommand>(), 24),

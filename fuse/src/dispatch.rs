@@ -110,10 +110,10 @@ impl<V: Volume> Session<V> {
             Operation::Forget { lookups } => self.forget(id, lookups, to),
             Operation::BatchForget(forgets) => self.forget_many(forgets, to),
             Operation::Getattr => self.getattr(id, to),
-            Operation::Setattr { fh, size } => self.setattr(id, fh, SetAttr { size }, to),
+            Operation::Setattr { size } => self.setattr(id, SetAttr { size }, to),
             Operation::Unlink { name } => self.unlink(id, name, to),
-            Operation::Open { flags } => self.open(header, flags, to),
-            Operation::Create { name, flags, mode } => self.create(header, name, (flags, mode), to),
+            Operation::Open => self.open(header, to),
+            Operation::Create { name, flags } => self.create(header, name, flags, to),
             Operation::Read(span) => self.read(span, to, buffer),
             Operation::Write { fh, offset, from_cache, data } => {
                 self.write(fh, Write { offset, data, from_cache }, to);
@@ -196,7 +196,7 @@ impl<V: Volume> Session<V> {
         };
     }
 
-    fn setattr(&self, id: u64, fh: Option<u64>, change: SetAttr, to: Responder) {
+    fn setattr(&self, id: u64, change: SetAttr, to: Responder) {
         if id == ROOT {
             to.attr(Ok(self.volume.root()));
             return;
@@ -205,17 +205,16 @@ impl<V: Volume> Session<V> {
             to.error(Errno::ESTALE);
             return;
         };
-        let handle = fh.and_then(|fh| self.handle(fh));
         let reply = Reply::new(move |result| {
             to.attr(result);
         });
         if change.size.is_none() {
-            self.volume.setattr(&node, handle.as_ref(), change, reply);
+            self.volume.setattr(&node, change, reply);
             return;
         }
         // The end of a truncated journal is a commit.
         let volume = self.volume.clone();
-        self.disk.call(move || volume.setattr(&node, handle.as_ref(), change, reply));
+        self.disk.call(move || volume.setattr(&node, change, reply));
     }
 
     fn unlink(&self, parent: u64, name: &OsStr, to: Responder) {
@@ -235,13 +234,13 @@ impl<V: Volume> Session<V> {
         self.disk.call(move || volume.unlink(&name, reply));
     }
 
-    fn open(&self, header: &abi::InHeader, flags: i32, to: Responder) {
+    fn open(&self, header: &abi::InHeader, to: Responder) {
         let (id, thread) = (header.nodeid, Caller(header.pid));
         let Some(node) = self.nodes.get(id) else {
             to.error(Errno::ESTALE);
             return;
         };
-        match self.volume.open(&node, flags, thread).and_then(|opened| self.admit(id, opened)) {
+        match self.volume.open(&node, thread).and_then(|opened| self.admit(id, opened)) {
             Ok(answer) => {
                 if to.value(&answer) == Delivery::Gone {
                     self.close(id, answer.fh);
@@ -253,18 +252,12 @@ impl<V: Volume> Session<V> {
         }
     }
 
-    fn create(
-        &self,
-        header: &abi::InHeader,
-        name: &OsStr,
-        (flags, mode): (i32, u32),
-        to: Responder,
-    ) {
+    fn create(&self, header: &abi::InHeader, name: &OsStr, flags: i32, to: Responder) {
         if header.nodeid != ROOT {
             to.error(Errno::ENOTDIR);
             return;
         }
-        match self.volume.create(name, flags, mode, Caller(header.pid)) {
+        match self.volume.create(name, flags, Caller(header.pid)) {
             Ok((entry, opened)) => self.created(entry, opened, to),
             Err(errno) => {
                 to.error(errno);

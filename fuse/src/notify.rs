@@ -38,7 +38,6 @@ pub(crate) struct Shared {
 struct Posted {
     inodes: HashMap<u64, Span>,
     entries: HashSet<OsString>,
-    deletes: HashSet<(u64, OsString)>,
     ended: bool,
 }
 
@@ -78,23 +77,11 @@ impl Notifier {
         self.tell(notify::STORE, &body, [bytes, b""])
     }
 
-    /// The attributes of inode `ino` are stale, its pages are not.
-    pub fn inval_attr(&self, ino: u64) -> Result<(), Errno> {
-        self.inval_inode(ino, -1, 0)
-    }
-
     /// What the kernel knows of `name`, found or missing, is stale.
     pub fn inval_entry(&self, name: &OsStr) -> Result<(), Errno> {
         let namelen = name_len(name)?;
         let body = abi::NotifyInvalEntry { parent: ROOT, namelen, flags: 0 };
         self.tell(notify::INVAL_ENTRY, &body, [name.as_bytes(), b"\0"])
-    }
-
-    /// `name`, which stood for inode `ino`, was removed.
-    pub fn delete(&self, ino: u64, name: &OsStr) -> Result<(), Errno> {
-        let namelen = name_len(name)?;
-        let body = abi::NotifyDelete { parent: ROOT, child: ino, namelen, padding: 0 };
-        self.tell(notify::DELETE, &body, [name.as_bytes(), b"\0"])
     }
 
     /// [`Notifier::inval_inode`] later.
@@ -107,7 +94,7 @@ impl Notifier {
         });
     }
 
-    /// [`Notifier::inval_attr`] later.
+    /// The attributes of inode `ino` are stale, its pages are not: told later.
     pub fn post_inval_attr(&self, ino: u64) {
         self.post_inval_inode(ino, -1, 0);
     }
@@ -116,13 +103,6 @@ impl Notifier {
     pub fn post_inval_entry(&self, name: &OsStr) {
         self.post(|posted| {
             posted.entries.insert(name.to_owned());
-        });
-    }
-
-    /// [`Notifier::delete`] later.
-    pub fn post_delete(&self, ino: u64, name: &OsStr) {
-        self.post(|posted| {
-            posted.deletes.insert((ino, name.to_owned()));
         });
     }
 
@@ -180,7 +160,7 @@ impl Shared {
 
 impl Posted {
     fn is_empty(&self) -> bool {
-        self.inodes.is_empty() && self.entries.is_empty() && self.deletes.is_empty()
+        self.inodes.is_empty() && self.entries.is_empty()
     }
 
     fn tell(self, notifier: &Notifier) {
@@ -190,9 +170,6 @@ impl Posted {
         }
         for name in self.entries {
             log_failure(notifier.inval_entry(&name), 0);
-        }
-        for (ino, name) in self.deletes {
-            log_failure(notifier.delete(ino, &name), ino);
         }
     }
 }
@@ -252,6 +229,6 @@ mod tests {
     fn a_disconnected_notifier_succeeds() {
         let notifier = Notifier::disconnected();
         assert_eq!(notifier.inval_inode(2, 0, 0), Ok(()));
-        notifier.post_delete(2, OsStr::new("db"));
+        notifier.post_inval_entry(OsStr::new("db"));
     }
 }

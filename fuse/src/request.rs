@@ -101,19 +101,15 @@ pub(crate) enum Operation<'a> {
     BatchForget(Forgets<'a>),
     Getattr,
     Setattr {
-        fh: Option<u64>,
         size: Option<u64>,
     },
     Unlink {
         name: &'a OsStr,
     },
-    Open {
-        flags: i32,
-    },
+    Open,
     Create {
         name: &'a OsStr,
         flags: i32,
-        mode: u32,
     },
     Read(Span),
     Write {
@@ -162,7 +158,7 @@ impl<'a> Operation<'a> {
             op::GETATTR => Operation::Getattr,
             op::SETATTR => setattr(&fixed(parts)?),
             op::UNLINK => Operation::Unlink { name: name(rest)? },
-            op::OPEN => Operation::Open { flags: fixed::<abi::OpenIn>(parts)?.flags.cast_signed() },
+            op::OPEN => Operation::Open,
             op::CREATE => create(&fixed(parts)?, name(rest)?),
             op::READ => Operation::Read(span(&fixed(parts)?)),
             op::WRITE => write(&fixed(parts)?, rest)?,
@@ -211,15 +207,11 @@ fn name(rest: &[u8]) -> Result<&OsStr, DecodeError> {
 }
 
 fn setattr(args: &abi::SetattrIn) -> Operation<'static> {
-    let given = |flag: u32, value: u64| (args.valid & flag != 0).then_some(value);
-    Operation::Setattr {
-        fh: given(abi::fattr::FH, args.fh),
-        size: given(abi::fattr::SIZE, args.size),
-    }
+    Operation::Setattr { size: (args.valid & abi::fattr::SIZE != 0).then_some(args.size) }
 }
 
 fn create<'a>(args: &abi::CreateIn, name: &'a OsStr) -> Operation<'a> {
-    Operation::Create { name, flags: args.flags.cast_signed(), mode: args.mode & 0o7777 }
+    Operation::Create { name, flags: args.flags.cast_signed() }
 }
 
 fn span(args: &abi::ReadIn) -> Span {

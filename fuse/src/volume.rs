@@ -261,29 +261,15 @@ pub trait Volume: Send + Sync + 'static {
     fn lookup(&self, name: &OsStr) -> Result<Lookup<Self::Node>, Errno>;
     /// The attributes of a node.
     fn getattr(&self, node: &Self::Node) -> Result<Attr, Errno>;
-    /// Changes the size; all other changes succeed without effect. `handle` is the open file that
-    /// the call came through, if any.
-    fn setattr(
-        &self,
-        node: &Self::Node,
-        handle: Option<&Self::Handle>,
-        change: SetAttr,
-        reply: Reply<Attr>,
-    );
-    /// Opens a node for a thread; `flags` are those of open(2).
-    fn open(
-        &self,
-        node: &Self::Node,
-        flags: i32,
-        thread: Caller,
-    ) -> Result<Opened<Self::Handle>, Errno>;
-    /// Makes and opens `name` for a thread; `flags` are those of open(2), `mode` the permission bits
-    /// less umask.
+    /// Changes the size; all other changes succeed without effect.
+    fn setattr(&self, node: &Self::Node, change: SetAttr, reply: Reply<Attr>);
+    /// Opens a node for a thread.
+    fn open(&self, node: &Self::Node, thread: Caller) -> Result<Opened<Self::Handle>, Errno>;
+    /// Makes and opens `name` for a thread; `flags` are those of open(2).
     fn create(
         &self,
         name: &OsStr,
         flags: i32,
-        mode: u32,
         thread: Caller,
     ) -> Result<Created<Self::Node, Self::Handle>, Errno>;
     /// Removes a name.

@@ -263,19 +263,13 @@ impl Volume for TempVolume {
         self.attr(node)
     }
 
-    fn setattr(
-        &self,
-        node: &Arc<Node>,
-        _: Option<&Arc<Handle>>,
-        change: SetAttr,
-        reply: Reply<Attr>,
-    ) {
+    fn setattr(&self, node: &Arc<Node>, change: SetAttr, reply: Reply<Attr>) {
         self.count("setattr");
         let resized = change.size.map_or(Ok(()), |size| node.file.set_len(size).map_err(errno));
         reply.send(resized.and_then(|()| self.attr(node)));
     }
 
-    fn open(&self, node: &Arc<Node>, _: i32, _: Caller) -> Result<Opened<Arc<Handle>>, Errno> {
+    fn open(&self, node: &Arc<Node>, _: Caller) -> Result<Opened<Arc<Handle>>, Errno> {
         self.count("open");
         self.opened(node)
     }
@@ -284,7 +278,6 @@ impl Volume for TempVolume {
         &self,
         name: &OsStr,
         _: i32,
-        _: u32,
         _: Caller,
     ) -> Result<Created<Arc<Node>, Arc<Handle>>, Errno> {
         self.count("create");

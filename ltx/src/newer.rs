@@ -92,11 +92,6 @@ impl<R: Read> AnyReader<R> {
         self.variant
     }
 
-    /// Whether the file has database checksums; if not, pre- and post-apply checksum are none.
-    pub fn has_checksums(&self) -> bool {
-        self.checksums == Checksums::Present
-    }
-
     /// The header. The compression it names only means something for [`Variant::V1Lz4`].
     pub fn header(&self) -> &Header {
         match &self.body {

@@ -217,6 +217,5 @@ fn later_headers_may_leave_out_checksums() {
     let computed = u64::from_str_radix(&message[message.len() - 29..][..16], 16).unwrap();
     file[trailer + 8..].copy_from_slice(&computed.to_be_bytes());
     let reader = AnyReader::new(io::Cursor::new(&file[..])).unwrap();
-    assert!(!reader.has_checksums());
     assert!(reader.header().pre_apply.is_none());
 }

@@ -19,6 +19,7 @@ use ltx::{Checksum, Decoder, Header, Pgno, Pos, Trailer, Txid};
 
 use super::capture::Change;
 use super::capture::wal::Captured;
+use super::checksum::PageSums;
 use super::db::{Db, DbState};
 use super::error::{Error, Result, chain_text};
 use super::halt::HaltId;
@@ -177,17 +178,9 @@ impl Received {
     /// The checksum that the database has after it, computed from `change`; what it promises must be
     /// the same.
     fn foretell(&self, change: &Change) -> Checksum {
-        let snapshot = self.header.is_snapshot();
-        let mut post = if snapshot { Checksum::EMPTY } else { change.sums.rolling() };
-        let old = |pgno| if snapshot { Checksum::NONE } else { change.sums.get(pgno) };
-        for (pgno, sum) in &self.sums {
-            post = post.toggle(old(*pgno)).toggle(*sum);
-        }
-        let pages = if snapshot { 0 } else { change.pages() };
-        for pgno in self.header.commit + 1..=pages {
-            post = post.toggle(old(Pgno(pgno)));
-        }
-        post
+        let nothing = PageSums::default();
+        let before = if self.header.is_snapshot() { &nothing } else { &change.sums };
+        before.rolling_after(self.header.commit, self.sums.iter().copied())
     }
 }
 

@@ -110,13 +110,8 @@ impl Change {
     /// The transaction that makes `pages` current in a database of `commit` pages, with its new
     /// checksum; the state itself does not change yet. `pages` ascend.
     pub fn transaction(&self, draft: Draft) -> Transaction {
-        let mut post = self.sums.rolling();
-        for page in &draft.pages {
-            post = post.toggle(self.sums.get(page.pgno)).toggle(page.sum);
-        }
-        for pgno in draft.commit + 1..=self.pages() {
-            post = post.toggle(self.sums.get(Pgno(pgno)));
-        }
+        let changes = draft.pages.iter().map(|page| (page.pgno, page.sum));
+        let post = self.sums.rolling_after(draft.commit, changes);
         Transaction::new(Parts {
             txid: self.pos.txid.next(),
             pre: self.pos.checksum,

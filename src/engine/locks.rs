@@ -24,7 +24,7 @@
 
 use std::collections::VecDeque;
 
-use crate::sqlite::lock_byte::{Lock, LockFile, LockSet};
+use crate::sqlite::lock_byte::{Lock, LockSet};
 
 /// Who holds locks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,17 +71,6 @@ pub enum LockKind {
     Shared,
     /// Alone (F_WRLCK).
     Exclusive,
-}
-
-/// When CKPT may be taken exclusively.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum CkptRule {
-    /// Whenever it is free: what is committed can be read from the wal-index.
-    #[default]
-    Free,
-    /// Not while another owner holds WRITE: without a visible wal-index a checkpoint could move
-    /// frames of a transaction that is not captured yet. A query does not reflect this rule.
-    NotWhileWriting,
 }
 
 /// What is asked for.
@@ -218,27 +207,16 @@ struct Waiting<W> {
 pub struct LockTable<W> {
     locks: [LockState; Lock::ALL.len()],
     queue: VecDeque<Waiting<W>>,
-    ckpt_rule: CkptRule,
 }
 
 impl<W> Default for LockTable<W> {
+    /// A table in which nobody holds anything.
     fn default() -> LockTable<W> {
-        LockTable::new(CkptRule::default())
+        LockTable { locks: Default::default(), queue: VecDeque::new() }
     }
 }
 
 impl<W> LockTable<W> {
-    /// A table in which nobody holds anything.
-    pub fn new(ckpt_rule: CkptRule) -> LockTable<W> {
-        LockTable { locks: Default::default(), queue: VecDeque::new(), ckpt_rule }
-    }
-
-    /// Changes the rule for CKPT; what is held stays.
-    pub fn set_ckpt_rule(&mut self, rule: CkptRule) -> Woken<W> {
-        self.ckpt_rule = rule;
-        self.wake()
-    }
-
     /// Takes all locks of the request, or none. A downgrade may free waiters.
     pub fn try_lock(&mut self, request: Request) -> Result<(Grant, Woken<W>), Conflict> {
         match self.conflict(&request) {
@@ -264,19 +242,6 @@ impl<W> LockTable<W> {
     pub fn unlock(&mut self, owner: Owner, set: LockSet) -> Woken<W> {
         for lock in set.iter() {
             self.state_mut(lock).clear(owner);
-        }
-        self.wake()
-    }
-
-    /// Gives up what `owner` holds on `file`: one of its open files was closed (FLUSH).
-    pub fn release_owner(&mut self, owner: Owner, file: LockFile) -> Woken<W> {
-        self.unlock(owner, LockSet::file(file))
-    }
-
-    /// Gives up what was last taken through `via`, by whomever: it was closed for good (RELEASE).
-    pub fn release_handle(&mut self, via: Handle) -> Woken<W> {
-        for state in &mut self.locks {
-            state.retain(|holder| holder.via != via);
         }
         self.wake()
     }
@@ -334,7 +299,7 @@ impl<W> LockTable<W> {
         set.iter().any(|lock| self.holds(owner, lock).is_some())
     }
 
-    /// What was last taken through `via`, by owner: [`LockTable::release_handle`] would release it.
+    /// What was last taken through `via`, by owner: to be given up when that is closed for good (RELEASE).
     pub fn owners_via(&self, via: Handle) -> Vec<(Owner, LockSet)> {
         let mut owners: Vec<(Owner, LockSet)> = Vec::new();
         for lock in Lock::ALL {
@@ -382,20 +347,7 @@ impl<W> LockTable<W> {
     }
 
     fn conflict(&self, request: &Request) -> Option<Conflict> {
-        let &Request { owner, set, kind, .. } = request;
-        let held = self.query(owner, set, kind);
-        held.or_else(|| self.writer_before_checkpoint(request))
-    }
-
-    /// The other holder of WRITE that keeps CKPT from being taken under [`CkptRule::NotWhileWriting`].
-    fn writer_before_checkpoint(&self, request: &Request) -> Option<Conflict> {
-        let asked = request.kind == LockKind::Exclusive && request.set.contains(Lock::Ckpt);
-        if !asked || self.ckpt_rule == CkptRule::Free {
-            return None;
-        }
-        let mut writers = self.holders(Lock::Write);
-        let (owner, kind) = writers.find(|(owner, _)| *owner != request.owner)?;
-        Some(Conflict { lock: Lock::Write, owner, kind })
+        self.query(request.owner, request.set, request.kind)
     }
 
     /// Gives the request its locks; there is no conflict.
@@ -479,8 +431,7 @@ impl<W> LockTable<W> {
         let &Request { owner, set, kind, .. } = request;
         let holders = set.iter().flat_map(|lock| self.state(lock).in_the_way(owner, kind));
         let holders = holders.map(|(owner, _)| owner);
-        let writer = self.writer_before_checkpoint(request).map(|conflict| conflict.owner);
-        holders.chain(writer).chain(self.waiters_in_the_way(request, len)).collect()
+        holders.chain(self.waiters_in_the_way(request, len)).collect()
     }
 }
 

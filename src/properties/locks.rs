@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::engine::locks::{
-    CkptRule, Grant, Granted, Handle, LockKind, LockTable, Outcome, Owner, Request, Woken,
+    Grant, Granted, Handle, LockKind, LockTable, Outcome, Owner, Request, Woken,
 };
 use crate::sqlite::lock_byte::{Lock, LockFile, LockSet};
 
@@ -18,7 +18,6 @@ struct Model {
     held: BTreeMap<(Owner, u16), (LockKind, Handle)>,
     /// Waiters in the order in which they came, by number.
     waiting: Vec<(u64, Request)>,
-    strict: bool,
 }
 
 impl Model {
@@ -39,9 +38,7 @@ impl Model {
         let mut blockers: Vec<Owner> = others
             .filter(|((_, lock), (held, _))| {
                 let asked = set.iter().any(|asked| asked as u16 == *lock);
-                let conflict = asked && (is_exclusive(kind) || is_exclusive(*held));
-                let checkpoint = self.strict && is_exclusive(kind) && set.contains(Lock::Ckpt);
-                conflict || (checkpoint && *lock == Lock::Write as u16)
+                asked && (is_exclusive(kind) || is_exclusive(*held))
             })
             .map(|((other, _), _)| *other)
             .collect();
@@ -55,8 +52,15 @@ impl Model {
         }
     }
 
-    fn retain(&mut self, keep: impl Fn(Owner, u16, Handle) -> bool) {
-        self.held.retain(|(owner, lock), (_, via)| keep(*owner, *lock, *via));
+    fn unlock(&mut self, owner: Owner, set: LockSet) {
+        let is_given = |lock| set.iter().any(|given| given as u16 == lock);
+        self.held.retain(|(other, lock), _| *other != owner || !is_given(*lock));
+    }
+
+    /// What was locked through `via`.
+    fn locked_via(&self, via: Handle) -> Vec<(Owner, u16)> {
+        let held = self.held.iter().filter(|(_, (_, other))| *other == via);
+        held.map(|(key, _)| *key).collect()
     }
 
     fn undo(&mut self, grant: &Grant, before: &BTreeMap<(Owner, u16), (LockKind, Handle)>) {
@@ -138,22 +142,28 @@ fn step(table: &mut LockTable<u64>, model: &mut Model, number: u64, call: [u8; 4
             woken
         }
         7 => {
-            model.retain(|other, lock, _| {
-                other != owner || !LockSet::file(file).iter().any(|ours| ours as u16 == lock)
-            });
-            table.release_owner(owner, file)
+            // A descriptor was closed.
+            let held = table.held_by(owner).and(LockSet::file(file));
+            model.unlock(owner, LockSet::file(file));
+            table.unlock(owner, held)
         }
         8 => {
-            model.retain(|_, _, other| other != via);
-            table.release_handle(via)
-        }
-        9 if len % 8 == 0 => {
-            model.strict = !model.strict;
-            let rule = if model.strict { CkptRule::NotWhileWriting } else { CkptRule::Free };
-            table.set_ckpt_rule(rule)
+            // An open file was closed for good.
+            let owners = table.owners_via(via);
+            let each = |(owner, set): &(Owner, LockSet)| {
+                set.iter().map(|lock| (*owner, lock as u16)).collect::<Vec<_>>()
+            };
+            let mut locked: Vec<_> = owners.iter().flat_map(each).collect();
+            locked.sort();
+            assert_eq!(locked, model.locked_via(via));
+            for (owner, set) in owners {
+                model.unlock(owner, set);
+                answer(model, table.unlock(owner, set));
+            }
+            Vec::new()
         }
         9 if len % 8 == 1 => {
-            model.retain(|other, _, _| other != owner);
+            model.unlock(owner, LockSet::ALL);
             table.release_all(|other| other == owner)
         }
         10 => {
@@ -170,9 +180,7 @@ fn step(table: &mut LockTable<u64>, model: &mut Model, number: u64, call: [u8; 4
             }
         }
         _ => {
-            model.retain(|other, lock, _| {
-                other != owner || !set.iter().any(|given| given as u16 == lock)
-            });
+            model.unlock(owner, set);
             table.unlock(owner, set)
         }
     };

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::sqlite::lock_byte::LockFile;
 use crate::sqlite::test_rng::Rng;
 
 const A: Owner = Owner::Client(1);
@@ -150,7 +151,7 @@ fn a_grant_whose_owner_has_gone_brings_nothing_back() {
     let mut table = Table::default();
     lock(&mut table, shared(A, Lock::Shared));
     let grant = lock(&mut table, exclusive(A, Lock::Shared));
-    assert_eq!(table.release_owner(A, LockFile::Database), []);
+    assert_eq!(table.unlock(A, LockSet::DATABASE), []);
     lock(&mut table, exclusive(B, Lock::Shared));
     assert_eq!(table.undo(grant), []);
     assert_eq!(table.holds(A, Lock::Shared), None);
@@ -158,18 +159,17 @@ fn a_grant_whose_owner_has_gone_brings_nothing_back() {
 }
 
 #[test]
-fn closing_releases_by_owner_and_file_or_by_open_file() {
+fn an_open_file_knows_what_was_locked_through_it() {
     let mut table = Table::default();
     lock(&mut table, shared(A, Lock::Shared));
     lock(&mut table, Request { via: Handle(7), ..exclusive(A, Lock::Write) });
     lock(&mut table, Request { via: Handle(7), ..shared(B, Lock::Dms) });
     let expected = [(A, LockSet::one(Lock::Write)), (B, LockSet::one(Lock::Dms))];
     assert_eq!(table.owners_via(Handle(7)), expected);
-    assert_eq!(table.release_owner(A, LockFile::Database), []);
+    assert_eq!(table.unlock(A, LockSet::DATABASE), []);
     assert_eq!(table.held_by(A), LockSet::one(Lock::Write));
-    assert_eq!(table.release_handle(Handle(7)), []);
-    assert_eq!(table.held_by(A), LockSet::EMPTY);
-    assert_eq!(table.held(Lock::Dms), None);
+    assert_eq!(table.unlock(A, LockSet::SHM), []);
+    assert_eq!(table.owners_via(Handle(7)), expected[1..]);
 }
 
 #[test]
@@ -191,32 +191,6 @@ fn two_upgrades_of_one_lock_are_a_deadlock() {
     lock(&mut table, shared(B, Lock::Shared));
     wait(&mut table, exclusive(A, Lock::Shared), "a");
     assert_eq!(table.lock_or_wait(exclusive(B, Lock::Shared), "b"), Outcome::Deadlock("b"));
-}
-
-#[test]
-fn without_a_wal_index_a_checkpoint_waits_for_the_writer() {
-    let mut table = Table::new(CkptRule::NotWhileWriting);
-    lock(&mut table, exclusive(A, Lock::Write));
-    let conflict = table.try_lock(exclusive(B, Lock::Ckpt)).unwrap_err();
-    assert_eq!((conflict.lock, conflict.owner), (Lock::Write, A));
-    assert_eq!(table.query(B, LockSet::one(Lock::Ckpt), LockKind::Exclusive), None);
-    lock(&mut table, shared(B, Lock::Ckpt));
-    assert_eq!(table.unlock(B, LockSet::SHM), []);
-    lock(&mut table, exclusive(A, Lock::Ckpt));
-    assert_eq!(table.unlock(A, LockSet::one(Lock::Ckpt)), []);
-    wait(&mut table, exclusive(B, Lock::Ckpt), "b");
-    assert_eq!(names(table.unlock(A, LockSet::one(Lock::Write))), ["b"]);
-}
-
-#[test]
-fn nobody_waits_for_a_checkpoint_because_of_himself() {
-    let mut table = Table::new(CkptRule::NotWhileWriting);
-    lock(&mut table, shared(A, Lock::Write));
-    lock(&mut table, exclusive(A, Lock::Ckpt));
-    assert_eq!(table.unlock(A, LockSet::one(Lock::Ckpt)), []);
-    lock(&mut table, shared(B, Lock::Write));
-    let conflict = table.try_lock(exclusive(A, Lock::Ckpt)).unwrap_err();
-    assert_eq!((conflict.lock, conflict.owner), (Lock::Write, B));
 }
 
 /// POSIX byte-range locks, in the plainest way: for each owner and byte of a file how it is held.
@@ -304,7 +278,7 @@ fn the_table_behaves_like_posix_locks() {
             }
             7 => {
                 model.clear(owner, &Model::bytes(file, 0, u64::MAX));
-                table.release_owner(owner, file)
+                table.unlock(owner, LockSet::file(file))
             }
             _ => {
                 model.clear(owner, &bytes);

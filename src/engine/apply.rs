@@ -456,8 +456,7 @@ impl Db {
 
     fn queue_received(&self, received: Received) -> Result<Pos> {
         if self.shared.is_writable() {
-            let what = "this node is the primary now";
-            return Err(Error::Busy { db: self.name.clone(), what });
+            return Err(self.busy("this node is the primary now"));
         }
         let pos = received.pos();
         if self.is_here(&received) {
@@ -474,7 +473,7 @@ impl Db {
             if waited.timed_out()
                 && let Some(what) = self.why_it_stands()
             {
-                return Err(Error::Busy { db: self.name.clone(), what });
+                return Err(self.busy(what));
             }
         }
         self.check_follows(self.queue_end(&state), &received)?;

@@ -6,7 +6,6 @@
 //! kept as an LTX file in `lost+found/`, and taken out of the WAL by the applier.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::sync::Arc;
 
 use ltx::{Checksum, PageSize, Pgno, Pos};
@@ -15,7 +14,7 @@ use super::checksum::PageSums;
 use super::db::{Db, View};
 use super::error::{Error, Result};
 use super::recover::Recovered;
-use super::transaction::{PageRef, Parts, Transaction, WalSpan};
+use super::transaction::{Draft, Transaction};
 use crate::sqlite::header::JournalMode;
 
 pub mod forward;
@@ -112,18 +111,7 @@ impl Change {
     pub fn transaction(&self, draft: Draft) -> Transaction {
         let changes = draft.pages.iter().map(|page| (page.pgno, page.sum));
         let post = self.sums.rolling_after(draft.commit, changes);
-        Transaction::new(Parts {
-            txid: self.pos.txid.next(),
-            pre: self.pos.checksum,
-            post,
-            page_size: draft.page_size,
-            commit: draft.commit,
-            pages: draft.pages,
-            source: draft.source,
-            timestamp_ms: draft.timestamp_ms,
-            node_id: draft.node_id,
-            wal: draft.wal,
-        })
+        Transaction::new(self.pos.txid.next(), [self.pos.checksum, post], draft)
     }
 
     /// Forgets all pages and files; the position stays.
@@ -154,25 +142,6 @@ impl Change {
     }
 }
 
-/// A transaction without its numbers.
-#[derive(Debug)]
-pub struct Draft {
-    /// Bytes of a page.
-    pub page_size: PageSize,
-    /// Size of the database afterwards, in pages.
-    pub commit: u32,
-    /// The changed pages, ascending.
-    pub pages: Vec<PageRef>,
-    /// Where their images are.
-    pub source: Arc<File>,
-    /// When it was committed.
-    pub timestamp_ms: i64,
-    /// Who committed it.
-    pub node_id: ltx::NodeId,
-    /// Where it stood in the WAL.
-    pub wal: WalSpan,
-}
-
 impl Db {
     fn take_transaction(
         &self,
@@ -201,7 +170,7 @@ impl Db {
         let transaction = Arc::new(transaction);
         self.chain.push(transaction.clone());
         self.shared.writer.queued(&self.chain);
-        self.announce(change, &transaction);
+        self.announce(change, transaction.page_size);
     }
 }
 

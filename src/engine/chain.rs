@@ -175,33 +175,29 @@ impl Chain {
         inner.recent.push(transaction);
     }
 
-    /// Writes one transaction to its file at once and, if `durable`, syncs it and the directory;
-    /// nothing may be queued. The transaction does not count before [`Chain::confirm`].
-    pub fn write_now(&self, transaction: &Transaction, durability: Durability) -> Result<()> {
+    /// Writes one transaction to its file at once and, if `durability` says so, syncs it and the directory;
+    /// nothing may be queued. The transaction does not count before [`Chain::confirm`], which wants to know the
+    /// bytes of the file.
+    pub fn write_now(&self, transaction: &Transaction, durability: Durability) -> Result<u64> {
         let _files = self.files.lock().unwrap();
         debug_assert!(self.inner.lock().unwrap().queue.is_empty(), "journal commit after wal ones");
-        let (file, _) = self.write_file(transaction)?;
+        let (file, size) = self.write_file(transaction)?;
         if durability == Durability::Synced {
             let synced = os::sync("chain:sync", &file)
                 .map_err(Error::io("sync ltx file", &self.dir.ltx()))
                 .and_then(|()| self.sync_dir());
-            if synced.is_err() {
-                self.remove_unconfirmed(transaction);
-                return synced;
-            }
+            synced.inspect_err(|_| self.remove_unconfirmed(transaction))?;
         } else {
             self.inner.lock().unwrap().unsynced.push(Unsynced::new(transaction));
         }
-        Ok(())
+        Ok(size)
     }
 
     /// The transaction of the last [`Chain::write_now`] has become part of the chain.
     /// A snapshot, which must be durable, takes the place of all files before it.
-    pub fn confirm(&self, transaction: Arc<Transaction>) {
-        let path = self.dir.ltx_file(transaction.min, transaction.max);
-        let size = fs::metadata(&path).map_or(0, |meta| meta.len());
+    pub fn confirm(&self, transaction: Arc<Transaction>, size: u64) {
         if transaction.min == Txid(1) {
-            self.forget_all_but(&path);
+            self.forget_all_but(&self.dir.ltx_file(transaction.min, transaction.max));
         }
         let mut inner = self.inner.lock().unwrap();
         inner.add_file(LtxFile {

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use ltx::{PageSize, Pos};
+use ltx::{PageSize, Pos, Txid};
 
 use super::apply::Inbox;
 use super::backup::Backed;
 use super::capture::Change;
-use super::chain::Chain;
+use super::chain::{Chain, Durability, Durable, Waiting};
 use super::error::{Error, Result, chain_text};
 use super::feed::Event;
 use super::files::{Backing, FileKind, Files, next_ino};
@@ -29,7 +29,6 @@ use super::name::DbName;
 use super::recover::Recovered;
 use super::shared::Shared;
 use super::times::Times;
-use super::transaction::Transaction;
 use super::unsynced;
 use crate::os;
 use crate::sqlite::header::JournalMode;
@@ -506,14 +505,14 @@ impl Db {
         if change.pages() > 0 {
             let transaction = self.deletion(&change, &database.file);
             self.chain.flush()?;
-            self.chain.write_now(&transaction, super::chain::Durability::Synced)?;
+            let size = self.chain.write_now(&transaction, Durability::Synced)?;
             // It is dropped: the next start would come to that, whatever happens to the files now.
             change.reset();
             change.advance(&transaction);
-            let transaction = Arc::new(transaction);
-            self.chain.confirm(transaction.clone());
+            let page_size = transaction.page_size;
+            self.chain.confirm(Arc::new(transaction), size);
             self.discard_files();
-            self.announce(&change, &transaction);
+            self.announce(&change, page_size);
         } else {
             change.reset();
             self.discard_files();
@@ -568,35 +567,43 @@ impl Db {
         Ok(())
     }
 
-    /// Makes the new position visible and tells who waits for it. Called with the right to change.
-    pub(super) fn announce(&self, change: &Change, transaction: &Arc<Transaction>) {
+    /// Makes the position of a transaction visible that was committed here, and tells who waits for it. Called with
+    /// the right to change, behind [`Change::advance`].
+    pub(super) fn announce(&self, change: &Change, page_size: PageSize) {
         *self.view.lock().unwrap() = change.view();
         self.counters.commits.fetch_add(1, Ordering::Relaxed);
-        self.shared.feed.mark(&self.name);
-        if self.shared.feed.has_watchers() {
-            self.shared.feed.emit(&Event::Tx {
-                db: self.name.clone(),
-                pos: transaction.pos(),
-                page_size: transaction.page_size,
-                commit: transaction.commit,
-                timestamp_ms: transaction.timestamp_ms,
-            });
-        }
+        self.tell(change, page_size);
     }
 
-    /// Makes the position of an applied LTX file visible, and tells who waits for it.
-    pub(super) fn announce_applied(&self, change: &Change, header: &ltx::Header) {
+    /// As [`Db::announce`], of what was committed elsewhere.
+    pub(super) fn announce_applied(&self, change: &Change, page_size: PageSize) {
         *self.view.lock().unwrap() = change.view();
+        self.tell(change, page_size);
+    }
+
+    fn tell(&self, change: &Change, page_size: PageSize) {
         self.shared.feed.mark(&self.name);
         if self.shared.feed.has_watchers() {
             self.shared.feed.emit(&Event::Tx {
                 db: self.name.clone(),
                 pos: change.pos,
-                page_size: header.page_size,
-                commit: header.commit,
-                timestamp_ms: header.timestamp_ms,
+                page_size,
+                commit: change.pages(),
+                timestamp_ms: change.timestamp_ms,
             });
         }
+    }
+
+    /// Calls `done` when everything up to `txid` is durable.
+    pub fn when_durable(&self, txid: Txid, done: Durable) {
+        if self.chain.when_durable(txid, done) == Waiting::Waits {
+            self.shared.writer.urgent(&self.chain);
+        }
+    }
+
+    /// Whether there is too little room on the disk for another transaction.
+    pub fn is_disk_full(&self) -> bool {
+        self.shared.is_full()
     }
 
     /// Puts the database into the failed state; one that is lost stays so, for the first reason.
@@ -669,6 +676,10 @@ impl Db {
             self.shared.writer.queued(&self.chain);
         }
         refuses
+    }
+
+    pub(super) fn busy(&self, what: &'static str) -> Error {
+        Error::Busy { db: self.name.clone(), what }
     }
 
     pub(super) fn corrupt(&self, what: &'static str, detail: &str) -> Error {

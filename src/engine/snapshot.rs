@@ -213,8 +213,7 @@ impl Db {
         self.refuse_import()?;
         let _turn = self.turn();
         if self.inbox.has_queue() {
-            let what = "what it received as a replica is not applied yet";
-            return Err(Error::Busy { db: self.name.clone(), what });
+            return Err(self.busy("what it received as a replica is not applied yet"));
         }
         let mut locks = self.lock_everything(limits::LOCK_WAIT)?;
         // Asked again under the locks, for which a change of the role waits.
@@ -263,10 +262,7 @@ impl Db {
 
     fn refuse_import(&self) -> Result<()> {
         if self.is_lent() {
-            return Err(Error::Busy {
-                db: self.name.clone(),
-                what: "another node has its halt lock",
-            });
+            return Err(self.busy("another node has its halt lock"));
         }
         if self.shared.may_begin() { Ok(()) } else { Err(Error::NotPrimary) }
     }

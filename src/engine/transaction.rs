@@ -106,54 +106,49 @@ impl Overlay<'_> {
     }
 }
 
-/// What a transaction is made from; see the fields of [`Transaction`].
+/// A transaction without its numbers.
 #[derive(Debug)]
-pub struct Parts {
-    /// Its number.
-    pub txid: Txid,
-    /// Checksum before.
-    pub pre: Checksum,
-    /// Checksum after.
-    pub post: Checksum,
+pub struct Draft {
     /// Bytes of a page.
     pub page_size: PageSize,
-    /// Pages of the database afterwards.
+    /// Size of the database afterwards, in pages.
     pub commit: u32,
     /// The changed pages, ascending.
     pub pages: Vec<PageRef>,
     /// Where their images are.
     pub source: Arc<File>,
-    /// Milliseconds since the Unix epoch.
+    /// When it was committed, in milliseconds since the Unix epoch.
     pub timestamp_ms: i64,
-    /// The author.
+    /// Who committed it.
     pub node_id: NodeId,
-    /// Its place in the WAL.
+    /// Where it stood in the WAL.
     pub wal: WalSpan,
 }
 
 impl Transaction {
-    /// A single transaction.
-    pub fn new(parts: Parts) -> Transaction {
-        debug_assert!(parts.pages.is_sorted_by(|a, b| a.pgno < b.pgno), "pages ascend");
-        Transaction {
-            min: parts.txid,
-            max: parts.txid,
-            pre: parts.pre,
-            post: parts.post,
-            page_size: parts.page_size,
-            commit: parts.commit,
-            pages: parts.pages,
-            source: parts.source,
-            timestamp_ms: parts.timestamp_ms,
-            node_id: parts.node_id,
-            wal: parts.wal,
-            encoded: Mutex::new(None),
-        }
+    /// A single transaction that leads from one checksum of the database to another.
+    pub fn new(txid: Txid, ends: [Checksum; 2], draft: Draft) -> Transaction {
+        Transaction::range([txid, txid], ends, draft)
     }
 
-    /// All transactions from `min` to the one that `parts` names.
-    pub fn range(parts: Parts, min: Txid) -> Transaction {
-        Transaction { min, ..Transaction::new(parts) }
+    /// All transactions from `min` to `max`.
+    pub fn range([min, max]: [Txid; 2], [pre, post]: [Checksum; 2], draft: Draft) -> Transaction {
+        debug_assert!(draft.pages.is_sorted_by(|a, b| a.pgno < b.pgno), "pages ascend");
+        let Draft { page_size, commit, pages, source, timestamp_ms, node_id, wal } = draft;
+        Transaction {
+            min,
+            max,
+            pre,
+            post,
+            page_size,
+            commit,
+            pages,
+            source,
+            timestamp_ms,
+            node_id,
+            wal,
+            encoded: Mutex::new(None),
+        }
     }
 
     /// Makes it the snapshot of all transactions up to its own: it must hold every page.

@@ -24,7 +24,7 @@ use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::locks::{LockKind, Owner};
 use crate::engine::lost_found;
-use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
+use crate::engine::transaction::{Draft, PageRef, Transaction, WalSpan};
 use crate::engine::unsynced;
 use crate::sqlite::header::{DatabaseHeader, JournalMode};
 use crate::sqlite::lock_byte::{Lock, LockSet};
@@ -318,10 +318,7 @@ impl Db {
             sum: change.sums.get(pgno),
             offset: page_size.offset(pgno),
         });
-        let mut state = Transaction::new(Parts {
-            txid: change.pos.txid,
-            pre: Checksum::NONE,
-            post: change.pos.checksum,
+        let draft = Draft {
             page_size,
             commit: change.pages(),
             pages: pages.collect(),
@@ -329,7 +326,9 @@ impl Db {
             timestamp_ms: change.timestamp_ms,
             node_id: self.shared.node_id,
             wal: WalSpan::default(),
-        });
+        };
+        let ends = [Checksum::NONE, change.pos.checksum];
+        let mut state = Transaction::new(change.pos.txid, ends, draft);
         state.make_snapshot();
         match self.chain.write_aside(&state) {
             Err(Error::Ltx { source: ltx::Error::Read(_), .. }) => {
@@ -492,7 +491,7 @@ impl Db {
         change.page_size = (header.commit > 0).then_some(header.page_size);
         change.pos = received.pos();
         change.timestamp_ms = header.timestamp_ms;
-        self.announce_applied(change, header);
+        self.announce_applied(change, header.page_size);
         self.note_lag(header);
     }
 

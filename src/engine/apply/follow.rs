@@ -29,7 +29,7 @@ use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::locks::{LockKind, Owner, Woken};
 use crate::engine::shared::PageCache;
-use crate::engine::transaction::{PageRef, Parts, Transaction, WalSpan};
+use crate::engine::transaction::{Draft, PageRef, Transaction, WalSpan};
 use crate::sqlite::header::JournalMode;
 use crate::sqlite::lock_byte::{Lock, LockSet};
 use crate::sqlite::wal::{FRAME_HEADER_SIZE, frame_offset};
@@ -287,7 +287,7 @@ impl Db {
         }
         if let Some((_, last)) = applied.last() {
             self.shared.writer.queued(&self.chain);
-            self.announce_applied(change, &last.header);
+            self.announce_applied(change, last.header.page_size);
         }
         match failure {
             Some(error) if applied.is_empty() => return Err(error),
@@ -349,10 +349,9 @@ impl Db {
         let pages =
             received.sums.iter().map(|&(pgno, sum)| PageRef { pgno, sum, offset: place(pgno) });
         let transaction = Transaction::range(
-            Parts {
-                txid: header.max_txid,
-                pre: change.pos.checksum,
-                post: received.trailer.post_apply,
+            [change.pos.txid.next(), header.max_txid],
+            [change.pos.checksum, received.trailer.post_apply],
+            Draft {
                 page_size: header.page_size,
                 commit: header.commit,
                 pages: pages.collect(),
@@ -361,7 +360,6 @@ impl Db {
                 node_id: header.node_id,
                 wal: WalSpan::default(),
             },
-            change.pos.txid.next(),
         );
         change.advance(&transaction);
         Ok(Arc::new(transaction))

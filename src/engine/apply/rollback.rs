@@ -108,11 +108,10 @@ impl Db {
     }
 
     fn not_ended(&self, change: &Change, refusal: Refusal) -> Error {
-        let db = self.name.clone();
         if refusal == Refusal::ReadOnly && !self.shared.is_writable() {
             let what = "a transaction that was rolled back has left other free pages";
-            return Error::Diverged { db, pos: change.pos, what };
+            return Error::Diverged { db: self.name.clone(), pos: change.pos, what };
         }
-        Error::Busy { db, what: "its journal cannot be ended now" }
+        self.busy("its journal cannot be ended now")
     }
 }

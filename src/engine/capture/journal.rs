@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use ltx::{PageSize, Pgno, Pos};
 
-use super::{Change, Draft, candidates};
+use super::{Change, candidates};
 use crate::engine::chain::Durability;
 use crate::engine::checksum::PageSums;
 use crate::engine::db::{Answer, Db, Refusal};
@@ -24,7 +24,7 @@ use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::{Backing, FileKind};
 use crate::engine::follow_on::LtxBytes;
 use crate::engine::halt::Outgoing;
-use crate::engine::transaction::{Overlay, PageRef, Transaction, WalSpan, ZERO_PAGE};
+use crate::engine::transaction::{Draft, Overlay, PageRef, Transaction, WalSpan, ZERO_PAGE};
 use crate::sqlite::header::{DatabaseHeader, JournalMode, MAGIC};
 use crate::{limits, os};
 
@@ -266,7 +266,7 @@ impl Db {
             encoded.map_err(|source| self.ltx_error("encode transaction", source))?;
         }
         self.chain.flush()?;
-        self.chain.write_now(&transaction, durability)?;
+        let size = self.chain.write_now(&transaction, durability)?;
         let journal = self.files.get(FileKind::Journal);
         let ended = match self.is_pending(transaction.pos()) || self.shared.may_commit() {
             true => self.finish_journal(end).map_err(Refusal::from),
@@ -282,9 +282,9 @@ impl Db {
         change.needs_resync = false;
         change.advance(&transaction);
         let transaction = Arc::new(transaction);
-        self.chain.confirm(transaction.clone());
+        self.chain.confirm(transaction.clone(), size);
         self.shared.writer.queued(&self.chain);
-        self.announce(change, &transaction);
+        self.announce(change, transaction.page_size);
         self.counters.capture.note_since(start);
         self.refuse_late_commit().inspect_err(|_| {
             if let (Some(journal), Some(cache)) = (journal, self.shared.page_cache()) {

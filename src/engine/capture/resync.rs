@@ -11,11 +11,11 @@ use std::sync::Arc;
 use ltx::{PageSize, Pgno};
 
 use super::wal::End;
-use super::{Change, Draft, Sink};
+use super::{Change, Sink};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
-use crate::engine::transaction::{PageRef, WalSpan};
+use crate::engine::transaction::{Draft, PageRef, WalSpan};
 use crate::os;
 use crate::sqlite::wal::{self, WalCursor};
 

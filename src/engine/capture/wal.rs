@@ -15,12 +15,12 @@ use std::time::Instant;
 
 use ltx::{PageSize, Pgno};
 
-use super::{Change, Draft, Sink, zero_page_sum};
+use super::{Change, Sink, zero_page_sum};
 use crate::engine::db::Db;
 use crate::engine::error::{Error, Result};
 use crate::engine::files::FileKind;
 use crate::engine::locks::Handle;
-use crate::engine::transaction::{Overlay, PageRef, WalSpan, ZERO_PAGE};
+use crate::engine::transaction::{Draft, Overlay, PageRef, WalSpan, ZERO_PAGE};
 use crate::sqlite::wal::{self, Frame, Salts, WalCursor, WalHeader};
 use crate::sqlite::wal_index::{CKPT_AT, IndexHeader};
 use crate::{limits, os};
@@ -267,10 +267,9 @@ impl Db {
         match (self.is_commit_on_its_way(), self.has_failed()) {
             (false, _) => self.capture_all(change),
             (true, false) => Ok(()),
-            (true, true) => Err(Error::Busy {
-                db: self.name.clone(),
-                what: "a client writes, and what was committed before is not captured",
-            }),
+            (true, true) => {
+                Err(self.busy("a client writes, and what was committed before is not captured"))
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::layout::DataDir;
-use crate::engine::transaction::{PageRef, Parts, WalSpan, ZERO_PAGE};
+use crate::engine::transaction::{Draft, PageRef, WalSpan, ZERO_PAGE};
 use ltx::{Checksum, PageSize, Pgno};
 
 /// Pages of a transaction that is larger than all transactions in memory may be.
@@ -13,10 +13,7 @@ pub(super) fn transaction(txid: u64, pages: u32) -> Arc<Transaction> {
     let page_size = PageSize::new(4096).unwrap();
     let sum = |pgno| ltx::page_checksum(pgno, &[0; 4096]);
     let page = |pgno| PageRef { pgno, sum: sum(pgno), offset: ZERO_PAGE };
-    Arc::new(Transaction::new(Parts {
-        txid: Txid(txid),
-        pre: Checksum::flagged(txid),
-        post: Checksum::flagged(txid + 1),
+    let draft = Draft {
         page_size,
         commit: MANY,
         pages: (1..=pages).map(Pgno).map(page).collect(),
@@ -24,7 +21,9 @@ pub(super) fn transaction(txid: u64, pages: u32) -> Arc<Transaction> {
         timestamp_ms: 1,
         node_id: NodeId(1),
         wal: WalSpan::default(),
-    }))
+    };
+    let ends = [txid, txid + 1].map(Checksum::flagged);
+    Arc::new(Transaction::new(Txid(txid), ends, draft))
 }
 
 fn after(txid: u64) -> Pos {

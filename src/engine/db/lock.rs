@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use super::{Db, Refusal};
 use crate::engine::capture::wal::Captured;
-use crate::engine::chain::Waiting;
-use crate::engine::error::{Error, Result};
+use crate::engine::error::Result;
 use crate::engine::fence::Settled;
 use crate::engine::files::next_ino;
 use crate::engine::locks::{
@@ -415,9 +414,7 @@ impl Db {
             }
             _ => (waiter.answer)(Ok(())),
         });
-        if self.chain.when_durable(self.pos().txid, done) == Waiting::Waits {
-            self.shared.writer.urgent(&self.chain);
-        }
+        self.when_durable(self.pos().txid, done);
     }
 
     /// Whether frames may be moved or overwritten under this grant.
@@ -539,8 +536,7 @@ impl Db {
             },
             Outcome::Deadlock(_) => false,
         };
-        let busy = || Error::Busy { db: self.name.clone(), what: "its locks are not released" };
-        granted.then_some(()).ok_or_else(busy)
+        granted.then_some(()).ok_or_else(|| self.busy("its locks are not released"))
     }
 
     /// Takes locks for the engine if they are free.

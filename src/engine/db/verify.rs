@@ -7,12 +7,12 @@ use std::time::Duration;
 use ltx::{Pgno, Txid};
 
 use super::Db;
+use crate::engine::capture::Change;
 use crate::engine::capture::resync::read_page;
-use crate::engine::capture::{Change, Draft};
 use crate::engine::checksum::{self, Saved};
 use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::files::FileKind;
-use crate::engine::transaction::{Transaction, WalSpan};
+use crate::engine::transaction::{Draft, Transaction, WalSpan};
 use crate::engine::unsynced;
 use crate::os;
 

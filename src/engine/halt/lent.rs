@@ -17,14 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use ltx::{Checksum, Header, Pgno, Pos, Txid};
+use ltx::{Checksum, Header, Pgno, Pos};
 
 use super::HaltId;
 use crate::boot_time::BootTime;
 use crate::engine::apply::{Received, Turn};
 use crate::engine::capture::Change;
 use crate::engine::capture::wal::Captured;
-use crate::engine::chain::{Durable, Waiting};
 use crate::engine::db::{Db, WRITERS};
 use crate::engine::error::{Error, Result, chain_text};
 use crate::engine::locks::{LockKind, Owner};
@@ -317,22 +316,6 @@ impl Db {
     /// Whether this node is the primary and the database stands at `pos`.
     pub fn is_committed_at(&self, pos: Pos) -> bool {
         self.shared.may_commit() && self.pos() == pos && !self.is_lost()
-    }
-
-    /// Calls `done` when everything up to `txid` is durable.
-    pub fn when_durable(&self, txid: Txid, done: Durable) {
-        if self.chain.when_durable(txid, done) == Waiting::Waits {
-            self.shared.writer.urgent(&self.chain);
-        }
-    }
-
-    /// Whether there is too little room on the disk for another transaction.
-    pub fn is_disk_full(&self) -> bool {
-        self.shared.is_full()
-    }
-
-    fn busy(&self, what: &'static str) -> Error {
-        Error::Busy { db: self.name.clone(), what }
     }
 }
 

@@ -181,6 +181,8 @@ impl Metrics {
 
     /// The metrics of the database `name`; the same counters for the same name.
     pub fn database(&self, name: &str) -> DbMetrics {
+        // They are there from the beginning, as zeros.
+        let _sent = (self.frames_sent(name), self.snapshots_sent(name));
         let vecs = &self.databases;
         let db = &[name];
         DbMetrics {

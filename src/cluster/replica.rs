@@ -299,7 +299,6 @@ struct Worker {
     is_ready: bool,
     /// Databases that failed here: their files are of no use without the one that was lost.
     failed: BTreeSet<String>,
-    /// One of them may be well again later.
     /// The databases of which a file could not be stored.
     failing: watch::Sender<BTreeSet<String>>,
 }

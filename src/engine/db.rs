@@ -1,8 +1,9 @@
 //! One database: its files, locks, position and state.
 //!
-//! Three locks, taken in this order and held as said: `change` (the right to move the position; held
-//! across the I/O of a commit, an apply, an import), `locks` (the lock table, short), `view` (what
-//! readers of the position see, short). Answers to the kernel are sent with none of the last two held.
+//! Four locks, taken in this order and held as said: `turn` (of who applies, imports, or holds a
+//! replica's WAL; in `inbox`), `change` (the right to move the position; held across the I/O of a commit,
+//! an apply, an import), `locks` (the lock table, short), `view` (what readers of the position see,
+//! short). Answers to the kernel are sent with none of the last two held.
 //!
 //! A failed database refuses writers and keeps everything it has; each attempt to write, at most one
 //! a second, first tries to mend it.

@@ -7,10 +7,11 @@
 //! The mark is the sticky bit, which Linux ignores on files (inode(7)): it needs no room on a full disk, and outlives
 //! the process. If the machine loses its power it has done its work.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{limits, os};
 
@@ -23,8 +24,14 @@ pub fn sync(label: &str, database: &File) -> io::Result<()> {
 pub fn mark(database: &File) {
     // What else there is to say is what the sync said.
     if let Err(error) = set(database, true) {
-        tracing::error!(%error, "mark a database file whose sync failed: a power loss may take what was written to it");
+        let path = path_of(database);
+        tracing::error!(path = %path.display(), %error, "mark a database file whose sync failed: a power loss may take what was written to it");
     }
+}
+
+/// Where an open file stands, for the log; empty if that cannot be told.
+fn path_of(file: &File) -> PathBuf {
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
 }
 
 /// Whether `database` is marked. An error: that cannot be told.

@@ -179,7 +179,7 @@ impl Db {
             done();
         };
         if let Err(error) = threads::spawn("litefs-cut", tell) {
-            tracing::error!(db = %self.name, %error, "start thread");
+            tracing::error!(db = %self.name, %error, "start thread for cut frames: who makes the wal-index anew may take them for committed");
             self.release(owner, set);
         }
     }

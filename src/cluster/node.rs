@@ -140,8 +140,8 @@ enum Found {
 #[derive(Debug, Clone)]
 struct Leader {
     primary: PrimaryInfo,
-    /// With which session; none if the lease is static or cannot be asked.
-    session: Option<String>,
+    /// Its process; none if the lease is static or cannot be asked, and of LiteFS.
+    node_id: Option<NodeId>,
 }
 
 /// What the task does next.
@@ -261,7 +261,7 @@ impl Node {
                 return Ok(Found::Lease(Lease::Static));
             }
             Leaser::Static { role: StaticRole::Replica, primary } => {
-                return Ok(Found::Primary(Leader { primary: primary.clone(), session: None }));
+                return Ok(Found::Primary(Leader { primary: primary.clone(), node_id: None }));
             }
             Leaser::Consul(consul) => consul.clone(),
         };
@@ -274,7 +274,7 @@ impl Node {
                     &text,
                     format_args!("{text}; following the last known primary {:?}", primary.hostname),
                 );
-                Ok(Found::Primary(Leader { primary, session: None }))
+                Ok(Found::Primary(Leader { primary, node_id: None }))
             }
             (found, _) => found,
         }

@@ -455,7 +455,8 @@ struct Filler {
     hwm: Txid,
     overlap: Overlap,
     /// LiteFS leaves out files with its own id in them, for it has committed that. It has not, if it says so by its
-    /// position: the answer to its commit was lost, and it has rolled back. A snapshot it takes from anybody.
+    /// position: the answer to its commit was lost, and it has rolled back. A snapshot it takes from anybody; not while it
+    /// has the HALT lock, on which it would wait for itself.
     left_out: Option<NodeId>,
 }
 
@@ -500,7 +501,7 @@ impl Filler {
             let (bytes, next_pos) = match self.db.next_after(pos, self.overlap) {
                 Next::Current => return Ok(Step { pos, files, then: Then::Done }),
                 Next::Snapshot => return Ok(Step { pos, files, then: Then::Snapshot }),
-                Next::Ltx { author, .. } if Some(author) == self.left_out => {
+                Next::Ltx { author, .. } if Some(author) == self.left_out && !self.db.is_lent() => {
                     return Ok(Step { pos, files, then: Then::Snapshot });
                 }
                 Next::Ltx { bytes, pos, .. } => (bytes, pos),

@@ -533,6 +533,24 @@ fn a_hand_off_that_cannot_be_leaves_the_primary_as_it_is() {
     cluster.check();
 }
 
+/// Whoever follows the primary all the while knows it by its process: its lease has another session since.
+#[test]
+fn a_primary_that_dies_after_a_hand_off_that_failed_is_replaced_at_once() {
+    let mut cluster = Cluster::of(3, "60s");
+    create(&cluster.nodes[0], "wal");
+    insert(&cluster.nodes[0], 1);
+    cluster.check();
+    cluster.nodes[1].signal(Signal::SIGSTOP);
+    let refused = hand_off(&cluster.nodes[0], &connected_id(&cluster.nodes[0], "node1"));
+    assert!(!refused.starts_with("HTTP/1.0 200"), "{refused}");
+    cluster.nodes[0].kill();
+    cluster.nodes[2].wait_for_log("is gone (its port is closed)");
+    cluster.nodes[1].signal(Signal::SIGCONT);
+    cluster.nodes[0].spawn();
+    cluster.settle();
+    cluster.check();
+}
+
 /// The id of a connected replica, as its primary knows it from the log.
 fn connected_id(primary: &Node, hostname: &str) -> String {
     let log = primary.log();

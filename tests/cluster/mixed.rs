@@ -175,6 +175,9 @@ fn litefs_gets_what_it_has_rolled_back_as_a_snapshot(mode: &str) {
     assert_eq!(call(primary, "POST", lock, b"").0, 200);
     let ltx = litefs_transaction(primary, "insert into t values (5, 'of litefs')");
     assert_eq!(call(primary, "POST", "/tx?name=app.db&lockID=77", &ltx).0, 200);
+    // A snapshot would have it wait for its own lock for good.
+    let file = Stream::open(primary, LITEFS, &[(DB, before)]).first_file().unwrap();
+    assert_eq!((file.min_txid, file.node_id), (primary.pos(DB).txid, LITEFS));
     assert_eq!(call(primary, "DELETE", lock, b"").0, 200);
     let after = primary.pos(DB);
     assert_eq!(after.txid, before.txid.next());
@@ -195,7 +198,7 @@ fn litefs_gets_what_it_has_rolled_back_as_a_snapshot(mode: &str) {
     cluster.check();
 }
 
-/// What LiteFS commits while it follows it has, and it drops its lock if something else comes.
+/// What LiteFS commits while it follows it has.
 #[test]
 fn litefs_gets_what_it_commits_itself_as_a_file() {
     let cluster = halt::cluster("wal", "auto");

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ltx::Pos;
+use ltx::{NodeId, Pos};
 use tokio::time::timeout;
 
 use super::lead::{Lease, Tenure};
@@ -34,10 +34,11 @@ pub(super) struct Campaign {
     stands: Option<Rival>,
     /// Since when nobody is known to have the lease.
     free: Option<Free>,
-    /// The session of the primary to which this process was last connected.
-    met: Option<String>,
-    /// The session of a primary whose port is closed, and how often it was found so.
-    refused: Option<(String, u32)>,
+    /// The process of the primary to which this one was last connected. Its session may have been another one by then: an
+    /// offer that is taken back changes it.
+    met: Option<NodeId>,
+    /// The process of a primary whose port is closed, and how often it was found so.
+    refused: Option<(NodeId, u32)>,
 }
 
 /// A lease that nobody has.
@@ -50,32 +51,31 @@ struct Free {
 }
 
 impl Campaign {
-    /// A stream to the primary with this session is open.
-    pub(super) fn met(&mut self, session: Option<String>) {
-        self.met = session;
+    /// A stream to this primary is open.
+    pub(super) fn met(&mut self, primary: Option<NodeId>) {
+        self.met = primary;
         self.refused = None;
     }
 
-    /// The port of the primary with this session is closed.
-    pub(super) fn refused(&mut self, session: Option<String>) {
-        let Some(session) = session else { return };
+    /// The port of this primary is closed.
+    pub(super) fn refused(&mut self, primary: Option<NodeId>) {
+        let Some(primary) = primary else { return };
         match &mut self.refused {
-            Some((known, count)) if *known == session => *count += 1,
-            refused => *refused = Some((session, 1)),
+            Some((known, count)) if *known == primary => *count += 1,
+            refused => *refused = Some((primary, 1)),
         }
     }
 
-    /// The primary with this session may be there after all.
+    /// The primary may be there after all.
     pub(super) fn answered(&mut self) {
         self.refused = None;
     }
 
-    /// Whether the process that had this session is gone, as far as can be told: this node was
-    /// connected to it, and its port is closed now.
-    fn is_dead(&self, session: &str) -> bool {
-        let refused = self.refused.as_ref();
-        self.met.as_deref() == Some(session)
-            && refused.is_some_and(|(known, count)| known == session && *count >= REFUSALS)
+    /// Whether this process is gone, as far as can be told: this node was connected to it, and its
+    /// port is closed now.
+    fn is_dead(&self, primary: NodeId) -> bool {
+        let refused = |(known, count)| known == primary && count >= REFUSALS;
+        self.met == Some(primary) && self.refused.is_some_and(refused)
     }
 }
 
@@ -91,12 +91,13 @@ impl Node {
                 }
             }
             Holder::Somebody(held) => {
-                let dead = held.fence.is_some() && self.campaign.is_dead(&held.session);
+                let is_dead = held.node_id.is_some_and(|id| self.campaign.is_dead(id));
+                let dead = held.fence.is_some() && is_dead;
                 if !dead || !self.may_stand() || membership == Membership::Unproven {
                     self.campaign.free = None;
                     self.end_campaign().await;
-                    let session = Some(held.session);
-                    return Ok(Found::Primary(Leader { primary: held.primary, session }));
+                    let Held { primary, node_id, .. } = held;
+                    return Ok(Found::Primary(Leader { primary, node_id }));
                 }
                 self.bury(consul, &held).await?;
             }
@@ -417,6 +418,8 @@ impl Node {
             _ => return refuse("the lease is another one by now"),
         };
         let positions = self.lineage.positions(&self.engine);
+        // Before it is taken: an answer that is lost must not leave a lease that this node does not know as its own.
+        self.remember_session(Some(session.to_owned())).await?;
         let index = match held.handoff_to {
             Some(to) if to == self.engine.node_id() => {
                 if !record.as_ref().is_some_and(|record| record.is_met_by(&positions)) {
@@ -430,7 +433,6 @@ impl Node {
             _ => return refuse("the offer does not stand any more"),
         };
         let Some(index) = index else { return refuse("the offer does not stand any more") };
-        self.remember_session(Some(session.to_owned())).await?;
         let own = self.lineage.standing(&self.engine);
         let term = self.field(&own, &positions, record.as_ref(), &[]).next_term();
         self.end_campaign().await;

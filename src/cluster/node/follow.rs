@@ -10,7 +10,7 @@ impl Node {
     /// Follows a primary until its stream ends. The role stays: as long as the lease names this
     /// primary, writes belong there, reachable or not.
     pub(super) async fn follow(&mut self, leader: Leader, stop: &mut Stop) -> Result<Then, Error> {
-        let Leader { primary, session } = leader;
+        let Leader { primary, node_id } = leader;
         let PrimaryInfo { hostname, advertise_url } = &primary;
         let id = self.engine.node_id();
         self.reports.info(
@@ -23,7 +23,7 @@ impl Node {
         self.last_primary = Some(primary.clone());
         let (ended, progress) = self.replicate(&primary, stop).await;
         if progress.is_connected() {
-            self.campaign.met(session.clone());
+            self.campaign.met(node_id);
         }
         if progress.is_ready() {
             self.backoff.reset();
@@ -43,7 +43,7 @@ impl Node {
             },
             Err(error) => {
                 match error.is_port_closed() {
-                    true => self.campaign.refused(session),
+                    true => self.campaign.refused(node_id),
                     false => self.campaign.answered(),
                 }
                 let text = chain_text(&error);

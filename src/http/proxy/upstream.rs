@@ -280,14 +280,27 @@ impl Idle {
 /// Waits until the host at `address` (`HOST:PORT`) has taken or refused no new connection for [`limits::DEAD_HOST_WAIT`].
 /// Of an old connection, with something on it that was not acknowledged, TCP says so only after a quarter of an hour.
 async fn until_dead(address: &str) {
-    use io::ErrorKind::{ConnectionRefused, ConnectionReset};
+    use io::ErrorKind::{
+        ConnectionRefused, ConnectionReset, HostUnreachable, InvalidInput, NetworkUnreachable,
+    };
     let mut silent_since = None;
     loop {
         let since = *silent_since.get_or_insert_with(Instant::now);
         match timeout_at(since + limits::DEAD_HOST_WAIT, TcpStream::connect(address)).await {
             Err(_) => return,
-            Ok(Err(error)) if !matches!(error.kind(), ConnectionRefused | ConnectionReset) => {}
-            Ok(_) => silent_since = None,
+            Ok(Err(error)) if matches!(error.kind(), ConnectionRefused | ConnectionReset) => {
+                silent_since = None;
+            }
+            // Said at once, so the time that is over does not count.
+            Ok(Err(error))
+                if matches!(error.kind(), HostUnreachable | NetworkUnreachable | InvalidInput) =>
+            {
+                if since.elapsed() >= limits::DEAD_HOST_WAIT {
+                    return;
+                }
+            }
+            Ok(Err(_)) => {}
+            Ok(Ok(_)) => silent_since = None,
         }
         sleep(limits::DEAD_HOST_PERIOD).await;
     }

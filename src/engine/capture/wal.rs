@@ -377,12 +377,16 @@ impl Db {
         }
         let has_strays = strays.pos != change.pos;
         change.strays = has_strays.then_some(strays);
-        if kept.is_ok() && change.wal.is_cut(end) {
+        kept?;
+        if change.wal.is_cut(end) {
             let text = "frames that are in the chain were overwritten";
-            self.fail_for_good(&self.corrupt("go back to the chain", text));
+            let error = self.corrupt("go back to the chain", text);
+            self.fail_for_good(&error);
             self.shared.request_reconnect();
+            // Else this would count as a capture that went well, which mends the database.
+            return Err(error);
         }
-        kept
+        Ok(())
     }
 
     /// Where committed frames end, and the salts of their WAL; none if there is no valid WAL.

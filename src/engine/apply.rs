@@ -617,9 +617,12 @@ impl Db {
             return true;
         }
         // A lent database was captured before.
-        let is_captured = self.is_followed() || self.is_lent();
-        if is_captured || !(self.has_failed() || self.has_uncut.load(Ordering::SeqCst)) {
+        if self.is_followed() || self.is_lent() {
             self.mend();
+            return true;
+        }
+        // Nothing is mended: a capture may fail just now, and asks for another try then.
+        if !(self.has_failed() || self.has_uncut.load(Ordering::SeqCst)) {
             return true;
         }
         let write = LockSet::one(Lock::Write);

@@ -196,8 +196,7 @@ impl Node {
             consul.end_unused(own);
             return Ok(None);
         };
-        self.remember_session(Some(own.clone())).await?;
-        consul.end_unused(session);
+        self.note_taken_back(consul, session, &own).await;
         Ok(Some((own, index)))
     }
 

@@ -17,9 +17,9 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::Node;
 use super::lead::Tenure;
-use super::{Error, Node};
-use crate::cluster::consul::{self, Held, Holder, Lost};
+use crate::cluster::consul::{self, Consul, Held, Holder, Lost};
 use crate::cluster::control::HandoffError;
 use crate::cluster::peers::Peer;
 use crate::engine::{Drained, Engine, PrimaryInfo, chain_text};
@@ -63,11 +63,7 @@ fn kept(text: String) -> Outcome {
 
 impl Node {
     /// Hands the lease to `peer`, and confirms it meanwhile.
-    pub(super) async fn hand_over(
-        &self,
-        tenure: &mut Tenure,
-        peer: &Arc<Peer>,
-    ) -> Result<Outcome, Error> {
+    pub(super) async fn hand_over(&self, tenure: &mut Tenure, peer: &Arc<Peer>) -> Outcome {
         let identity = peer.identity();
         let id = self.engine.node_id();
         tracing::info!(
@@ -87,12 +83,23 @@ impl Node {
         };
         let Tenure { session, index, .. } = handover.tenure;
         if session != tenure.session {
-            self.remember_session(Some(session.clone())).await?;
             let offered = std::mem::replace(&mut tenure.session, session);
             tenure.index = index;
-            tenure.consul.end_unused(offered);
+            self.note_taken_back(&tenure.consul, offered, &tenure.session).await;
         }
-        Ok(outcome)
+        outcome
+    }
+
+    /// Notes that the lease was taken back: it has the session `own`, and the one that was offered is of no use.
+    pub(super) async fn note_taken_back(&self, consul: &Arc<Consul>, offered: String, own: &str) {
+        consul.end_unused(offered);
+        // This process has the lease all the same.
+        if let Err(error) = self.remember_session(Some(own.to_owned())).await {
+            tracing::warn!(
+                error = chain_text(&error),
+                "note the session of the lease: the next start of this node waits for it to end"
+            );
+        }
     }
 }
 

@@ -304,7 +304,7 @@ impl Node {
             let left = match command {
                 Command::HandOff { to, answer } => {
                     let handed = match self.target(to) {
-                        Ok(peer) => self.hand_over(tenure, &peer).await?,
+                        Ok(peer) => self.hand_over(tenure, &peer).await,
                         Err(error) => Outcome::Kept(error),
                     };
                     let (result, left) = self.handed(handed).await?;
@@ -334,7 +334,7 @@ impl Node {
             tracing::info!("no candidate is connected that could take the lease");
             return Ok(None);
         };
-        let handed = self.hand_over(tenure, &peer).await?;
+        let handed = self.hand_over(tenure, &peer).await;
         let (result, left) = self.handed(handed).await?;
         if let Err(error) = result {
             tracing::warn!("the lease is not handed over: {error}");
